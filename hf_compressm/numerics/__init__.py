@@ -1,0 +1,24 @@
+"""State-space mathematics in float64 and complex128; knows torch and nothing above it."""
+
+from hf_compressm.numerics.balancing import (
+    BalancedTruncation,
+    Balancing,
+    balance,
+    balanced_truncation,
+    hankel_singular_values,
+    truncate,
+)
+from hf_compressm.numerics.gramians import gramians, h2_norm
+from hf_compressm.numerics.systems import DiagonalSystem
+
+__all__ = [
+    "BalancedTruncation",
+    "Balancing",
+    "DiagonalSystem",
+    "balance",
+    "balanced_truncation",
+    "gramians",
+    "h2_norm",
+    "hankel_singular_values",
+    "truncate",
+]

@@ -1,0 +1,81 @@
+"""Gramians of diagonal systems in closed form, and norms that follow from them.
+
+| symbol | meaning | shape |
+|---|---|---|
+| P | controllability Gramian, `sum_k A^k B B^H A^kH`: covariance of the state under white input | `(n, n)` |
+| Q | observability Gramian, `sum_k A^kH C^H C A^k`: energy that a state passes to the future output | `(n, n)` |
+| n | order: N complex states, or 2N real ones | |
+
+Discrete time, |eigenvalue| < 1. Source: Antoulas, Approximation of Large-Scale Dynamical Systems (2005), section 4.3;
+for a diagonal A the Stein equations decouple into one division per entry (arXiv 2510.02823, section 3).
+"""
+
+import torch
+from torch import Tensor
+
+from hf_compressm.numerics.systems import DiagonalSystem
+
+
+def gramians(system: DiagonalSystem, realization: str = "real") -> tuple[Tensor, Tensor]:
+    """Both Gramians of a stable system.
+
+    Args:
+        system: eigenvalues strictly inside the unit circle.
+        realization: `"complex"`, the N complex states as they stand; `"real"`, the 2N coordinates
+            `sqrt(2) [Re h; Im h]` of the real map that the layer computes.
+
+    Returns:
+        P and Q: complex128 `(N, N)`, or float64 `(2N, 2N)`.
+
+    Raises:
+        ValueError: for another realization, or if an eigenvalue is not inside the unit circle.
+    """
+    check_realization(realization)
+    if not system.is_stable:
+        raise ValueError(
+            f"Gramians exist only for |eigenvalue| < 1; the largest is {system.eigenvalues.abs().max().item():.6g}. "
+            "Lower the learning rate of the eigenvalues, or clip them, before compressing."
+        )
+    if realization == "complex":
+        return _stein(system.eigenvalues, system.B), _stein(system.eigenvalues.conj(), system.C.mH)
+    doubled = system.with_conjugates()
+    P, Q = gramians(doubled, "complex")
+    U = _conjugates_to_real(system.order)
+    return (U @ P @ U.mH).real, (U @ Q @ U.mH).real
+
+
+def h2_norm(system: DiagonalSystem) -> float:
+    """Root mean square of the real output under white input of unit variance, summed over outputs.
+
+    `||G||_2^2 = sum_k ||Re(C A^k B)||_F^2 = trace(C P C^H)` of the real map.
+    """
+    real_map = system.with_conjugates()
+    P = _stein(real_map.eigenvalues, real_map.B)
+    squared = torch.einsum("pi,ij,pj->", real_map.C, P, real_map.C.conj()).real
+    return float(squared.clamp_min(0).sqrt())
+
+
+def check_realization(realization: str) -> None:
+    """Refuse anything but `"real"` and `"complex"`."""
+    if realization not in ("real", "complex"):
+        raise ValueError(f"realization must be 'real' or 'complex', got {realization!r}.")
+
+
+def real_state_space(system: DiagonalSystem) -> tuple[Tensor, Tensor, Tensor]:
+    """Real A `(2N, 2N)`, B `(2N, H)`, C `(P, 2N)` in the coordinates `sqrt(2) [Re h; Im h]`, float64."""
+    real, imaginary = torch.diag(system.eigenvalues.real), torch.diag(system.eigenvalues.imag)
+    A = torch.cat([torch.cat([real, -imaginary], dim=1), torch.cat([imaginary, real], dim=1)])
+    B = torch.cat([system.B.real, system.B.imag]) * 2**0.5
+    C = torch.cat([system.C.real, -system.C.imag], dim=1) / 2**0.5
+    return A, B, C
+
+
+def _stein(eigenvalues: Tensor, B: Tensor) -> Tensor:
+    """Solve `X - A X A^H = B B^H` for diagonal A: `X_ij = (B B^H)_ij / (1 - a_i conj(a_j))`."""
+    return (B @ B.mH) / (1 - eigenvalues[:, None] * eigenvalues.conj()[None, :])
+
+
+def _conjugates_to_real(order: int) -> Tensor:
+    """Unitary `(2N, 2N)` that takes `[h; conj h]` to `sqrt(2) [Re h; Im h]`."""
+    identity = torch.eye(order, dtype=torch.complex128)
+    return torch.cat([torch.cat([identity, identity], 1), torch.cat([-1j * identity, 1j * identity], 1)]) / 2**0.5

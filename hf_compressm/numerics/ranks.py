@@ -1,0 +1,61 @@
+"""How many states to keep.
+
+| word | meaning |
+|---|---|
+| sigma | Hankel singular values of one layer, descending, non-negative |
+| energy | plain sum of sigma, as in arXiv 2510.02823 (not of its squares) |
+| tolerance | share of the energy that a cut may discard, 0 <= tolerance < 1 |
+| count | how many values of sigma are kept; the caller turns counts into states |
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def count_by_tolerance(sigma: Tensor, tolerance: float) -> int:
+    """Smallest count whose discarded energy is at most `tolerance` of the total.
+
+    A state is kept while the energy from it on to the end exceeds the allowance; both come from one cumulative sum,
+    so that round-off cannot discard everything. Zero energy and `tolerance=0` keep all; NaN keeps all.
+    """
+    tail = tail_sums(sigma)
+    if tolerance <= 0 or not bool(torch.isfinite(tail[0])) or float(tail[0]) <= 0:
+        return sigma.numel()
+    return max(int((tail[:-1] > tolerance * tail[0]).sum()), 1)
+
+
+def count_by_error(errors: Tensor, max_error: float) -> int:
+    """Smallest count, at least 1, whose error is at most `max_error`.
+
+    Args:
+        errors: `(n + 1,)`, error after keeping 0 .. n values, not increasing; NaN keeps all.
+        max_error: in the unit of `errors`.
+    """
+    too_large = ~(errors <= max_error)
+    return max(min(int(too_large.sum()), errors.numel() - 1), 1)
+
+
+def tail_sums(sigma: Tensor) -> Tensor:
+    """`sum_{i >= k} sigma_i` for k = 0 .. n, summed from the smallest up, float64 `(n + 1,)`."""
+    values = torch.cat([sigma.double(), sigma.new_zeros(1, dtype=torch.float64)])
+    return values.flip(0).cumsum(0).flip(0)
+
+
+def round_size(wanted: float, size: int, multiple: int = 1, minimum: int = 1) -> int:
+    """The state size to use where `wanted` states would do: rounded up, and never above the present one.
+
+    Args:
+        wanted: states asked for, may be fractional.
+        size: present size.
+        multiple: the result is a multiple of this, unless it is `size` itself.
+        minimum: at least this many states.
+    """
+    needed = max(math.ceil(wanted - 1e-9), minimum, 1)  # 1e-9: 0.1 * 30 is 3.0000000000000004
+    return min(math.ceil(needed / multiple) * multiple, size)
+
+
+def passes_gate(size: int, new_size: int, min_reduction: float) -> bool:
+    """Whether a cut is worth its trouble: at least the share `min_reduction` of the states goes."""
+    return new_size < size and (size - new_size) >= min_reduction * size
