@@ -1,0 +1,14 @@
+"""Scans of diagonal and selective state-space layers: a naive reference and a fast version with its own backward."""
+
+from .diagonal import diagonal_scan, diagonal_scan_reference, diagonal_states
+from .selective import selective_scan, selective_scan_reference, selective_states
+
+
+__all__ = [
+    "diagonal_scan",
+    "diagonal_scan_reference",
+    "diagonal_states",
+    "selective_scan",
+    "selective_scan_reference",
+    "selective_states",
+]

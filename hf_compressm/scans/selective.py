@@ -1,0 +1,319 @@
+"""The selective recurrence of Mamba layers, with the arguments and results of mamba-ssm's `selective_scan_fn`.
+
+    h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t        y_t = C_t . h_t        out_t = (y_t + D u_t) * silu(z_t)
+
+Glossary (A in continuous time, discretised by delta):
+
+| symbol    | meaning                                                                     | shape                    |
+|-----------|-----------------------------------------------------------------------------|--------------------------|
+| u         | input sequence                                                              | (batch, channels, length)|
+| delta     | step size per channel and time, before bias and softplus                    | (batch, channels, length)|
+| A         | diagonal of the continuous state matrix, real                               | (channels, N)            |
+| B, C      | input and read-out vectors, shared by all channels                          | (batch, N, length)       |
+| D         | feed-through                                                                | (channels,)              |
+| z         | gate                                                                        | (batch, channels, length)|
+| h         | state                                                                       | (batch, channels, N)     |
+| drive     | delta_t u_t, what the input vector B_t is multiplied with                   | (length, batch, channels)|
+| decay     | exp(delta_t A)                                                              | (batch, channels, N)     |
+| adjoint   | derivative of the loss with respect to h_t                                  | (batch, channels, N)     |
+
+The fast scan works on time-major buffers, keeps one state per chunk of a few steps, and computes the states of a chunk
+again in the backward pass: memory O(length / chunk * batch * channels * N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+CHUNK_SIZE = 16  # steps between two stored states
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """The bare recurrence on time-major contiguous tensors, with checkpoints and its own backward."""
+
+    @staticmethod
+    def forward(ctx, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """Delta, drive (length, batch, channels), A (channels, N), B, C (length, batch, N) -> y and the last state."""
+        length, batch, channels = delta.shape
+        y = torch.empty_like(delta)
+        checkpoints = delta.new_zeros(-(-length // CHUNK_SIZE) + 1, batch, channels, A.shape[1])
+        decay, states = _chunk_buffers(delta, A)
+        for index, start in enumerate(range(0, length, CHUNK_SIZE)):
+            chunk = slice(start, min(start + CHUNK_SIZE, length))
+            _fill_chunk(decay, states, delta[chunk], drive[chunk], A, B[chunk], checkpoints[index])
+            count = chunk.stop - start
+            torch.matmul(states[:count], C[chunk, :, :, None], out=y[chunk, :, :, None])
+            checkpoints[index + 1] = states[count - 1]
+        ctx.save_for_backward(delta, drive, A, B, C, checkpoints[:-1])
+        return y, checkpoints[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Chunks from last to first: states again, then the adjoint, then the gradients of the chunk's inputs."""
+        delta, drive, A, B, C, checkpoints = ctx.saved_tensors
+        length = delta.shape[0]
+        grad_y = grad_y.contiguous()
+        grad_delta, grad_drive = torch.empty_like(delta), torch.empty_like(drive)
+        grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
+        grad_A = torch.zeros_like(checkpoints[0])  # (batch, channels, N), summed over the batch at the end
+        decay, states = _chunk_buffers(delta, A)
+        adjoint = torch.empty_like(states)
+        incoming = grad_last.clone()  # decay_{t+1} * adjoint_{t+1}, from the chunk after
+        for index in range(checkpoints.shape[0] - 1, -1, -1):
+            start = index * CHUNK_SIZE
+            chunk = slice(start, min(start + CHUNK_SIZE, length))
+            count = chunk.stop - start
+            _fill_chunk(decay, states, delta[chunk], drive[chunk], A, B[chunk], checkpoints[index])
+            h, a, g = states[:count], decay[:count], adjoint[:count]
+            torch.matmul(grad_y[chunk, :, None, :], h, out=grad_C[chunk, :, None, :])
+            torch.mul(grad_y[chunk, :, :, None], C[chunk, :, None, :], out=g)
+            g[-1] += incoming
+            for t in range(count - 2, -1, -1):
+                g[t].addcmul_(a[t + 1], g[t + 1])
+            torch.matmul(drive[chunk, :, None, :], g, out=grad_B[chunk, :, None, :])
+            torch.matmul(g, B[chunk, :, :, None], out=grad_drive[chunk, :, :, None])
+            a.mul_(g)
+            incoming.copy_(a[0])
+            a[1:].mul_(h[:-1])
+            a[0].mul_(checkpoints[index])
+            for t in range(count):
+                grad_A.addcmul_(a[t], delta[start + t, :, :, None])
+            torch.sum(a.mul_(A), dim=-1, out=grad_delta[chunk])
+        return grad_delta, grad_drive, grad_A.sum(0), grad_B, grad_C
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the selective recurrence of Mamba; arguments, layouts and results of mamba-ssm's `selective_scan_fn` for real A.
+
+    h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t, y_t = C_t . h_t, out_t = (y_t + D u_t) * silu(z_t), h_0 = 0, where
+    delta is first shifted by `delta_bias` and passed through softplus if asked. Computed in float32 (float64 if an input
+    is float64). Time O(batch * channels * length * N); memory beyond the arguments O(batch * channels * length / 16 * N).
+    Differentiable once with respect to every tensor argument.
+
+    Args:
+        u: Input, (batch, channels, length), length at least 1.
+        delta: Step sizes, (batch, channels, length).
+        A: Continuous-time diagonal, real, (channels, N); negative entries decay.
+        B: Input vectors, (batch, N, length).
+        C: Read-out vectors, (batch, N, length).
+        D: Feed-through, (channels,).
+        z: Gate, (batch, channels, length).
+        delta_bias: Added to delta, (channels,).
+        delta_softplus: Pass delta through softplus, after the bias.
+        return_last_state: Also return the state after the last step.
+
+    Returns:
+        out (batch, channels, length) in the dtype of u; with `return_last_state` also the last state (batch, channels, N)
+        in float32 (or float64).
+
+    Raises:
+        ValueError: If a shape or a dtype is not as above.
+
+    Source: Gu and Dao, *Mamba* (arXiv 2312.00752), algorithm 2; recomputation as in its section 3.3.2.
+    """
+    _check_arguments(u, delta, A, B, C, D, z, delta_bias)
+    dtype = _compute_dtype(u, delta, A, B, C)
+    with torch.autocast(device_type=u.device.type, enabled=False):
+        steps = _step_sizes(delta.to(dtype), delta_bias, delta_softplus)
+        inputs = u.to(dtype)
+        y, last_state = _SelectiveScan.apply(
+            _time_major(steps), _time_major(inputs * steps), A.to(dtype).contiguous(), _time_major(B.to(dtype)), _time_major(C.to(dtype))
+        )
+        out = y.permute(1, 2, 0)  # (batch, channels, length)
+        out = _feed_through_and_gate(out, inputs, D, z).to(u.dtype)
+    return (out, last_state) if return_last_state else out
+
+
+def selective_scan_reference(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The recurrence as it is written, one step at a time; arguments and results of `selective_scan`.
+
+    h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t, y_t = C_t . h_t, out_t = (y_t + D u_t) * silu(z_t). Slow;
+    differentiated by autograd. The yardstick of the tests.
+
+    Args:
+        u: Input, (batch, channels, length).
+        delta: Step sizes, (batch, channels, length).
+        A: Continuous-time diagonal, real, (channels, N).
+        B: Input vectors, (batch, N, length).
+        C: Read-out vectors, (batch, N, length).
+        D: Feed-through, (channels,).
+        z: Gate, (batch, channels, length).
+        delta_bias: Added to delta, (channels,).
+        delta_softplus: Pass delta through softplus, after the bias.
+        return_last_state: Also return the state after the last step.
+
+    Returns:
+        out (batch, channels, length), or (out, last state (batch, channels, N)).
+
+    Raises:
+        ValueError: If a shape or a dtype is not as above.
+    """
+    _check_arguments(u, delta, A, B, C, D, z, delta_bias)
+    dtype = _compute_dtype(u, delta, A, B, C)
+    inputs, A, B, C = u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
+    steps = _step_sizes(delta.to(dtype), delta_bias, delta_softplus)
+    h = inputs.new_zeros(u.shape[0], *A.shape)  # (batch, channels, N)
+    outputs = []
+    for t in range(u.shape[2]):
+        step = steps[:, :, t, None]  # (batch, channels, 1)
+        h = torch.exp(step * A) * h + step * inputs[:, :, t, None] * B[:, None, :, t]
+        outputs.append((h * C[:, None, :, t]).sum(-1))
+    out = _feed_through_and_gate(torch.stack(outputs, dim=-1), inputs, D, z).to(u.dtype)
+    return (out, h) if return_last_state else out
+
+
+@torch.no_grad()
+def selective_states(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    chunk_size: int = CHUNK_SIZE,
+) -> Iterator[Tensor]:
+    """Yield the states h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t, chunk by chunk, without gradients.
+
+    For calibration: only one chunk of states exists at a time.
+
+    Args:
+        u: Input, (batch, channels, length).
+        delta: Step sizes, (batch, channels, length).
+        A: Continuous-time diagonal, real, (channels, N).
+        B: Input vectors, (batch, N, length).
+        delta_bias: Added to delta, (channels,).
+        delta_softplus: Pass delta through softplus, after the bias.
+        chunk_size: Steps per chunk, at least 1; the last chunk may be shorter.
+
+    Yields:
+        States (chunk, batch, channels, N) in float32 (or float64). The buffer is used again for the next chunk: clone what
+        must be kept.
+
+    Raises:
+        ValueError: If a shape, a dtype or `chunk_size` is not as above.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it is a number of steps and must be at least 1.")
+    _check_arguments(u, delta, A, B, None, None, None, delta_bias)
+    dtype = _compute_dtype(u, delta, A, B)
+    A = A.to(dtype)
+    steps = _step_sizes(delta.to(dtype), delta_bias, delta_softplus)
+    drive, steps, B = _time_major(u.to(dtype) * steps), _time_major(steps), _time_major(B.to(dtype))
+    decay, states = _chunk_buffers(steps, A, chunk_size)
+    before = steps.new_zeros(*steps.shape[1:], A.shape[1])
+    for start in range(0, steps.shape[0], chunk_size):
+        chunk = slice(start, min(start + chunk_size, steps.shape[0]))
+        _fill_chunk(decay, states, steps[chunk], drive[chunk], A, B[chunk], before)
+        before.copy_(states[chunk.stop - start - 1])
+        yield states[: chunk.stop - start]
+
+
+def _chunk_buffers(delta: Tensor, A: Tensor, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor]:
+    """Uninitialised decay and state buffers of a chunk, (steps, batch, channels, N) each."""
+    length, batch, channels = delta.shape
+    shape = (min(chunk_size, length), batch, channels, A.shape[1])
+    return delta.new_empty(shape), delta.new_empty(shape)
+
+
+def _fill_chunk(
+    decay: Tensor, states: Tensor, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, before: Tensor
+) -> None:
+    """Write exp(delta A) and the states of one chunk into the buffers; `before` is the state before the chunk."""
+    count = delta.shape[0]
+    torch.mul(delta[..., None], A, out=decay[:count])
+    decay[:count].exp_()
+    torch.mul(drive[..., None], B[:, :, None, :], out=states[:count])
+    states[0].addcmul_(decay[0], before)
+    for t in range(1, count):
+        states[t].addcmul_(decay[t], states[t - 1])
+
+
+def _time_major(tensor: Tensor) -> Tensor:
+    """(batch, rows, length) -> contiguous (length, batch, rows)."""
+    return tensor.permute(2, 0, 1).contiguous()
+
+
+def _step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
+    """Delta with its bias added and through softplus if asked, (batch, channels, length)."""
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(delta.dtype)[:, None]
+    return F.softplus(delta) if delta_softplus else delta
+
+
+def _feed_through_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """(y + D u) * silu(z), in the dtype of y, (batch, channels, length)."""
+    if D is not None:
+        y = y + u * D.to(y.dtype)[:, None]
+    return y if z is None else y * F.silu(z.to(y.dtype))
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _check_arguments(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
+    """Raise a ValueError that names the offending value and what is expected."""
+    if u.dim() != 3 or u.shape[2] < 1:
+        raise ValueError(f"u has shape {tuple(u.shape)}; expected (batch, channels, length) with length at least 1.")
+    batch, channels, length = u.shape
+    if A.dim() != 2 or A.shape[0] != channels:
+        raise ValueError(f"A has shape {tuple(A.shape)}; expected (channels, N) with {channels} channels as in u.")
+    vectors = (batch, A.shape[1], length)
+    expected = {
+        "u": (u, u.shape),
+        "delta": (delta, u.shape),
+        "A": (A, A.shape),
+        "B": (B, vectors),
+        "C": (C, vectors),
+        "D": (D, (channels,)),
+        "z": (z, u.shape),
+        "delta_bias": (delta_bias, (channels,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)} with u {tuple(u.shape)} and A {tuple(A.shape)}."
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; expected a real floating point dtype.")
