@@ -11,6 +11,7 @@ from hf_compressm.numerics.balancing import (
 from hf_compressm.numerics.gramians import gramians, h2_norm
 from hf_compressm.numerics.systems import DiagonalSystem
 
+
 __all__ = [
     "BalancedTruncation",
     "Balancing",

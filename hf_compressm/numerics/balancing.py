@@ -21,6 +21,7 @@ from hf_compressm.numerics.gramians import check_realization, gramians, real_sta
 from hf_compressm.numerics.modal import Modes, gain_ratio, modal_form
 from hf_compressm.numerics.systems import DiagonalSystem
 
+
 NUMERICAL_RANK = 1e-12
 """HSVs below this share of the largest are round-off of float64 Gramians: no state is kept for them."""
 
@@ -132,7 +133,8 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
         order: permutation of the balanced states, most wanted first (default: descending HSV).
 
     Raises:
-        ValueError: for a rank below 1, or if no order below `rank` has a stable diagonal form.
+        ValueError: for a rank below 1, for a system without output that would have to shrink, or if no order up to
+            `rank` has a stable diagonal form.
     """
     system, sigma = balancing.system, balancing.hankel_singular_values
     if rank < 1:
@@ -142,6 +144,11 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
         return BalancedTruncation(system, sigma, sigma.numel(), 0.0, identity, identity)
     order = torch.arange(sigma.numel()) if order is None else order
     order = order[sigma[order] > NUMERICAL_RANK * sigma[0]]
+    if order.numel() == 0:
+        raise ValueError(
+            "The system passes nothing from its input to its output (B or C is zero), so its states have no ranking. "
+            "Leave this layer out with ignore_layers."
+        )
     states = min(order.numel(), 2 * rank if balancing.realization == "real" else rank)
     while states > 0:
         reduced = _project(balancing, order[:states])
@@ -151,7 +158,7 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
                 return reduced
             if balancing.measured:
                 break
-        states -= max(excess, 1)
+        states -= max(excess // 2, 1)  # one state less may free several slots, so all the excess would be too much
     raise ValueError(
         f"No stable diagonal system of at most {rank} states was found. "
         "Use criterion='hankel', a larger size, or leave this layer out with ignore_layers."

@@ -28,9 +28,14 @@ def gramians(system: DiagonalSystem, realization: str = "real") -> tuple[Tensor,
         P and Q: complex128 `(N, N)`, or float64 `(2N, 2N)`.
 
     Raises:
-        ValueError: for another realization, or if an eigenvalue is not inside the unit circle.
+        ValueError: for another realization, for NaN or infinity, or if an eigenvalue is not inside the unit circle.
     """
     check_realization(realization)
+    if not system.is_finite:
+        raise ValueError(
+            "Gramians need finite numbers; the eigenvalues, B or C of this system hold NaN or infinity. "
+            "Go back to a checkpoint from before the divergence."
+        )
     if not system.is_stable:
         raise ValueError(
             f"Gramians exist only for |eigenvalue| < 1; the largest is {system.eigenvalues.abs().max().item():.6g}. "

@@ -15,8 +15,9 @@ A selected diagonal state evolves exactly as before, so only its read-out needs 
 import torch
 from torch import Tensor
 
+
 PIVOT_TOLERANCE = 1e-10
-"""A state whose residual variance is below this share of the total is a combination of the kept ones."""
+"""A state whose residual variance is below this share of its own is a combination of the kept ones."""
 
 
 def empirical_hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
@@ -42,12 +43,12 @@ def pivoted_selection(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     """
     residual, weighted = P.double().clone(), Q.double() @ P.double()
     size, total = residual.shape[0], weighted.trace()
-    floor = PIVOT_TOLERANCE * residual.diagonal().sum()
+    floor = PIVOT_TOLERANCE * residual.diagonal()  # per state: rescaling a state must not change its place
     energy = P.double().diagonal() * Q.double().diagonal()
     free, order, losses = torch.ones(size, dtype=torch.bool), [], [total]
     for _ in range(size):
         variance = residual.diagonal()
-        gain = (residual * weighted.mT).sum(dim=0) / variance.clamp_min(floor)
+        gain = (residual * weighted).sum(dim=0) / variance.clamp_min(torch.finfo(variance.dtype).tiny)
         usable = free & (variance > floor)
         candidates = usable if bool(usable.any()) else free
         score = gain if bool(usable.any()) else energy
@@ -58,14 +59,14 @@ def pivoted_selection(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
             weighted -= torch.outer(row, column) / column[pivot]
         free[pivot] = False
         order.append(pivot)
-        losses.append(weighted.trace())
+        losses.append(weighted.trace() if free.any() else 0 * total)  # nothing is lost once every state is kept
     errors = relative_errors(torch.stack(losses))
     return torch.tensor(order), errors
 
 
 def relative_errors(losses: Tensor) -> Tensor:
-    """`sqrt(loss_k / loss_0)`, made monotone against round-off; zeros where there was no output at all."""
-    if not float(losses[0]) > 0:
+    """`sqrt(loss_k / loss_0)`, made monotone against round-off; zeros where there was no output at all; NaN stays."""
+    if float(losses[0]) <= 0:
         return torch.zeros_like(losses)
     return torch.cummin((losses / losses[0]).clamp(0, 1).sqrt(), dim=0).values
 
@@ -78,8 +79,10 @@ def interpolation_matrix(P: Tensor, indices: Tensor) -> Tensor:
         indices: `(r,)` kept state indices S.
     """
     P = P.double()
-    inverse = torch.linalg.pinv(P[indices][:, indices], hermitian=True, rtol=PIVOT_TOLERANCE)
-    R = P[:, indices] @ inverse
+    variance = P.diagonal()[indices]
+    scale = torch.where(variance > 0, variance, torch.inf).rsqrt()  # invert correlations, whatever the states' units
+    correlation = scale[:, None] * P[indices][:, indices] * scale
+    R = (P[:, indices] * scale) @ torch.linalg.pinv(correlation, hermitian=True, rtol=PIVOT_TOLERANCE) * scale
     R[indices] = torch.eye(indices.numel(), dtype=R.dtype)
     return R
 

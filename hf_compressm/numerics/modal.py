@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_compressm.numerics.systems import DiagonalSystem
 
+
 MAX_EIGENVECTOR_CONDITION = 1e7
 """Beyond this, float32 parameters can no longer hold the modal form: the reduced A is close to a Jordan block."""
 

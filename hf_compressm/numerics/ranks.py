@@ -21,7 +21,7 @@ def count_by_tolerance(sigma: Tensor, tolerance: float) -> int:
     so that round-off cannot discard everything. Zero energy and `tolerance=0` keep all; NaN keeps all.
     """
     tail = tail_sums(sigma)
-    if tolerance <= 0 or not bool(torch.isfinite(tail[0])) or float(tail[0]) <= 0:
+    if not tolerance > 0 or not bool(torch.isfinite(tail[0])) or float(tail[0]) <= 0:
         return sigma.numel()
     return max(int((tail[:-1] > tolerance * tail[0]).sum()), 1)
 
@@ -30,9 +30,12 @@ def count_by_error(errors: Tensor, max_error: float) -> int:
     """Smallest count, at least 1, whose error is at most `max_error`.
 
     Args:
-        errors: `(n + 1,)`, error after keeping 0 .. n values, not increasing; NaN keeps all.
+        errors: `(n + 1,)`, error after keeping 0 .. n values, not increasing; NaN keeps all, and so does an error of
+            zero after keeping none, since there was no output to compare with.
         max_error: in the unit of `errors`.
     """
+    if not float(errors[0]) > 0:
+        return errors.numel() - 1
     too_large = ~(errors <= max_error)
     return max(min(int(too_large.sum()), errors.numel() - 1), 1)
 

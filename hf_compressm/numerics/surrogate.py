@@ -16,11 +16,12 @@ from torch import Tensor
 
 def surrogate_hankel_singular_values(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """HSVs of every channel's averaged system, descending, summed over the channels, float64 `(N,)`."""
+    a, b, c = a.double(), b.double(), c.double()  # before 1 - a^2, which cancels
     gramian_shape = 1 - a[:, :, None] * a[:, None, :]  # (channels, N, N)
     P = b[:, :, None] * b[:, None, :] / gramian_shape
     Q = c[:, None] * c[None, :] / gramian_shape
-    values_P, vectors_P = torch.linalg.eigh(P.double())
-    values_Q, vectors_Q = torch.linalg.eigh(Q.double())
+    values_P, vectors_P = torch.linalg.eigh(P)
+    values_Q, vectors_Q = torch.linalg.eigh(Q)
     L_P = vectors_P * values_P.clamp_min(0).sqrt()[:, None, :]
     L_Q = vectors_Q * values_Q.clamp_min(0).sqrt()[:, None, :]
     return torch.linalg.svdvals(L_Q.mT @ L_P).sum(dim=0)
