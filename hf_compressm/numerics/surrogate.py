@@ -27,6 +27,16 @@ def surrogate_hankel_singular_values(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.linalg.svdvals(L_Q.mT @ L_P).sum(dim=0)
 
 
-def surrogate_scores(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Importance of each state index: its own one-state HSV, `|b c| / (1 - a^2)`, summed over channels, `(N,)`."""
-    return (b.double().abs() * c.double().abs() / (1 - a.double() ** 2)).sum(dim=0)
+def surrogate_scores(P: Tensor, Q: Tensor) -> Tensor:
+    """Importance of each state index: the HSV of its own one-state system, summed over channels, `(N,)`."""
+    return (P.diagonal(dim1=1, dim2=2) * Q.diagonal(dim1=1, dim2=2)).clamp_min(0).sqrt().sum(dim=0)
+
+
+def surrogate_losses(P: Tensor, Q: Tensor, order: Tensor) -> Tensor:
+    """Output energy of the averaged systems lost by keeping the first k states of `order`, `(N + 1,)`.
+
+    With D the projection on the dropped states, `sum over channels of tr(Q D P D)`.
+    """
+    shared = (P * Q).sum(dim=0)[order][:, order]  # (N, N)
+    corners = shared.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+    return torch.cat([corners, corners.new_zeros(1)])

@@ -1,0 +1,37 @@
+"""Compress the state of state-space models while they train, inside Hugging Face `transformers`."""
+
+from hf_compressm.compression import analyze, apply_plan, compress
+from hf_compressm.config import CompreSSMConfig
+from hf_compressm.models import (
+    LRUConfig,
+    LRUForCausalLM,
+    LRUForSequenceClassification,
+    LRUModel,
+    S5Config,
+    S5ForCausalLM,
+    S5ForSequenceClassification,
+    S5Model,
+)
+from hf_compressm.plan import CompressionPlan, CompressionResult, LayerPlan
+from hf_compressm.planning import plan_compression
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompreSSMConfig",
+    "CompressionPlan",
+    "CompressionResult",
+    "LRUConfig",
+    "LRUForCausalLM",
+    "LRUForSequenceClassification",
+    "LRUModel",
+    "LayerPlan",
+    "S5Config",
+    "S5ForCausalLM",
+    "S5ForSequenceClassification",
+    "S5Model",
+    "analyze",
+    "apply_plan",
+    "compress",
+    "plan_compression",
+]

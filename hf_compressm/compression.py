@@ -1,0 +1,132 @@
+"""Plan a cut, then apply it: no Trainer, no schedule."""
+
+import copy
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from hf_compressm.config import CompreSSMConfig
+from hf_compressm.history import record_cut
+from hf_compressm.plan import CompressionPlan, CompressionResult, LayerPlan
+from hf_compressm.planning import plan_compression
+from hf_compressm.surgery import (
+    commit_optimizer,
+    commit_replacements,
+    prepare_optimizer,
+    prepare_replacements,
+    write_sizes,
+)
+
+
+def analyze(
+    model: nn.Module, config: CompreSSMConfig | None = None, calibration: Iterable[Mapping[str, Any]] | None = None
+) -> CompressionPlan:
+    """Measure a model's SSM layers and say what a cut would do; touches nothing.
+
+    Args:
+        model: any module with SSM layers of a known family.
+        config: settings; the defaults if None.
+        calibration: iterable of model-input dicts, needed by selective layers.
+
+    Raises:
+        ValueError: as `plan_compression`.
+    """
+    return plan_compression(model, config or CompreSSMConfig(), calibration)
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: CompressionPlan,
+    optimizer: Any = None,
+    optimizer_state: str = "carry",
+    step: int | None = None,
+) -> CompressionResult:
+    """Carry out a plan: parameters, optimizer state and config change together or not at all.
+
+    Args:
+        model: the model that was planned for, unchanged since.
+        plan: from `plan_compression` or `analyze`.
+        optimizer: the optimizer that trains the model, if any.
+        optimizer_state: `"carry"` the moments of cut parameters over, or `"reset"` them.
+        step: optimizer step to note in the config's record.
+
+    Raises:
+        ValueError: if the model was trained or changed since the plan was made, if a new parameter is not finite, or
+            if the optimizer is not this model's. The model is then as before.
+    """
+    start = time.perf_counter()
+    parameters_before = _count_parameters(model)
+    cuts = _fresh_cuts(plan)
+    replacements = prepare_replacements(model, [change for item in cuts for change in item.cut.changes])
+    optimizer_plan = prepare_optimizer(optimizer, model, replacements, optimizer_state) if optimizer else None
+    new_config = _rewritten_config(model, plan, cuts, step)
+    commit_replacements(replacements, [attribute for item in cuts for attribute in item.cut.attributes])
+    if optimizer_plan is not None:
+        commit_optimizer(optimizer_plan)
+    if new_config is not None:
+        vars(model.config).clear()
+        vars(model.config).update(vars(new_config))
+    return CompressionResult(
+        plan=plan.without_tensors(),
+        changed=bool(cuts),
+        seconds=time.perf_counter() - start,
+        state_sizes_before={layer.name: layer.state_size for layer in plan.layers},
+        state_sizes_after={layer.name: layer.new_state_size for layer in plan.layers},
+        parameters_before=parameters_before,
+        parameters_after=_count_parameters(model),
+    )
+
+
+def compress(
+    model: nn.Module,
+    config: CompreSSMConfig,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    optimizer: Any = None,
+    step: int | None = None,
+) -> CompressionResult:
+    """Plan and apply one cut: after training, or in a training loop of one's own.
+
+    Args:
+        model: any module with SSM layers of a known family; changed in place.
+        config: settings; those of the schedule are not used here.
+        calibration: iterable of model-input dicts, needed by selective layers.
+        optimizer: the optimizer that trains the model, if any; its state is carried over.
+        step: optimizer step to note in the config's record.
+
+    Raises:
+        ValueError: as `plan_compression` and `apply_plan`; the model is then as before.
+    """
+    start = time.perf_counter()
+    plan = plan_compression(model, config, calibration)
+    result = apply_plan(model, plan, optimizer, config.optimizer_state, step)
+    return replace(result, seconds=time.perf_counter() - start)
+
+
+def _rewritten_config(model: nn.Module, plan: CompressionPlan, cuts: list[LayerPlan], step: int | None) -> Any:
+    """A copy of the model's config with the new sizes and the cut on record; None if there is nothing to write."""
+    if not cuts or not hasattr(model, "config"):
+        return None
+    config = copy.deepcopy(model.config)
+    for field in {item.layer.adapter.size_field for item in cuts}:
+        sizes = {i.layer.index: i.new_state_size for i in cuts if i.layer.adapter.size_field == field}
+        write_sizes(config, field, sizes)
+    record_cut(config, plan, step)
+    return config
+
+
+def _fresh_cuts(plan: CompressionPlan) -> list[LayerPlan]:
+    """The layers to cut, after making sure that their parameters are those that were planned for."""
+    cuts = [item for item in plan.layers if item.status == "cut"]
+    for item in cuts:
+        if item.cut is None:
+            raise ValueError("This plan was applied before, or stripped of its tensors. Make a new plan.")
+        if tuple(change.parameter._version for change in item.cut.changes) != item.versions:
+            raise ValueError(f"{item.name} was trained since the plan was made. Make a new plan and apply it at once.")
+    return cuts
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

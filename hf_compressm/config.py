@@ -1,0 +1,153 @@
+"""Every setting of a compression, with its default; nothing else in the package has one."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RANK_RULES = ("tolerance", "max_error", "fraction", "target_state_size")
+DEFAULT_TOLERANCE = 0.1
+
+_CHOICES = {
+    "criterion": ("auto", "hankel", "empirical", "surrogate", "interpolative"),
+    "keep": ("largest", "smallest", "random"),
+    "realization": ("real", "complex"),
+    "trigger": ("schedule",),
+    "optimizer_state": ("carry", "reset"),
+    "on_nonfinite": ("skip", "raise"),
+}
+
+
+def _setting(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class CompreSSMConfig:
+    """How much is cut, how states are ranked, and when cuts happen.
+
+    Exactly one of `tolerance`, `max_error`, `fraction` and `target_state_size` decides the sizes. Steps are optimizer
+    steps: a whole number, or a share of the run's steps where below 1. Readable by `HfArgumentParser`.
+
+    Raises:
+        ValueError: naming the setting, the value and what is allowed.
+    """
+
+    tolerance: float | None = _setting(
+        None, f"Share of the Hankel energy (plain sum of singular values) a cut may discard. Default {DEFAULT_TOLERANCE}."
+    )
+    max_error: float | None = _setting(
+        None, "Relative output error a cut may add: a guarantee for S5/LRU in closed form, a prediction otherwise."
+    )
+    fraction: float | None = _setting(None, "Share of the present states that each cut removes.")
+    target_state_size: int | None = _setting(None, "State size to reach, at the first cut.")
+    criterion: str = _setting("auto", f"How states are ranked, one of {_CHOICES['criterion']}.")
+    keep: str = _setting("largest", "Which states stay: largest, or for ablations smallest or random.")
+    realization: str = _setting("real", "Balance the real system that S5/LRU compute, or the complex one (paper).")
+    per_layer: bool | None = _setting(
+        None, "A size per layer (default for S5/LRU), or one for all, the largest that any layer asks for."
+    )
+    round_to: int = _setting(1, "New sizes are multiples of this.")
+    min_state_size: int = _setting(1, "No layer gets smaller than this.")
+    min_reduction: float = _setting(
+        0.05, "tolerance and max_error cut a layer only if at least this share of its states goes."
+    )
+    layers: list[str] | None = _setting(None, "Cut only layers whose name ends with or matches one of these patterns.")
+    ignore_layers: list[str] | None = _setting(None, "Leave alone the layers that match one of these patterns.")
+    start: float = _setting(0, "Cuts come after this step.")
+    end: float = _setting(0.1, "The last cut comes at this step.")
+    num_cuts: int = _setting(4, "Number of cuts, evenly spaced after start and up to end.")
+    interval: float | None = _setting(None, "Steps between cuts, instead of num_cuts.")
+    trigger: str = _setting("schedule", "What releases a cut: the schedule.")
+    calibration_batches: int = _setting(4, "Training batches on which selective layers are measured before each cut.")
+    seed: int = _setting(0, "Seed of the calibration sample and of keep='random'.")
+    rewarmup_steps: int = _setting(0, "After a cut the learning rate climbs back linearly over this many steps.")
+    optimizer_state: str = _setting("carry", "Carry optimizer moments over a cut, or reset those of cut parameters.")
+    on_nonfinite: str = _setting("skip", "Skip a layer with NaN or Inf, or raise an error.")
+
+    def __post_init__(self) -> None:
+        """Check every value; fill in the default rank rule."""
+        given = [name for name in RANK_RULES if getattr(self, name) is not None]
+        if len(given) > 1:
+            values = ", ".join(f"{name}={getattr(self, name)}" for name in given)
+            raise ValueError(f"Exactly one of {', '.join(RANK_RULES)} decides the sizes; got {values}.")
+        if not given:
+            self.tolerance = DEFAULT_TOLERANCE
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
+        self._check_numbers()
+
+    @property
+    def rank_rule(self) -> str:
+        """Name of the one rank rule that is set."""
+        return next(name for name in RANK_RULES if getattr(self, name) is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of all settings."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CompreSSMConfig":
+        """Build from a mapping.
+
+        Raises:
+            ValueError: for an unknown setting.
+        """
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"Unknown setting(s) {unknown}; known are {sorted(known)}.")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "CompreSSMConfig":
+        """Read a `.json`, `.yaml` or `.yml` file."""
+        path = Path(path)
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{path} holds {type(values).__name__}, not a mapping of settings.")
+        return cls.from_dict(values)
+
+    def to_file(self, path: str | Path) -> None:
+        """Write a `.json`, `.yaml` or `.yml` file."""
+        path = Path(path)
+        values = self.to_dict()
+        text = json.dumps(values, indent=2) if path.suffix == ".json" else yaml.safe_dump(values, sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+
+    def _check_numbers(self) -> None:
+        _check_range("tolerance", self.tolerance, 0, 1, "the share of energy a cut may discard")
+        _check_range("fraction", self.fraction, 0, 1, "the share of states each cut removes", open_low=True)
+        _check_range("max_error", self.max_error, 0, float("inf"), "a relative output error")
+        _check_range("min_reduction", self.min_reduction, 0, 1, "a share of the states")
+        _check_range("start", self.start, 0, float("inf"), "steps, or a share of them below 1")
+        _check_range("end", self.end, 0, float("inf"), "steps, or a share of them below 1", open_low=True)
+        _check_range("interval", self.interval, 0, float("inf"), "steps, or a share of them below 1", open_low=True)
+        for name, least in (
+            ("target_state_size", 1),
+            ("round_to", 1),
+            ("min_state_size", 1),
+            ("num_cuts", 1),
+            ("calibration_batches", 1),
+            ("rewarmup_steps", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or int(value) != value or value < least):
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+
+
+def _check_range(name: str, value: Any, low: float, high: float, meaning: str, open_low: bool = False) -> None:
+    """Refuse what is no number in `[low, high)`, or in `(low, high)`."""
+    if value is None:
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value < high or (open_low and value == low):
+        interval = f"{'(' if open_low else '['}{low}, {high})"
+        raise ValueError(f"{name} must lie in {interval} ({meaning}), got {value!r}.")

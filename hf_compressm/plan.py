@@ -1,0 +1,116 @@
+"""What a cut would do (the plan) and what it did (the result)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from hf_compressm.adapters import LayerCut, SSMLayer
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """One layer of a plan.
+
+    Attributes:
+        name: dotted name in the model.
+        family: name of the layer's family.
+        state_size: present number of states.
+        new_state_size: number of states after the cut.
+        hankel_singular_values: float64, descending; two per state where the real map of a complex system is balanced.
+        energy_kept: share of the sum of the HSVs that stays.
+        predicted_error: relative output error, an estimate; exact under white input for LTI layers.
+        error_bound: upper bound of the H-infinity error for LTI layers cut in closed form, else None.
+        status: `"cut"`, `"kept"` (nothing worth cutting) or `"skipped"` (cannot be cut).
+        reason: why, in words.
+        criterion: how the states were ranked.
+    """
+
+    name: str
+    family: str
+    state_size: int
+    new_state_size: int
+    hankel_singular_values: Tensor
+    energy_kept: float
+    predicted_error: float
+    error_bound: float | None
+    status: str
+    reason: str
+    criterion: str
+    layer: SSMLayer | None = field(default=None, repr=False)
+    cut: LayerCut | None = field(default=None, repr=False)
+    versions: tuple[int, ...] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dict, spectrum included."""
+        names = ("name", "family", "state_size", "new_state_size", "energy_kept", "predicted_error", "error_bound")
+        values = {name: getattr(self, name) for name in (*names, "status", "reason", "criterion")}
+        return values | {"hankel_singular_values": self.hankel_singular_values.tolist()}
+
+
+@dataclass(frozen=True, eq=False)
+class CompressionPlan:
+    """What a cut would do to a model, computed without touching it; `str()` gives a table.
+
+    Attributes:
+        layers: one entry per SSM layer that was looked at.
+    """
+
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def changes(self) -> bool:
+        """Whether any layer would shrink."""
+        return any(layer.status == "cut" for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dict."""
+        return {"layers": [layer.to_dict() for layer in self.layers]}
+
+    def without_tensors(self) -> "CompressionPlan":
+        """The same plan without the parameters it was made from, so that they can be freed."""
+        return CompressionPlan(tuple(replace(layer, layer=None, cut=None, versions=()) for layer in self.layers))
+
+    def __str__(self) -> str:
+        """One row per layer."""
+        head = ("layer", "family", "states", "energy kept", "predicted error", "bound", "status")
+        rows = [head, *(_row(layer) for layer in self.layers)]
+        return _table(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class CompressionResult:
+    """What a cut did.
+
+    Attributes:
+        plan: the plan that was applied, without its tensors.
+        changed: whether any layer shrank.
+        seconds: wall-clock seconds spent, planning and calibration included where `compress` did both.
+        state_sizes_before: state size by layer name.
+        state_sizes_after: likewise.
+        parameters_before: number of parameters of the model.
+        parameters_after: likewise.
+    """
+
+    plan: CompressionPlan
+    changed: bool
+    seconds: float
+    state_sizes_before: dict[str, int]
+    state_sizes_after: dict[str, int]
+    parameters_before: int
+    parameters_after: int
+
+
+def _row(layer: LayerPlan) -> tuple[str, ...]:
+    bound = "" if layer.error_bound is None else f"{layer.error_bound:.3g}"
+    status = layer.status if not layer.reason else f"{layer.status}: {layer.reason}"
+    sizes = f"{layer.state_size} -> {layer.new_state_size}"
+    numbers = (f"{layer.energy_kept:.4f}", f"{layer.predicted_error:.4f}", bound)
+    return (layer.name, layer.family, sizes, *numbers, status)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns, two spaces apart."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,159 @@
+"""Carrying the optimizer's state over a cut.
+
+| kind of state | examples | how it follows |
+|---|---|---|
+| first moment | AdamW and Lion `exp_avg`, SGD `momentum_buffer` | the adjoint map of the change, `M m` |
+| second moment | AdamW `exp_avg_sq`, `max_exp_avg_sq`, Adagrad `sum` | its squared magnitude, `|M|^2 v` |
+| factored second moment | Adafactor `exp_avg_sq_row`, `exp_avg_sq_col` | `|M|^2` on the factor that has the axis |
+| per-parameter scalar | `step`, `RMS` | kept |
+
+An optimizer with any other state is reset for the changed parameters, with a warning.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_compressm.adapters.base import MomentTerm
+from hf_compressm.surgery.parameters import Replacement
+
+logger = logging.get_logger(__name__)
+
+FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "sum"})
+ROW_FACTORS = frozenset({"exp_avg_sq_row"})
+COLUMN_FACTORS = frozenset({"exp_avg_sq_col"})
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerPlan:
+    """New parameter lists and states of an optimizer, worked out and not yet in place."""
+
+    optimizer: torch.optim.Optimizer
+    groups: list[list[nn.Parameter]]
+    states: dict[nn.Parameter, dict[str, Any]]
+    removed: list[nn.Parameter]
+
+
+def prepare_optimizer(
+    optimizer: Any, model: nn.Module, replacements: Sequence[Replacement], policy: str = "carry"
+) -> OptimizerPlan:
+    """Work out what the optimizer looks like after the cut, without touching it.
+
+    Args:
+        optimizer: a torch optimizer, or accelerate's wrapper around one.
+        model: the model, still with its old parameters.
+        replacements: the parameters about to be replaced.
+        policy: `"carry"` or `"reset"`.
+
+    Raises:
+        ValueError: if the optimizer is not this model's, or holds a parameter that the model does not have.
+    """
+    inner = _unwrap(optimizer)
+    new_of = {id(item.change.parameter): item.new for item in replacements}
+    known = {id(parameter) for parameter in model.parameters()}
+    held = [parameter for group in inner.param_groups for parameter in group["params"]]
+    strangers = [tuple(parameter.shape) for parameter in held if id(parameter) not in known]
+    if strangers:
+        raise ValueError(
+            f"{type(inner).__name__} holds {len(strangers)} parameter(s) that the model does not have, the first of "
+            f"shape {strangers[0]}. Pass the optimizer that trains this very model, created after its last change."
+        )
+    groups = [[new_of.get(id(parameter), parameter) for parameter in group["params"]] for group in inner.param_groups]
+    states: dict[nn.Parameter, dict[str, Any]] = {}
+    unknown: dict[str, str] = {}
+    for item in replacements:
+        old_state = inner.state.get(item.change.parameter)
+        if not old_state or policy == "reset":
+            continue
+        problem = _unknown_entry(item, inner)
+        if problem:
+            unknown[item.change.name] = problem
+        else:
+            states[item.new] = {key: _carry(key, value, item, inner) for key, value in old_state.items()}
+    if unknown:
+        name, key = next(iter(unknown.items()))
+        logger.warning(
+            f"{type(inner).__name__} keeps state that cannot be carried over a cut ({key!r} of {name}); "
+            f"it is reset for {len(unknown)} parameter(s)."
+        )
+    return OptimizerPlan(inner, groups, states, [item.change.parameter for item in replacements])
+
+
+def commit_optimizer(plan: OptimizerPlan) -> None:
+    """Swap parameters and states; order, groups and their options stay."""
+    for group, parameters in zip(plan.optimizer.param_groups, plan.groups, strict=True):
+        group["params"] = parameters
+    for parameter in plan.removed:
+        plan.optimizer.state.pop(parameter, None)
+    plan.optimizer.state.update(plan.states)
+
+
+def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    return optimizer
+
+
+def _unknown_entry(item: Replacement, optimizer: torch.optim.Optimizer) -> str | None:
+    """Name of the first entry of any source's state that no rule covers, or None."""
+    sources = {term.source for term in item.change.moments} | {item.change.parameter}
+    for source in sources:
+        state = optimizer.state.get(source, {})
+        if state.keys() != optimizer.state[item.change.parameter].keys():
+            return "state of " + item.change.name.rsplit(".", 1)[-1]
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.numel() > 1 and not _is_covered(key, value, source):
+                return key
+    return None
+
+
+def _is_covered(key: str, value: Tensor, parameter: nn.Parameter) -> bool:
+    if key in FIRST_MOMENTS | SECOND_MOMENTS:
+        return value.shape == parameter.shape
+    if key in ROW_FACTORS:
+        return value.shape == parameter.shape[:-1]
+    return key in COLUMN_FACTORS and value.shape == parameter.shape[:-2] + parameter.shape[-1:]
+
+
+def _carry(key: str, value: Any, item: Replacement, optimizer: torch.optim.Optimizer) -> Any:
+    """One entry of the new state."""
+    if key in FIRST_MOMENTS and isinstance(value, Tensor):
+        return _mapped(key, item.change.moments, optimizer, squared=False)
+    if key in SECOND_MOMENTS and isinstance(value, Tensor):
+        return _mapped(key, item.change.moments, optimizer, squared=True)
+    if key in ROW_FACTORS | COLUMN_FACTORS:
+        return _mapped_factor(key, value, item, optimizer)
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _mapped(key: str, terms: Sequence[MomentTerm], optimizer: torch.optim.Optimizer, squared: bool) -> Tensor:
+    """Sum of the mapped moments of all sources, in the moment's dtype and on its device."""
+    moments = [optimizer.state[term.source][key] for term in terms]
+    total = sum(_apply(term, moment, term.dim, squared) for term, moment in zip(terms, moments, strict=True))
+    return total.to(device=moments[0].device, dtype=moments[0].dtype).contiguous()
+
+
+def _mapped_factor(key: str, value: Tensor, item: Replacement, optimizer: torch.optim.Optimizer) -> Tensor:
+    """A factor that lacks the cut axis is an average over it and stays; the other one is mapped."""
+    dims = list(range(item.change.parameter.dim()))
+    dims.pop(-1 if key in ROW_FACTORS else -2)
+    axis = item.change.moments[0].dim
+    if axis not in dims:
+        return value.clone()
+    terms = [MomentTerm(term.source, term.matrix, dims.index(term.dim)) for term in item.change.moments]
+    return _mapped(key, terms, optimizer, squared=True)
+
+
+def _apply(term: MomentTerm, moment: Tensor, dim: int, squared: bool) -> Tensor:
+    """Apply the term's matrix along one axis, in float64."""
+    matrix = term.matrix.to(moment.device)
+    matrix = matrix.square() if squared else matrix
+    return torch.tensordot(matrix, moment.double(), dims=([1], [dim])).movedim(0, dim)
