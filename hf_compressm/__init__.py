@@ -1,5 +1,6 @@
 """Compress the state of state-space models while they train, inside Hugging Face `transformers`."""
 
+from hf_compressm.callback import CompreSSMCallback
 from hf_compressm.compression import analyze, apply_plan, compress
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.models import (
@@ -14,10 +15,12 @@ from hf_compressm.models import (
 )
 from hf_compressm.plan import CompressionPlan, CompressionResult, LayerPlan
 from hf_compressm.planning import plan_compression
+from hf_compressm.scans import enable_fast_selective_scan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompreSSMCallback",
     "CompreSSMConfig",
     "CompressionPlan",
     "CompressionResult",
@@ -33,5 +36,6 @@ __all__ = [
     "analyze",
     "apply_plan",
     "compress",
+    "enable_fast_selective_scan",
     "plan_compression",
 ]

@@ -32,9 +32,7 @@ def plan_compression(
         ValueError: for a model without SSM layers, settings that do not fit it, missing calibration or a batch that
             the model rejects; for NaN or Inf only under `on_nonfinite="raise"`.
     """
-    layers = _chosen_layers(model, config)
-    _check_against_model(layers, config)
-    criteria = [layer.adapter.criterion(config.criterion, calibration is not None) for layer in layers]
+    layers, criteria = check_settings(model, config, calibrated=calibration is not None)
     methods = [CutMethod(name, config.keep, config.realization, config.seed) for name in criteria]
     statistics = collect_statistics(model, layers, criteria, calibration)
     measurements = [
@@ -45,6 +43,24 @@ def plan_compression(
     sizes = _choose_sizes(layers, measurements, config)
     plans = [_plan_layer(*parts) for parts in zip(layers, methods, measurements, sizes, strict=True)]
     return CompressionPlan(tuple(_one_size_or_none(layers, plans, config)))
+
+
+def check_settings(
+    model: nn.Module, config: CompreSSMConfig, calibrated: bool
+) -> tuple[list[SSMLayer], list[str]]:
+    """The layers that the settings pick and the criterion of each.
+
+    Args:
+        model: any module.
+        config: settings.
+        calibrated: whether calibration data will be there.
+
+    Raises:
+        ValueError: for a model without SSM layers, or settings that do not fit it.
+    """
+    layers = _chosen_layers(model, config)
+    _check_against_model(layers, config)
+    return layers, [layer.adapter.criterion(config.criterion, calibrated) for layer in layers]
 
 
 def _chosen_layers(model: nn.Module, config: CompreSSMConfig) -> list[SSMLayer]:
