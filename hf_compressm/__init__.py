@@ -1,7 +1,15 @@
 """Compress the state of state-space models while they train, inside Hugging Face `transformers`."""
 
 from hf_compressm.callback import CompreSSMCallback
-from hf_compressm.compression import analyze, apply_plan, compress
+from hf_compressm.compression import (
+    CompressionPlan,
+    CompressionResult,
+    LayerPlan,
+    analyze,
+    apply_plan,
+    compress,
+    plan_compression,
+)
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.models import (
     LRUConfig,
@@ -13,9 +21,8 @@ from hf_compressm.models import (
     S5ForSequenceClassification,
     S5Model,
 )
-from hf_compressm.plan import CompressionPlan, CompressionResult, LayerPlan
-from hf_compressm.planning import plan_compression
 from hf_compressm.scans import enable_fast_selective_scan
+
 
 __version__ = "0.1.0"
 

@@ -11,12 +11,12 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from hf_compressm.batches import sample_batches
-from hf_compressm.compression import compress
+from hf_compressm.compression import check_settings, compress, recorded_cuts
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.history import CutEvent, recorded_cuts, scalars
-from hf_compressm.planning import check_settings
+from hf_compressm.history import CutEvent, scalars
 from hf_compressm.scans import enable_fast_selective_scan
 from hf_compressm.schedule import cut_steps
+
 
 logger = logging.get_logger(__name__)
 

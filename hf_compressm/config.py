@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+
 RANK_RULES = ("tolerance", "max_error", "fraction", "target_state_size")
 DEFAULT_TOLERANCE = 0.1
 
@@ -39,7 +40,8 @@ class CompreSSMConfig:
     """
 
     tolerance: float | None = _setting(
-        None, f"Share of the Hankel energy (plain sum of singular values) a cut may discard. Default {DEFAULT_TOLERANCE}."
+        None,
+        f"Share of the energy (plain sum of Hankel singular values) a cut may discard. Default {DEFAULT_TOLERANCE}.",
     )
     max_error: float | None = _setting(
         None, "Relative output error a cut may add: a guarantee for S5/LRU in closed form, a prediction otherwise."

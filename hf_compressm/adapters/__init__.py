@@ -12,19 +12,23 @@ from hf_compressm.adapters.base import (
     Statistics,
 )
 from hf_compressm.adapters.calibration import collect_statistics
-from hf_compressm.adapters.lru import LRU
-from hf_compressm.adapters.mamba import MAMBA
+from hf_compressm.adapters.lru import LRUAdapter
+from hf_compressm.adapters.mamba import MambaAdapter
 from hf_compressm.adapters.registry import find_layers, register, registered_families
-from hf_compressm.adapters.s5 import S5
+from hf_compressm.adapters.s5 import S5Adapter
+
 
 __all__ = [
     "Adapter",
     "AttributeChange",
     "CutMethod",
+    "LRUAdapter",
     "LayerCut",
+    "MambaAdapter",
     "Measurement",
     "MomentTerm",
     "ParameterChange",
+    "S5Adapter",
     "SSMLayer",
     "Statistics",
     "collect_statistics",
@@ -32,6 +36,3 @@ __all__ = [
     "register",
     "registered_families",
 ]
-
-for _adapter in (LRU, MAMBA, S5):
-    register(_adapter)

@@ -11,7 +11,10 @@ from hf_compressm.adapters.base import SSMLayer, Statistics
 
 
 def collect_statistics(
-    model: nn.Module, layers: Sequence[SSMLayer], criteria: Sequence[str], calibration: Iterable[Mapping[str, Any]] | None
+    model: nn.Module,
+    layers: Sequence[SSMLayer],
+    criteria: Sequence[str],
+    calibration: Iterable[Mapping[str, Any]] | None,
 ) -> list[Statistics | None]:
     """Run the calibration batches and return each layer's statistics, None where its criterion needs no data.
 

@@ -30,7 +30,7 @@ from hf_compressm.adapters.base import (
     Statistics,
     kept_order,
 )
-from hf_compressm.numerics import Balancing, BalancedTruncation, DiagonalSystem, balance, h2_norm, truncate
+from hf_compressm.numerics import BalancedTruncation, Balancing, DiagonalSystem, balance, h2_norm, truncate
 from hf_compressm.numerics.ranks import tail_sums
 from hf_compressm.scans import diagonal_states
 
@@ -104,7 +104,8 @@ class LinearAdapter(Adapter):
         if not system.is_finite:
             return Measurement(nothing, free, "non-finite parameters")
         if not system.is_stable:
-            return Measurement(nothing, free, f"unstable, max |eigenvalue| {float(system.eigenvalues.abs().max()):.6g}")
+            largest = float(system.eigenvalues.abs().max())
+            return Measurement(nothing, free, f"unstable, max |eigenvalue| {largest:.6g}")
         covariance = None if statistics is None else statistics.mean("covariance")
         if covariance is not None and not bool(torch.isfinite(covariance).all()):
             return Measurement(nothing, free, "non-finite states on the calibration data")

@@ -1,4 +1,4 @@
-"""LRU layers: `lambda = exp(-exp(nu_log) + i theta)`, B normalised by `exp(gamma_log)` (arXiv 2303.06349, section 3.4)."""
+"""LRU layers: `lambda = exp(-exp(nu_log) + i theta)`, B scaled by `exp(gamma_log)` (arXiv 2303.06349, section 3)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from hf_compressm.adapters.linear import LinearAdapter, Reduction
+from hf_compressm.adapters.registry import register
 from hf_compressm.models.modeling_lru import LRULayer
 from hf_compressm.numerics import DiagonalSystem
+
 
 SMALLEST_MODULUS = 1e-30
 """log(-log|lambda|) must stay finite where a reduced system has an eigenvalue at zero."""
@@ -36,10 +38,12 @@ class LRUAdapter(LinearAdapter):
         return values["gamma_log"].detach().to("cpu", torch.float64).exp().to(torch.complex128)
 
 
-LRU = LRUAdapter(
-    family="lru",
-    module_type=LRULayer,
-    size_field="state_size",
-    per_layer=True,
-    criteria=("hankel", "empirical"),
+register(
+    LRUAdapter(
+        family="lru",
+        module_type=LRULayer,
+        size_field="state_size",
+        per_layer=True,
+        criteria=("hankel", "empirical"),
+    )
 )

@@ -33,6 +33,7 @@ from hf_compressm.adapters.base import (
     Statistics,
     kept_order,
 )
+from hf_compressm.adapters.registry import register
 from hf_compressm.numerics import interpolation, surrogate
 from hf_compressm.scans import selective_states
 
@@ -186,9 +187,7 @@ def _parameter_changes(layer: SSMLayer, kept: Tensor, R: Tensor) -> tuple[Parame
     A_log = mixer.A_log.detach().to("cpu", torch.float64)
     prefix = f"{layer.name}." if layer.name else ""
     return (
-        ParameterChange(
-            f"{prefix}A_log", mixer.A_log, A_log[:, kept], (MomentTerm(mixer.A_log, selection, dim=1),)
-        ),
+        ParameterChange(f"{prefix}A_log", mixer.A_log, A_log[:, kept], (MomentTerm(mixer.A_log, selection, dim=1),)),
         ParameterChange(
             f"{prefix}x_proj.weight",
             mixer.x_proj.weight,
@@ -204,10 +203,12 @@ def _unmeasurable(layer: SSMLayer, problem: str) -> Measurement:
     return Measurement(torch.full((size,), torch.nan, dtype=torch.float64), torch.zeros(size + 1), problem)
 
 
-MAMBA = MambaAdapter(
-    family="mamba",
-    module_type=MambaMixer,
-    size_field="state_size",
-    per_layer=False,
-    criteria=("interpolative", "surrogate"),
+register(
+    MambaAdapter(
+        family="mamba",
+        module_type=MambaMixer,
+        size_field="state_size",
+        per_layer=False,
+        criteria=("interpolative", "surrogate"),
+    )
 )

@@ -4,6 +4,7 @@ from torch import nn
 
 from hf_compressm.adapters.base import Adapter, SSMLayer
 
+
 _ADAPTERS: dict[type[nn.Module], Adapter] = {}
 
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from hf_compressm.adapters.linear import LinearAdapter, Reduction
+from hf_compressm.adapters.registry import register
 from hf_compressm.models.modeling_s5 import S5Layer
 from hf_compressm.numerics import DiagonalSystem
+
 
 SMALLEST_MODULUS = 1e-30
 """log(lambda) must stay finite where a reduced system has an eigenvalue at zero."""
@@ -74,10 +76,12 @@ def _step_product(eigenvalues: Tensor, discretization: str) -> Tensor:
     return torch.complex(eigenvalues.abs().clamp_min(SMALLEST_MODULUS).log(), eigenvalues.angle())
 
 
-S5 = S5Adapter(
-    family="s5",
-    module_type=S5Layer,
-    size_field="state_size",
-    per_layer=True,
-    criteria=("hankel", "empirical"),
+register(
+    S5Adapter(
+        family="s5",
+        module_type=S5Layer,
+        size_field="state_size",
+        per_layer=True,
+        criteria=("hankel", "empirical"),
+    )
 )

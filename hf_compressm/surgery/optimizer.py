@@ -21,6 +21,7 @@ from transformers.utils import logging
 from hf_compressm.adapters.base import MomentTerm
 from hf_compressm.surgery.parameters import Replacement
 
+
 logger = logging.get_logger(__name__)
 
 FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})

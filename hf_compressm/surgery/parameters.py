@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_compressm.adapters.base import AttributeChange, ParameterChange
 
+
 _HOOK_FIELDS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 

@@ -1,4 +1,4 @@
-"""Plan a cut, then apply it: no Trainer, no schedule."""
+"""Applying a plan: parameters, optimizer and config change together or not at all."""
 
 import copy
 import time
@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan
+from hf_compressm.compression.planning import plan_compression
+from hf_compressm.compression.record import record_cut
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.history import record_cut
-from hf_compressm.plan import CompressionPlan, CompressionResult, LayerPlan
-from hf_compressm.planning import plan_compression
 from hf_compressm.surgery import (
     commit_optimizer,
     commit_replacements,

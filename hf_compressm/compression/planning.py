@@ -11,9 +11,10 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_compressm.adapters import CutMethod, Measurement, SSMLayer, collect_statistics, find_layers
+from hf_compressm.compression.plan import CompressionPlan, LayerPlan
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.numerics.ranks import count_by_error, count_by_tolerance, passes_gate, round_size
-from hf_compressm.plan import CompressionPlan, LayerPlan
+
 
 logger = logging.get_logger(__name__)
 
@@ -45,9 +46,7 @@ def plan_compression(
     return CompressionPlan(tuple(_one_size_or_none(layers, plans, config)))
 
 
-def check_settings(
-    model: nn.Module, config: CompreSSMConfig, calibrated: bool
-) -> tuple[list[SSMLayer], list[str]]:
+def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) -> tuple[list[SSMLayer], list[str]]:
     """The layers that the settings pick and the criterion of each.
 
     Args:
@@ -83,8 +82,8 @@ def _chosen_layers(model: nn.Module, config: CompreSSMConfig) -> list[SSMLayer]:
     uniform = [layer for layer in chosen if not _per_layer(layer, config)]
     if uniform and len(chosen) < len(found):
         raise ValueError(
-            f"layers / ignore_layers pick {len(chosen)} of {len(found)} layers, but {uniform[0].adapter.family} models "
-            "here have one state size for all. Drop layers / ignore_layers, or use per_layer=True where it applies."
+            f"layers / ignore_layers pick {len(chosen)} of {len(found)} layers, but these {uniform[0].adapter.family} "
+            "models have one state size for all. Drop layers / ignore_layers, or use per_layer=True where it applies."
         )
     return chosen
 

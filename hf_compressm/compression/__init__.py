@@ -1,0 +1,20 @@
+"""Plan a cut, then apply it: no Trainer, no schedule."""
+
+from hf_compressm.compression.applying import analyze, apply_plan, compress
+from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan
+from hf_compressm.compression.planning import check_settings, plan_compression
+from hf_compressm.compression.record import record_cut, recorded_cuts
+
+
+__all__ = [
+    "CompressionPlan",
+    "CompressionResult",
+    "LayerPlan",
+    "analyze",
+    "apply_plan",
+    "check_settings",
+    "compress",
+    "plan_compression",
+    "record_cut",
+    "recorded_cuts",
+]
