@@ -2,12 +2,15 @@
 
 from .diagonal import diagonal_scan, diagonal_scan_reference, diagonal_states
 from .selective import selective_scan, selective_scan_reference, selective_states
+from .stock import disable_fast_selective_scan, enable_fast_selective_scan
 
 
 __all__ = [
     "diagonal_scan",
     "diagonal_scan_reference",
     "diagonal_states",
+    "disable_fast_selective_scan",
+    "enable_fast_selective_scan",
     "selective_scan",
     "selective_scan_reference",
     "selective_states",

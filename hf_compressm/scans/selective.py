@@ -32,61 +32,65 @@ from torch.autograd.function import once_differentiable
 
 
 CHUNK_SIZE = 16  # steps between two stored states
+BLOCK_ENTRIES = 65536  # state entries worked on at once: enough to hide the cost of a call, few enough for the cache
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """The bare recurrence on time-major contiguous tensors, with checkpoints and its own backward."""
+    """The bare recurrence on time-major contiguous tensors, with checkpoints and its own backward.
+
+    States are (N, channels) inside, so that the innermost loops run over channels. The batch is worked off in blocks of
+    a few sequences, for the cache's sake.
+    """
 
     @staticmethod
     def forward(ctx, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-        """Delta, drive (length, batch, channels), A (channels, N), B, C (length, batch, N) -> y and the last state."""
+        """Delta, drive (length, batch, channels), A (N, channels), B, C (length, batch, N) -> y and the last state."""
         length, batch, channels = delta.shape
         y = torch.empty_like(delta)
-        checkpoints = delta.new_zeros(-(-length // CHUNK_SIZE) + 1, batch, channels, A.shape[1])
-        decay, states = _chunk_buffers(delta, A)
-        for index, start in enumerate(range(0, length, CHUNK_SIZE)):
-            chunk = slice(start, min(start + CHUNK_SIZE, length))
-            _fill_chunk(decay, states, delta[chunk], drive[chunk], A, B[chunk], checkpoints[index])
-            count = chunk.stop - start
-            torch.matmul(states[:count], C[chunk, :, :, None], out=y[chunk, :, :, None])
-            checkpoints[index + 1] = states[count - 1]
-        ctx.save_for_backward(delta, drive, A, B, C, checkpoints[:-1])
-        return y, checkpoints[-1].clone()
+        last_state = delta.new_empty(batch, *A.shape)
+        checkpoints = delta.new_empty(-(-length // CHUNK_SIZE), batch, *A.shape)
+        for block in _blocks(batch, A):
+            decay, states = _chunk_buffers(delta[:, block], A)
+            before = torch.zeros_like(states[0])
+            for index, chunk in enumerate(_chunks(length)):
+                checkpoints[index, block] = before
+                count = chunk.stop - chunk.start
+                _fill_chunk(decay, states, delta[chunk, block], drive[chunk, block], A, B[chunk, block], before)
+                before.copy_(states[count - 1])
+                y[chunk, block] = torch.matmul(C[chunk, block, None, :], states[:count]).squeeze(-2)
+            last_state[block] = before
+        ctx.save_for_backward(delta, drive, A, B, C, checkpoints)
+        return y, last_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Chunks from last to first: states again, then the adjoint, then the gradients of the chunk's inputs."""
         delta, drive, A, B, C, checkpoints = ctx.saved_tensors
-        length = delta.shape[0]
+        length, batch, _ = delta.shape
         grad_y = grad_y.contiguous()
         grad_delta, grad_drive = torch.empty_like(delta), torch.empty_like(drive)
-        grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
-        grad_A = torch.zeros_like(checkpoints[0])  # (batch, channels, N), summed over the batch at the end
-        decay, states = _chunk_buffers(delta, A)
-        adjoint = torch.empty_like(states)
-        incoming = grad_last.clone()  # decay_{t+1} * adjoint_{t+1}, from the chunk after
-        for index in range(checkpoints.shape[0] - 1, -1, -1):
-            start = index * CHUNK_SIZE
-            chunk = slice(start, min(start + CHUNK_SIZE, length))
-            count = chunk.stop - start
-            _fill_chunk(decay, states, delta[chunk], drive[chunk], A, B[chunk], checkpoints[index])
-            h, a, g = states[:count], decay[:count], adjoint[:count]
-            torch.matmul(grad_y[chunk, :, None, :], h, out=grad_C[chunk, :, None, :])
-            torch.mul(grad_y[chunk, :, :, None], C[chunk, :, None, :], out=g)
-            g[-1] += incoming
-            for t in range(count - 2, -1, -1):
-                g[t].addcmul_(a[t + 1], g[t + 1])
-            torch.matmul(drive[chunk, :, None, :], g, out=grad_B[chunk, :, None, :])
-            torch.matmul(g, B[chunk, :, :, None], out=grad_drive[chunk, :, :, None])
-            a.mul_(g)
-            incoming.copy_(a[0])
-            a[1:].mul_(h[:-1])
-            a[0].mul_(checkpoints[index])
-            for t in range(count):
-                grad_A.addcmul_(a[t], delta[start + t, :, :, None])
-            torch.sum(a.mul_(A), dim=-1, out=grad_delta[chunk])
-        return grad_delta, grad_drive, grad_A.sum(0), grad_B, grad_C
+        grad_A, grad_B, grad_C = torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C)
+        for block in _blocks(batch, A):
+            decay, carried = _chunk_buffers(delta[:, block], A)
+            adjoint = torch.empty_like(carried)
+            block_grad_A = torch.zeros_like(carried[0])  # (block, N, channels), summed over the block at its end
+            incoming = grad_last[block].clone()  # decay_{t+1} * adjoint_{t+1}
+            state = torch.empty_like(incoming)
+            for index, chunk in reversed(list(enumerate(_chunks(length)))):
+                count = chunk.stop - chunk.start
+                a, r, g = decay[:count], carried[:count], adjoint[:count]
+                step, push, out = delta[chunk, block], drive[chunk, block], grad_y[chunk, block]
+                state.copy_(checkpoints[index, block])
+                _fill_carried(a, r, step, push, A, B[chunk, block], state)
+                # h_t = carried_t + drive_t B_t, so that the states themselves need not be stored.
+                grad_C[chunk, block] = _over_channels(out, r) + (out * push).sum(-1, keepdim=True) * B[chunk, block]
+                _fill_adjoint(g, a, r, step, out, C[chunk, block], incoming, block_grad_A)
+                grad_B[chunk, block] = _over_channels(push, g)
+                grad_drive[chunk, block] = torch.matmul(B[chunk, block, None, :], g).squeeze(-2)
+                grad_delta[chunk, block] = r.mul_(A).sum(-2)
+            grad_A += block_grad_A.sum(0)
+        return grad_delta, grad_drive, grad_A, grad_B, grad_C
 
 
 def selective_scan(
@@ -135,8 +139,13 @@ def selective_scan(
         steps = _step_sizes(delta.to(dtype), delta_bias, delta_softplus)
         inputs = u.to(dtype)
         y, last_state = _SelectiveScan.apply(
-            _time_major(steps), _time_major(inputs * steps), A.to(dtype).contiguous(), _time_major(B.to(dtype)), _time_major(C.to(dtype))
+            _time_major(steps),
+            _time_major(inputs * steps),
+            A.to(dtype).T.contiguous(),
+            _time_major(B.to(dtype)),
+            _time_major(C.to(dtype)),
         )
+        last_state = last_state.transpose(1, 2)  # (batch, channels, N)
         out = y.permute(1, 2, 0)  # (batch, channels, length)
         out = _feed_through_and_gate(out, inputs, D, z).to(u.dtype)
     return (out, last_state) if return_last_state else out
@@ -225,36 +234,94 @@ def selective_states(
         raise ValueError(f"chunk_size is {chunk_size}; it is a number of steps and must be at least 1.")
     _check_arguments(u, delta, A, B, None, None, None, delta_bias)
     dtype = _compute_dtype(u, delta, A, B)
-    A = A.to(dtype)
+    A = A.to(dtype).T.contiguous()  # (N, channels)
     steps = _step_sizes(delta.to(dtype), delta_bias, delta_softplus)
     drive, steps, B = _time_major(u.to(dtype) * steps), _time_major(steps), _time_major(B.to(dtype))
     decay, states = _chunk_buffers(steps, A, chunk_size)
-    before = steps.new_zeros(*steps.shape[1:], A.shape[1])
-    for start in range(0, steps.shape[0], chunk_size):
-        chunk = slice(start, min(start + chunk_size, steps.shape[0]))
+    before = torch.zeros_like(states[0])
+    for chunk in _chunks(steps.shape[0], chunk_size):
+        count = chunk.stop - chunk.start
         _fill_chunk(decay, states, steps[chunk], drive[chunk], A, B[chunk], before)
-        before.copy_(states[chunk.stop - start - 1])
-        yield states[: chunk.stop - start]
+        before.copy_(states[count - 1])
+        yield states[:count].transpose(2, 3)
+
+
+def _blocks(batch: int, A: Tensor) -> list[slice]:
+    """The batch in slices of about BLOCK_ENTRIES state entries each."""
+    rows = max(1, BLOCK_ENTRIES // max(1, A.numel()))
+    return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
+
+
+def _chunks(length: int, chunk_size: int = CHUNK_SIZE) -> list[slice]:
+    """The sequence in slices of `chunk_size` steps; the last may be shorter."""
+    return [slice(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size)]
 
 
 def _chunk_buffers(delta: Tensor, A: Tensor, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor]:
-    """Uninitialised decay and state buffers of a chunk, (steps, batch, channels, N) each."""
-    length, batch, channels = delta.shape
-    shape = (min(chunk_size, length), batch, channels, A.shape[1])
+    """Two uninitialised buffers for the decays and states of a chunk, (steps, batch, N, channels) each."""
+    shape = (min(chunk_size, delta.shape[0]), delta.shape[1], *A.shape)
     return delta.new_empty(shape), delta.new_empty(shape)
+
+
+def _fill_decay(decay: Tensor, delta: Tensor, A: Tensor) -> None:
+    """Write exp(delta A), (steps, batch, N, channels)."""
+    torch.mul(delta[:, :, None, :], A, out=decay)
+    decay.exp_()
 
 
 def _fill_chunk(
     decay: Tensor, states: Tensor, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, before: Tensor
 ) -> None:
-    """Write exp(delta A) and the states of one chunk into the buffers; `before` is the state before the chunk."""
+    """Write the decays and states of one chunk into the buffers; `before` is the state before the chunk."""
     count = delta.shape[0]
-    torch.mul(delta[..., None], A, out=decay[:count])
-    decay[:count].exp_()
-    torch.mul(drive[..., None], B[:, :, None, :], out=states[:count])
-    states[0].addcmul_(decay[0], before)
-    for t in range(1, count):
-        states[t].addcmul_(decay[t], states[t - 1])
+    decay, states = decay[:count], states[:count]
+    _fill_decay(decay, delta, A)
+    torch.mul(drive[:, :, None, :], B[..., None], out=states)
+    for decay_t, state_t in zip(decay.unbind(0), states.unbind(0), strict=True):
+        before = state_t.addcmul_(decay_t, before)
+
+
+def _fill_carried(
+    decay: Tensor, carried: Tensor, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, state: Tensor
+) -> None:
+    """Write the decays and carried_t = decay_t * h_{t-1} of one chunk; `state` runs from before it to its end."""
+    _fill_decay(decay, delta, A)
+    steps = zip(decay.unbind(0), carried.unbind(0), drive[:, :, None].unbind(0), B[..., None].unbind(0), strict=True)
+    for decay_t, carried_t, drive_t, B_t in steps:
+        torch.mul(decay_t, state, out=carried_t)
+        torch.addcmul(carried_t, drive_t, B_t, out=state)
+
+
+def _fill_adjoint(
+    adjoint: Tensor,
+    decay: Tensor,
+    carried: Tensor,
+    delta: Tensor,
+    grad_y: Tensor,
+    C: Tensor,
+    incoming: Tensor,
+    grad_A: Tensor,
+) -> None:
+    """Run adjoint_t = C_t grad_y_t + decay_{t+1} adjoint_{t+1} from the last step of a chunk to its first.
+
+    Turns `carried` into adjoint_t * carried_t, the derivative with respect to delta_t A; adds that, times delta_t, to
+    `grad_A`; leaves decay_t * adjoint_t of the first step in `incoming`.
+    """
+    per_step = [adjoint, decay, carried, delta[:, :, None], grad_y[:, :, None], C[..., None]]
+    steps = zip(*(tensor.unbind(0)[::-1] for tensor in per_step), strict=True)
+    for adjoint_t, decay_t, carried_t, delta_t, grad_t, C_t in steps:
+        torch.addcmul(incoming, grad_t, C_t, out=adjoint_t)
+        torch.mul(decay_t, adjoint_t, out=incoming)
+        carried_t.mul_(adjoint_t)
+        grad_A.addcmul_(carried_t, delta_t)
+
+
+def _over_channels(weights: Tensor, states: Tensor) -> Tensor:
+    """Sum over channels of weights (..., channels) * states (..., N, channels) -> (..., N).
+
+    As a row times a transposed matrix: three times faster than the same product as a matrix times a column.
+    """
+    return torch.matmul(weights[..., None, :], states.transpose(-1, -2)).squeeze(-2)
 
 
 def _time_major(tensor: Tensor) -> Tensor:
