@@ -1,0 +1,1 @@
+"""The tests mirror the package: `tests/numerics` tests `hf_compressm/numerics`, and so on."""
