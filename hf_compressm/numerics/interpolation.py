@@ -5,7 +5,7 @@
 | P | covariance of the states, `E[g^2 h h^T]`, g the loudness of the channel at the layer's output | `(N, N)` |
 | Q | covariance of the read-out, `E[C_t C_t^T]` | `(N, N)` |
 | S | kept state indices | `(r,)` |
-| R | interpolation, `h ~ R h_S`, `R = P[:, S] P[S, S]^{-1}`: the least-squares regression of all states on the kept | `(N, r)` |
+| R | interpolation, `h ~ R h_S`, `R = P[:, S] P[S, S]^{-1}`: least squares on the kept states | `(N, r)` |
 
 Discrete time, statistics over tokens and channels. Where read-out and state are independent, `tr(Q P)` is the mean
 square output and `tr(Q (P - P[:, S] P[S, S]^{-1} P[S, :]))` is what is lost after the repair `C_S <- R^T C`.

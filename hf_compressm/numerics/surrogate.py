@@ -6,20 +6,23 @@
 | b | mean of `Delta B` | `(channels, N)` |
 | c | mean of C, shared by the channels | `(N,)` |
 
-Discrete time. Each channel is a single-input, single-output real diagonal system. Source: arXiv 2510.02823, appendix on
-selective models; kept for comparison, since averages lose what makes the layer selective.
+Discrete time. Each channel is a single-input, single-output real diagonal system. Source: arXiv 2510.02823, appendix
+on selective models; kept for comparison, since averages lose what makes the layer selective.
 """
 
 import torch
 from torch import Tensor
 
 
-def surrogate_hankel_singular_values(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+def surrogate_gramians(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Closed-form Gramians of every channel's averaged system, float64 `(channels, N, N)` each."""
+    a, b, c = a.double(), b.double(), c.double()
+    denominator = 1 - a[:, :, None] * a[:, None, :]
+    return b[:, :, None] * b[:, None, :] / denominator, c[:, None] * c[None, :] / denominator
+
+
+def surrogate_hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
     """HSVs of every channel's averaged system, descending, summed over the channels, float64 `(N,)`."""
-    a, b, c = a.double(), b.double(), c.double()  # before 1 - a^2, which cancels
-    gramian_shape = 1 - a[:, :, None] * a[:, None, :]  # (channels, N, N)
-    P = b[:, :, None] * b[:, None, :] / gramian_shape
-    Q = c[:, None] * c[None, :] / gramian_shape
     values_P, vectors_P = torch.linalg.eigh(P)
     values_Q, vectors_Q = torch.linalg.eigh(Q)
     L_P = vectors_P * values_P.clamp_min(0).sqrt()[:, None, :]
