@@ -79,8 +79,8 @@ def diagonal_scan(
     """Run a complex diagonal linear time-invariant system over a batch of real sequences.
 
     h_k = diag(eigenvalues) h_{k-1} + B u_k, y_k = Re(C h_k), in chunks of T steps of matrix products: time
-    O(batch * length * (N (H + P) + T H P)), memory O(batch * length / T * N). No assumption on the eigenvalues: 0, angle 0
-    and modulus 1 are exact, with exact gradients. Differentiable once with respect to every tensor argument.
+    O(batch * length * (N (H + P) + T H P)), memory O(batch * length / T * N). No assumption on the eigenvalues: 0,
+    angle 0 and modulus 1 are exact, with exact gradients. Differentiable once with respect to every tensor argument.
 
     Args:
         u: Input, real, (batch, length, H), length at least 1. bfloat16 and float16 are computed in float32.
@@ -92,7 +92,8 @@ def diagonal_scan(
         reverse: Run from the end of the sequence to its start; `y[:, k]` then depends on `u[:, k:]`.
 
     Returns:
-        y, real, (batch, length, P), in the dtype of u; with `return_last_state` also the last state, complex, (batch, N).
+        y, real, (batch, length, P), in the dtype of u; with `return_last_state` also the last state, complex, (batch,
+        N).
 
     Raises:
         ValueError: If a shape or a dtype is not as above.
@@ -121,7 +122,8 @@ def diagonal_scan_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The recurrence as it is written, one step at a time; arguments and results of `diagonal_scan`.
 
-    h_k = diag(eigenvalues) h_{k-1} + B u_k, y_k = Re(C h_k). Slow; differentiated by autograd. The yardstick of the tests.
+    h_k = diag(eigenvalues) h_{k-1} + B u_k, y_k = Re(C h_k). Slow; differentiated by autograd. The yardstick of the
+    tests.
 
     Args:
         u: Input, real, (batch, length, H).
@@ -160,8 +162,8 @@ def diagonal_states(
 ) -> Iterator[Tensor]:
     """Yield the states of the recurrence h_k = diag(eigenvalues) h_{k-1} + B u_k, chunk by chunk, without gradients.
 
-    For calibration: only one chunk of states exists at a time. Chunks come in the order of the run (with `reverse`, the
-    first chunk holds the end of the sequence, its first entry being the state at the last position).
+    For calibration: only one chunk of states exists at a time. Chunks come in the order of the run (with `reverse`,
+    the first chunk holds the end of the sequence, its first entry being the state at the last position).
 
     Args:
         u: Input, real, (batch, length, H).
@@ -204,7 +206,10 @@ def _chunked_scan(
         return y, state
     rest = length - whole
     shorter = _ChunkMatrices(
-        matrices.within[:rest, :, :rest], matrices.write[steps - rest :], matrices.read[:, :, :rest], matrices.powers[: rest + 1]
+        matrices.within[:rest, :, :rest],
+        matrices.write[steps - rest :],
+        matrices.read[:, :, :rest],
+        matrices.powers[: rest + 1],
     )
     y_rest, state = _run_chunks(u[:, whole:], shorter, state)
     return torch.cat([y, y_rest], dim=1), state

@@ -38,8 +38,8 @@ BLOCK_ENTRIES = 65536  # state entries worked on at once: enough to hide the cos
 class _SelectiveScan(torch.autograd.Function):
     """The bare recurrence on time-major contiguous tensors, with checkpoints and its own backward.
 
-    States are (N, channels) inside, so that the innermost loops run over channels. The batch is worked off in blocks of
-    a few sequences, for the cache's sake.
+    States are (N, channels) inside, so that the innermost loops run over channels. The batch is worked off in blocks
+    of a few sequences, for the cache's sake.
     """
 
     @staticmethod
@@ -107,10 +107,10 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the selective recurrence of Mamba; arguments, layouts and results of mamba-ssm's `selective_scan_fn` for real A.
 
-    h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t, y_t = C_t . h_t, out_t = (y_t + D u_t) * silu(z_t), h_0 = 0, where
-    delta is first shifted by `delta_bias` and passed through softplus if asked. Computed in float32 (float64 if an input
-    is float64). Time O(batch * channels * length * N); memory beyond the arguments O(batch * channels * length / 16 * N).
-    Differentiable once with respect to every tensor argument.
+    h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t, y_t = C_t . h_t, out_t = (y_t + D u_t) * silu(z_t), h_0 = 0,
+    where delta is first shifted by `delta_bias` and passed through softplus if asked. Computed in float32 (float64 if
+    an input is float64). Time O(batch * channels * length * N); memory beyond the arguments O(batch * channels *
+    length / 16 * N). Differentiable once with respect to every tensor argument.
 
     Args:
         u: Input, (batch, channels, length), length at least 1.
@@ -125,8 +125,8 @@ def selective_scan(
         return_last_state: Also return the state after the last step.
 
     Returns:
-        out (batch, channels, length) in the dtype of u; with `return_last_state` also the last state (batch, channels, N)
-        in float32 (or float64).
+        out (batch, channels, length) in the dtype of u; with `return_last_state` also the last state (batch,
+        channels, N) in float32 (or float64).
 
     Raises:
         ValueError: If a shape or a dtype is not as above.
@@ -224,8 +224,8 @@ def selective_states(
         chunk_size: Steps per chunk, at least 1; the last chunk may be shorter.
 
     Yields:
-        States (chunk, batch, channels, N) in float32 (or float64). The buffer is used again for the next chunk: clone what
-        must be kept.
+        States (chunk, batch, channels, N) in float32 (or float64). The buffer is used again for the next chunk: clone
+        what must be kept.
 
     Raises:
         ValueError: If a shape, a dtype or `chunk_size` is not as above.

@@ -1,9 +1,9 @@
 """Let stock transformers models run the fast selective scan wherever no working kernel is there.
 
-transformers picks a scan when its modeling file is imported: mamba-ssm's function if that package can be imported, else a
-loop over time that is correct and slow. It does not find out that mamba-ssm was installed without its CUDA extension (the
-default since 2.3.2: the function imports, and raises when called), nor that the tensors are on the CPU. Here the functions of
-a modeling file are replaced by dispatchers that decide per call, by device:
+transformers picks a scan when its modeling file is imported: mamba-ssm's function if that package can be imported,
+else a loop over time that is correct and slow. It does not find out that mamba-ssm was installed without its CUDA
+extension (the default since 2.3.2: the function imports, and raises when called), nor that the tensors are on the
+CPU. Here the functions of a modeling file are replaced by dispatchers that decide per call, by device:
 
 | word        | meaning                                                                             |
 |-------------|-------------------------------------------------------------------------------------|
@@ -72,14 +72,15 @@ _LOCK = threading.RLock()
 def enable_fast_selective_scan() -> bool:
     """Make stock Mamba models use `selective_scan` where no working kernel is there.
 
-    Per call: a working kernel (mamba-ssm on this device, or one from the Hub that `use_kernels=True` put in place) runs
-    untouched; `use_mambapy=True` is obeyed; while `torch.compile`, `torch.export` or `torch.jit.trace` look on, the stock
-    PyTorch code runs; in all other cases `selective_scan` does. Results, dtypes and caches are those of the stock code. May
-    be called any number of times; kernels are looked for anew each time. Undone by `disable_fast_selective_scan`.
+    Per call: a working kernel (mamba-ssm on this device, or one from the Hub that `use_kernels=True` put in place)
+    runs untouched; `use_mambapy=True` is obeyed; while `torch.compile`, `torch.export` or `torch.jit.trace` look on,
+    the stock PyTorch code runs; in all other cases `selective_scan` does. Results, dtypes and caches are those of the
+    stock code. May be called any number of times; kernels are looked for anew each time. Undone by
+    `disable_fast_selective_scan`.
 
     Returns:
-        Whether stock models on the current accelerator (on the CPU if there is none) now run the fast scan: True in the
-        absence of a working kernel, False with one, or if this version of transformers could not be recognised.
+        Whether stock models on the current accelerator (on the CPU if there is none) now run the fast scan: True in
+        the absence of a working kernel, False with one, or if this version of transformers could not be recognised.
     """
     with _LOCK:
         disable_fast_selective_scan()
@@ -99,7 +100,9 @@ def disable_fast_selective_scan() -> bool:
                 if getattr(patch.module, attribute, None) is replacement:
                     setattr(patch.module, attribute, patch.originals[attribute])
                 else:
-                    logger.warning(f"{name}.{attribute} was replaced by somebody else in the meantime; it is left alone.")
+                    logger.warning(
+                        f"{name}.{attribute} was replaced by somebody else in the meantime; it is left alone."
+                    )
             del _PATCHES[name]
     return False
 
@@ -167,7 +170,9 @@ def _scan_dispatcher(stock: Callable, kernel_devices: frozenset[str]) -> Callabl
     return dispatched_scan
 
 
-def _fast_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, *rest: Any):
+def _fast_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, *rest: Any
+):
     """`selective_scan` in the dtype that the stock loop returns: D and z may lift it above that of u."""
     dtype = u.dtype
     for tensor in (D, z):
