@@ -4,6 +4,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -68,7 +69,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._steps = cut_steps(self.config, state.max_steps)
         self.events = []
         self._last_cut = max((cut["step"] for cut in recorded_cuts(model.config) if cut["step"]), default=None)
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        stateful: Any = state.stateful_callbacks
+        stateful.setdefault(type(self).__name__, self.state())  # absent in checkpoints of runs without the callback
         enable_fast_selective_scan()
         logger.info(f"CompreSSM cuts after steps {', '.join(map(str, self._steps))} of {state.max_steps}.")
 
@@ -146,7 +148,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
 def _calling_trainer() -> "weakref.ref[Trainer] | None":
     """The Trainer whose event is being handled: callback events do not carry it, so it is found on the stack."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         candidate = frame.f_locals.get("self")
         if isinstance(candidate, Trainer):

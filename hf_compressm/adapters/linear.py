@@ -174,7 +174,9 @@ class LinearAdapter(Adapter):
         for part in sign:
             part[part.numel() // 2 :] = -1
         C_map = sign[0].double()[:, None] * reduction.to_reduced * sign[1].double()
-        terms = {name: (MomentTerm(getattr(module, name), participation, 0),) for name in values}
+        terms: dict[str, tuple[MomentTerm, ...]] = {
+            name: (MomentTerm(getattr(module, name), participation, 0),) for name in values
+        }
         terms |= dict(zip(("B_re", "B_im"), _complex_terms((module.B_re, module.B_im), B_map, dim=0), strict=True))
         C_map = _both_directions(C_map) if len(self.directions(module)) == 2 else C_map
         terms |= dict(zip(("C_re", "C_im"), _complex_terms((module.C_re, module.C_im), C_map, dim=1), strict=True))

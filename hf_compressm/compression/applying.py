@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_compressm.adapters import LayerCut
 from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan
 from hf_compressm.compression.planning import plan_compression
 from hf_compressm.compression.record import record_cut
@@ -60,10 +61,10 @@ def apply_plan(
     start = time.perf_counter()
     parameters_before = _count_parameters(model)
     cuts = _fresh_cuts(plan)
-    replacements = prepare_replacements(model, [change for item in cuts for change in item.cut.changes])
+    replacements = prepare_replacements(model, [change for _, cut in cuts for change in cut.changes])
     optimizer_plan = prepare_optimizer(optimizer, model, replacements, optimizer_state) if optimizer else None
-    new_config = _rewritten_config(model, plan, cuts, step)
-    commit_replacements(replacements, [attribute for item in cuts for attribute in item.cut.attributes])
+    new_config = _rewritten_config(model, plan, step) if cuts else None
+    commit_replacements(replacements, [attribute for _, cut in cuts for attribute in cut.attributes])
     if optimizer_plan is not None:
         commit_optimizer(optimizer_plan)
     if new_config is not None:
@@ -105,26 +106,32 @@ def compress(
     return replace(result, seconds=time.perf_counter() - start)
 
 
-def _rewritten_config(model: nn.Module, plan: CompressionPlan, cuts: list[LayerPlan], step: int | None) -> Any:
-    """A copy of the model's config with the new sizes and the cut on record; None if there is nothing to write."""
-    if not cuts or not hasattr(model, "config"):
+def _rewritten_config(model: nn.Module, plan: CompressionPlan, step: int | None) -> Any:
+    """A copy of the model's config with the new sizes and the cut on record; None for a model without config."""
+    if not hasattr(model, "config"):
         return None
     config = copy.deepcopy(model.config)
-    for field in {item.layer.adapter.size_field for item in cuts}:
-        sizes = {i.layer.index: i.new_state_size for i in cuts if i.layer.adapter.size_field == field}
-        write_sizes(config, field, sizes)
+    sizes: dict[str, dict[int, int]] = {}
+    for item in plan.layers:
+        if item.layer is not None:
+            sizes.setdefault(item.layer.adapter.size_field, {})[item.layer.index] = item.new_state_size
+    for field, by_index in sizes.items():
+        write_sizes(config, field, by_index)
     record_cut(config, plan, step)
     return config
 
 
-def _fresh_cuts(plan: CompressionPlan) -> list[LayerPlan]:
+def _fresh_cuts(plan: CompressionPlan) -> list[tuple[LayerPlan, LayerCut]]:
     """The layers to cut, after making sure that their parameters are those that were planned for."""
-    cuts = [item for item in plan.layers if item.status == "cut"]
-    for item in cuts:
+    cuts = []
+    for item in plan.layers:
+        if item.status != "cut":
+            continue
         if item.cut is None:
             raise ValueError("This plan was applied before, or stripped of its tensors. Make a new plan.")
         if tuple(change.parameter._version for change in item.cut.changes) != item.versions:
             raise ValueError(f"{item.name} was trained since the plan was made. Make a new plan and apply it at once.")
+        cuts.append((item, item.cut))
     return cuts
 
 

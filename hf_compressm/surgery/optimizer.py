@@ -91,7 +91,8 @@ def commit_optimizer(plan: OptimizerPlan) -> None:
         group["params"] = parameters
     for parameter in plan.removed:
         plan.optimizer.state.pop(parameter, None)
-    plan.optimizer.state.update(plan.states)
+    for new, state in plan.states.items():
+        plan.optimizer.state[new] = state
 
 
 def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
@@ -138,8 +139,8 @@ def _carry(key: str, value: Any, item: Replacement, optimizer: torch.optim.Optim
 def _mapped(key: str, terms: Sequence[MomentTerm], optimizer: torch.optim.Optimizer, squared: bool) -> Tensor:
     """Sum of the mapped moments of all sources, in the moment's dtype and on its device."""
     moments = [optimizer.state[term.source][key] for term in terms]
-    total = sum(_apply(term, moment, term.dim, squared) for term, moment in zip(terms, moments, strict=True))
-    return total.to(device=moments[0].device, dtype=moments[0].dtype).contiguous()
+    mapped = [_apply(term, moment, term.dim, squared) for term, moment in zip(terms, moments, strict=True)]
+    return torch.stack(mapped).sum(dim=0).to(device=moments[0].device, dtype=moments[0].dtype).contiguous()
 
 
 def _mapped_factor(key: str, value: Tensor, item: Replacement, optimizer: torch.optim.Optimizer) -> Tensor:
