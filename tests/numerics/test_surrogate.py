@@ -2,8 +2,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_compressm.numerics import DiagonalSystem, hankel_singular_values
-from hf_compressm.numerics.surrogate import surrogate_hankel_singular_values, surrogate_losses, surrogate_scores
+from hf_compressm.numerics import DiagonalSystem, gramians, hankel_singular_values
+from hf_compressm.numerics.surrogate import (
+    surrogate_gramians,
+    surrogate_hankel_singular_values,
+    surrogate_losses,
+    surrogate_scores,
+)
 
 
 OF_LARGEST = 1e-8
@@ -29,7 +34,7 @@ def by_channel(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 @pytest.mark.parametrize(("channels", "states"), [(1, 1), (1, 5), (6, 1), (5, 16)])
 def test_spectrum_is_the_sum_over_the_channels(channels: int, states: int) -> None:
     a, b, c = averages(channels, states)
-    found, expected = surrogate_hankel_singular_values(a, b, c), by_channel(a, b, c)
+    found, expected = surrogate_hankel_singular_values(*surrogate_gramians(a, b, c)), by_channel(a, b, c)
     assert found.dtype == torch.float64
     assert bool((found.diff() <= 0).all())
     torch.testing.assert_close(found, expected, rtol=0, atol=OF_LARGEST * float(expected[0]))
@@ -40,15 +45,23 @@ def test_averages_in_single_precision_are_widened_before_they_cancel() -> None:
     a[0, 0] = 1 - 1e-6
     single = a.float(), b.float(), c.float()
     widened = by_channel(*(x.double() for x in single))
-    found = surrogate_hankel_singular_values(*single)
+    found = surrogate_hankel_singular_values(*surrogate_gramians(*single))
     torch.testing.assert_close(found, widened, rtol=0, atol=OF_LARGEST * float(widened[0]))
 
 
+@pytest.mark.parametrize(("channels", "states"), [(1, 1), (4, 7)])
+def test_gramians_are_those_of_every_channel(channels: int, states: int) -> None:
+    a, b, c = averages(channels, states)
+    P, Q = surrogate_gramians(a, b, c)
+    for d in range(channels):
+        expected = gramians(DiagonalSystem(a[d], b[d][:, None], c[None]), "complex")
+        torch.testing.assert_close(P[d], expected[0].real)
+        torch.testing.assert_close(Q[d], expected[1].real)
+
+
 def test_the_score_of_a_state_is_its_own_spectrum() -> None:
-    a, b, c = averages(4, 7)
-    gramian_shape = 1 - a[:, :, None] * a[:, None, :]
-    P, Q = b[:, :, None] * b[:, None, :] / gramian_shape, c[:, None] * c / gramian_shape
-    expected = [surrogate_hankel_singular_values(a[:, [i]], b[:, [i]], c[[i]]).item() for i in range(7)]
+    P, Q = surrogate_gramians(*averages(4, 7))
+    expected = [float(surrogate_hankel_singular_values(P[:, [i]][:, :, [i]], Q[:, [i]][:, :, [i]])) for i in range(7)]
     assert surrogate_scores(P, Q).tolist() == pytest.approx(expected)
 
 
@@ -76,6 +89,7 @@ def test_losses_are_the_energy_of_the_dropped_states(channels: int, states: int)
 def test_inputs_are_not_changed() -> None:
     inputs, (P, Q) = averages(3, 4), covariances(3, 4)
     before = [x.clone() for x in (*inputs, P, Q)]
-    surrogate_hankel_singular_values(*inputs)
+    surrogate_gramians(*inputs)
+    surrogate_hankel_singular_values(P, Q)
     surrogate_losses(P, Q, surrogate_scores(P, Q).argsort())
     assert all(map(torch.equal, before, (*inputs, P, Q)))
