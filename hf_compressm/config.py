@@ -1,6 +1,7 @@
 """Every setting of a compression, with its default; nothing else in the package has one."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +21,18 @@ _CHOICES = {
     "optimizer_state": ("carry", "reset"),
     "on_nonfinite": ("skip", "raise"),
 }
+
+_OPTIONAL_NUMBERS = (*RANK_RULES, "interval")
+_WHOLE_NUMBERS = {
+    "target_state_size": 1,
+    "round_to": 1,
+    "min_state_size": 1,
+    "num_cuts": 1,
+    "calibration_batches": 1,
+    "seed": 0,
+    "rewarmup_steps": 0,
+}
+"""The least value of each."""
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -83,6 +96,7 @@ class CompreSSMConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
+        self._check_kinds()
         self._check_numbers()
 
     @property
@@ -132,22 +146,27 @@ class CompreSSMConfig:
         _check_range("start", self.start, 0, float("inf"), "steps, or a share of them below 1")
         _check_range("end", self.end, 0, float("inf"), "steps, or a share of them below 1", open_low=True)
         _check_range("interval", self.interval, 0, float("inf"), "steps, or a share of them below 1", open_low=True)
-        for name, least in (
-            ("target_state_size", 1),
-            ("round_to", 1),
-            ("min_state_size", 1),
-            ("num_cuts", 1),
-            ("calibration_batches", 1),
-            ("rewarmup_steps", 0),
-        ):
+        for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or int(value) != value or value < least):
+            if value is None and name in RANK_RULES:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or int(value) != value or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+            setattr(self, name, int(value))
+
+    def _check_kinds(self) -> None:
+        if self.per_layer is not None and not isinstance(self.per_layer, bool):
+            raise ValueError(f"per_layer must be True, False or None, got {self.per_layer!r}.")
+        for name in ("layers", "ignore_layers"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)):
+                raise ValueError(f"{name} must be a list of names or patterns, got {value!r}.")
 
 
 def _check_range(name: str, value: Any, low: float, high: float, meaning: str, open_low: bool = False) -> None:
     """Refuse what is no number in `[low, high)`, or in `(low, high)`."""
-    if value is None:
+    if value is None and name in _OPTIONAL_NUMBERS:
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value < high or (open_low and value == low):
