@@ -1,0 +1,164 @@
+"""The table of families that every law about cutting runs over, and what the tests do to models."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM
+
+from hf_compressm.models import (
+    LRUConfig,
+    LRUForCausalLM,
+    S5Config,
+    S5ForCausalLM,
+    S5ForSequenceClassification,
+)
+
+
+VOCAB_SIZE = 13
+INPUT_SIZE = 3
+NUM_LABELS = 4
+STATE_SIZE = 8
+HIDDEN_SIZE = 6
+LAYERS = 2
+SLOW_TO_MOVE = ("nu_log", "theta", "gamma_log", "Lambda_re", "Lambda_im", "log_step", "A_log")
+"""Parameters that a perturbation moves little: the layer stays stable."""
+
+
+def token_batch(batch_size: int = 3, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCAB_SIZE, (batch_size, length), generator=generator)
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def frame_batch(batch_size: int = 3, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    frames = torch.randn(batch_size, length, INPUT_SIZE, generator=generator)
+    return {"input_values": frames, "labels": torch.randint(NUM_LABELS, (batch_size,), generator=generator)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: how to build a tiny model, feed it, and what its adapter promises."""
+
+    name: str
+    family: str
+    model_class: type
+    config_class: type
+    variant: dict[str, Any] = field(default_factory=dict)
+    batch: Callable[..., dict[str, Tensor]] = token_batch
+    size_field: str = "state_size"
+    criteria: tuple[str, ...] = ("hankel", "empirical")
+    per_layer: bool = True
+    granularity: int = 1
+
+    @property
+    def is_linear(self) -> bool:
+        return "hankel" in self.criteria
+
+    @property
+    def is_language_model(self) -> bool:
+        return self.batch is token_batch
+
+    def config(self, **kwargs: Any) -> Any:
+        sizes = {"hidden_size": HIDDEN_SIZE, "state_size": STATE_SIZE, "num_hidden_layers": LAYERS}
+        inputs = {"vocab_size": VOCAB_SIZE} if self.is_language_model else {"input_size": INPUT_SIZE, "num_labels": NUM_LABELS}
+        return self.config_class(**{**sizes, **inputs, **self.variant, **kwargs})
+
+    def build(self, dtype: torch.dtype = torch.float32, seed: int = 0, **kwargs: Any) -> Any:
+        """A model in evaluation mode, none of whose parameters is what its initialisation would make it again."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = perturbed(self.model_class(self.config(**kwargs)))
+        return model.to(dtype).eval()
+
+    def calibration(self, count: int = 2, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
+        batches = [self.batch(seed=100 + number) for number in range(count)]
+        return [{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
+
+
+MAMBA = Family(
+    "mamba",
+    "mamba",
+    MambaForCausalLM,
+    MambaConfig,
+    {"expand": 2, "time_step_rank": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
+    criteria=("interpolative", "surrogate"),
+    per_layer=False,
+)
+S5 = Family("s5", "s5", S5ForCausalLM, S5Config, granularity=2)
+S5_COMPLEX = Family("s5-complex", "s5", S5ForCausalLM, S5Config, {"conj_sym": False})
+S5_CLASSIFIER = Family("s5-classifier", "s5", S5ForSequenceClassification, S5Config, {"norm": "batch"}, frame_batch, granularity=2)
+S5_BIDIRECTIONAL = Family(
+    "s5-bidirectional",
+    "s5",
+    S5ForSequenceClassification,
+    S5Config,
+    {"bidirectional": True, "discretization": "bilinear", "clip_eigs": True},
+    frame_batch,
+    granularity=2,
+)
+LRU = Family("lru", "lru", LRUForCausalLM, LRUConfig)
+
+FAMILIES = (MAMBA, S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU)
+LINEAR = tuple(family for family in FAMILIES if family.is_linear)
+LANGUAGE_MODELS = tuple(family for family in FAMILIES if family.is_language_model)
+
+
+def family_id(value: Any) -> str | None:
+    return value.name if isinstance(value, Family) else None
+
+
+def perturbed(model: nn.Module, scale: float = 0.3) -> nn.Module:
+    """Move every parameter and float buffer, those of the eigenvalues a little."""
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_floating_point():
+                noise = torch.rand_like(tensor) if "running_var" in name else torch.randn_like(tensor)
+                tensor.add_(noise, alpha=0.05 if name.rpartition(".")[2] in SLOW_TO_MOVE else scale)
+    return model
+
+
+def ssm_layers(model: nn.Module) -> dict[str, Any]:
+    """The SSM layers by name, found without the package: those that own a matrix of state parameters."""
+    return {name: module for name, module in model.named_modules() if any(hasattr(module, x) for x in ("A_log", "B_re"))}
+
+
+def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
+    model.train()
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a model is: tensors, gradients, modes, attributes of its layers and its config."""
+    return {
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict(keep_vars=False).items()},
+        "identities": [id(parameter) for parameter in model.parameters()],
+        "grads": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
+        "modes": [module.training for module in model.modules()],
+        "sizes": [getattr(layer, "state_size", getattr(layer, "ssm_state_size", None)) for layer in ssm_layers(model).values()],
+        "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
+        "config": model.config.to_dict(),
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equality of nested containers, bit for bit on tensors; NaN equals NaN."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype and bool(
+            ((one == other) | (one.isnan() & other.isnan())).all()
+        )
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
