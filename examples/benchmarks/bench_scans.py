@@ -5,8 +5,8 @@ Two comparisons, forward plus backward, float32, best of several:
 - one training step of stock `MambaForCausalLM` (2 layers) with and without `enable_fast_selective_scan`;
 - one layer of the size of a small S5 or LRU model: `diagonal_scan` against s5-pytorch's layer, at two shapes.
 
-Ratios hold on a busy machine; seconds do not. The stock loop at 128 states takes minutes per step: it is run once, without
-a warm-up, or left out with `--skip-stock-128`.
+Ratios hold better than seconds on a busy machine. The stock loop at 128 states takes minutes per step: it is run once,
+without a warm-up, or left out with `--skip-stock-128`.
 
     python examples/benchmarks/bench_scans.py --state-sizes 16 128 --repeats 5
 """
@@ -134,15 +134,15 @@ def parse_arguments() -> argparse.Namespace:
 def print_row(work: str, peer: float | None, ours: float) -> None:
     """One line of the table."""
     shown, ratio = ("-", "-") if peer is None else (f"{peer:.3f}", f"{peer / ours:.1f}")
-    print(f"| {work:<58} | {shown:>9} | {ours:>8.3f} | {ratio:>6} |", flush=True)
+    print(f"| {work:<64} | {shown:>9} | {ours:>8.3f} | {ratio:>6} |", flush=True)
 
 
 def main() -> None:
     """Run the comparisons and print the table."""
     arguments = parse_arguments()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu_name()}")
-    print(f"| {'forward + backward':<58} | {'peer, s':>9} | {'ours, s':>8} | {'ratio':>6} |")
-    print(f"|{'-' * 60}|{'-' * 11}|{'-' * 10}|{'-' * 8}|")
+    print(f"| {'forward + backward':<64} | {'peer, s':>9} | {'ours, s':>8} | {'ratio':>6} |")
+    print(f"|{'-' * 66}|{'-' * 11}|{'-' * 10}|{'-' * 8}|")
     if not arguments.skip_layers:
         for name, shape in LAYER_SHAPES.items():
             peer, ours = layer_steps(*shape)

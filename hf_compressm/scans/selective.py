@@ -45,7 +45,7 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         """Delta, drive (length, batch, channels), A (N, channels), B, C (length, batch, N) -> y and the last state."""
-        length, batch, channels = delta.shape
+        length, batch, _ = delta.shape
         y = torch.empty_like(delta)
         last_state = delta.new_empty(batch, *A.shape)
         checkpoints = delta.new_empty(-(-length // CHUNK_SIZE), batch, *A.shape)
@@ -105,7 +105,7 @@ def selective_scan(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Run the selective recurrence of Mamba; arguments, layouts and results of mamba-ssm's `selective_scan_fn` for real A.
+    """Run the selective recurrence of Mamba, as mamba-ssm's `selective_scan_fn` does for real A.
 
     h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t, y_t = C_t . h_t, out_t = (y_t + D u_t) * silu(z_t), h_0 = 0,
     where delta is first shifted by `delta_bias` and passed through softplus if asked. Computed in float32 (float64 if
@@ -380,7 +380,8 @@ def _check_arguments(
             continue
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)} with u {tuple(u.shape)} and A {tuple(A.shape)}."
+                f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)} with u {tuple(u.shape)} and "
+                f"A {tuple(A.shape)}."
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; expected a real floating point dtype.")

@@ -114,8 +114,8 @@ def _enable_family(family: _Family) -> bool:
     missing = [name for name in names if not callable(getattr(module, name, None))]
     if missing:
         logger.warning(
-            f"{family.module} has no {', '.join(missing)}: the fast selective scan is not enabled for it. This version of "
-            "transformers is not known to hf_compressm; models run as they would without it."
+            f"{family.module} has no {', '.join(missing)}: the fast selective scan is not enabled for it. This "
+            "version of transformers is not known to hf_compressm; models run as they would without it."
         )
         return False
     stock = {name: getattr(module, name) for name in names}
@@ -172,7 +172,7 @@ def _scan_dispatcher(stock: Callable, kernel_devices: frozenset[str]) -> Callabl
 
 def _fast_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, *rest: Any
-):
+) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_scan` in the dtype that the stock loop returns: D and z may lift it above that of u."""
     dtype = u.dtype
     for tensor in (D, z):

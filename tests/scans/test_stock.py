@@ -174,11 +174,18 @@ def test_explicit_mambapy_is_obeyed(fast_calls, monkeypatch):
     assert len(fast_calls) == 2
 
 
-def test_packed_sequences_are_refused_as_by_stock():
-    enable_fast_selective_scan()
+def test_packed_sequences_are_left_to_stock(fast_calls):
     cube = torch.zeros(1, 4, 4)
-    with pytest.raises(ValueError, match="packed sequences"):
-        modeling.mamba_selective_scan(cube, cube, torch.zeros(4, 4), cube, cube, seq_idx=torch.zeros(1, 4))
+    arguments, options = (cube, cube, torch.zeros(4, 4), cube, cube), {"seq_idx": torch.zeros(1, 4)}
+    answers = []
+    for _ in range(2):  # an error in some versions of transformers, the plain loop in others
+        try:
+            answers.append(str(modeling.mamba_selective_scan(*arguments, **options).shape))
+        except ValueError as error:
+            answers.append(str(error))
+        enable_fast_selective_scan()
+    assert answers[0] == answers[1]
+    assert not fast_calls
 
 
 def test_broken_kernel_is_passed_over(monkeypatch, fast_calls):
@@ -276,6 +283,7 @@ def test_hub_kernel_mechanism(monkeypatch, fast_calls, stock_functions):
     assert modeling.mamba_selective_scan is wrapped
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a:UserWarning")  # about transformers' own code
 def test_compilers_see_the_stock_code(fast_calls):
     enable_fast_selective_scan()
     model = make_model(num_hidden_layers=1).eval()
