@@ -24,8 +24,6 @@ FLOORS = {
     "compression": 5,
     "config": 5,
     "history": 5,
-    "plan": 5,
-    "planning": 5,
     "callback": 6,
     "guard": 6,
     "schedule": 6,
