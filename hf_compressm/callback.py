@@ -62,13 +62,13 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot work before the first step, and switch on the fast scan."""
-        self._trainer = self._trainer or _calling_trainer()
+        self._trainer = _calling_trainer() or self._trainer
         _refuse_engines(args, self._trainer() if self._trainer else None)
         model = kwargs["model"]
         check_settings(model, self.config, calibrated=True)
         self._steps = cut_steps(self.config, state.max_steps)
         self.events = []
-        self._last_cut = max((cut["step"] for cut in recorded_cuts(model.config) if cut["step"]), default=None)
+        self._last_cut = _last_cut_before(model, state.global_step)
         stateful: Any = state.stateful_callbacks
         stateful.setdefault(type(self).__name__, self.state())  # absent in checkpoints of runs without the callback
         enable_fast_selective_scan()
@@ -117,7 +117,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say so loudly if nothing was cut."""
-        if not self.events and not recorded_cuts(kwargs["model"].config):
+        if not self.events and _last_cut_before(kwargs["model"], state.global_step) is None:
             logger.warning(
                 f"CompreSSM cut nothing: training ended at step {state.global_step}, before the first of its cuts "
                 f"(after steps {', '.join(map(str, self._steps))})."
@@ -131,7 +131,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def _rewarmup_share(self, step: int) -> float:
         """Share of the learning rate in the step that follows `step` done steps: 1 / (n + 1), ..., n / (n + 1), 1."""
-        if self._last_cut is None:
+        if self._last_cut is None or self.config.rewarmup_steps == 0:
             return 1.0
         return min((step - self._last_cut + 1) / (self.config.rewarmup_steps + 1), 1.0)
 
@@ -144,6 +144,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             f"{layer.name} {layer.state_size} -> {layer.new_state_size}" for layer in event.result.plan.layers
         )
         logger.info(f"CompreSSM cut after step {event.step}: {sizes} ({event.result.seconds:.2f} s).")
+
+
+def _last_cut_before(model: Any, step: int) -> int | None:
+    """Step of the last recorded cut of a run that has done `step` steps; later ones are those of an earlier run."""
+    cuts = recorded_cuts(getattr(model, "config", None))
+    return max((cut["step"] for cut in cuts if cut["step"] and cut["step"] < step), default=None)
 
 
 def _calling_trainer() -> "weakref.ref[Trainer] | None":
