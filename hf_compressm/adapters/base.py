@@ -218,6 +218,11 @@ class Adapter(ABC):
         return 1
 
 
+def has_finite_parameters(module: nn.Module) -> bool:
+    """Whether no parameter of a layer holds NaN or infinity."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+
+
 def kept_order(count: int, method: CutMethod, layer: SSMLayer) -> Tensor:
     """Permutation of `count` ranked states, most wanted first, for `keep` = largest, smallest or random.
 

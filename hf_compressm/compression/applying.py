@@ -7,19 +7,24 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 from hf_compressm.adapters import LayerCut
-from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan
+from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan, fingerprint
 from hf_compressm.compression.planning import plan_compression
 from hf_compressm.compression.record import record_cut
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.surgery import (
+    NonFiniteError,
     commit_optimizer,
     commit_replacements,
     prepare_optimizer,
     prepare_replacements,
     write_sizes,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 def analyze(
@@ -55,8 +60,8 @@ def apply_plan(
         step: optimizer step to note in the config's record.
 
     Raises:
-        ValueError: if the model was trained or changed since the plan was made, if a new parameter is not finite, or
-            if the optimizer is not this model's. The model is then as before.
+        ValueError: if the model was trained or changed since the plan was made, if a new parameter or moment is not
+            finite, or if the optimizer is not this model's. The model is then as before.
     """
     start = time.perf_counter()
     parameters_before = _count_parameters(model)
@@ -98,11 +103,18 @@ def compress(
         step: optimizer step to note in the config's record.
 
     Raises:
-        ValueError: as `plan_compression` and `apply_plan`; the model is then as before.
+        ValueError: as `plan_compression` and `apply_plan`; the model is then as before. New parameters or moments that
+            are not finite raise only under `on_nonfinite="raise"`; otherwise no layer is cut.
     """
     start = time.perf_counter()
     plan = plan_compression(model, config, calibration)
-    result = apply_plan(model, plan, optimizer, config.optimizer_state, step)
+    try:
+        result = apply_plan(model, plan, optimizer, config.optimizer_state, step)
+    except NonFiniteError as error:
+        if config.on_nonfinite == "raise":
+            raise
+        logger.warning(f"No layer is cut: {error}")
+        result = apply_plan(model, plan.skipped(str(error)))
     return replace(result, seconds=time.perf_counter() - start)
 
 
@@ -129,7 +141,7 @@ def _fresh_cuts(plan: CompressionPlan) -> list[tuple[LayerPlan, LayerCut]]:
             continue
         if item.cut is None:
             raise ValueError("This plan was applied before, or stripped of its tensors. Make a new plan.")
-        if tuple(change.parameter._version for change in item.cut.changes) != item.versions:
+        if tuple(fingerprint(change.parameter) for change in item.cut.changes) != item.fingerprints:
             raise ValueError(f"{item.name} was trained since the plan was made. Make a new plan and apply it at once.")
         cuts.append((item, item.cut))
     return cuts

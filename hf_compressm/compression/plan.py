@@ -1,9 +1,11 @@
 """What a cut would do (the plan) and what it did (the result)."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_compressm.adapters import LayerCut, SSMLayer
@@ -40,7 +42,7 @@ class LayerPlan:
     criterion: str
     layer: SSMLayer | None = field(default=None, repr=False)
     cut: LayerCut | None = field(default=None, repr=False)
-    versions: tuple[int, ...] = field(default=(), repr=False)
+    fingerprints: tuple[int, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dict, spectrum included."""
@@ -70,7 +72,18 @@ class CompressionPlan:
 
     def without_tensors(self) -> "CompressionPlan":
         """The same plan without the parameters it was made from, so that they can be freed."""
-        return CompressionPlan(tuple(replace(layer, layer=None, cut=None, versions=()) for layer in self.layers))
+        return CompressionPlan(tuple(replace(layer, layer=None, cut=None, fingerprints=()) for layer in self.layers))
+
+    def skipped(self, reason: str) -> "CompressionPlan":
+        """The same plan with no layer cut; those that would have been are skipped for `reason`."""
+        nothing: dict[str, Any] = {"energy_kept": 1.0, "predicted_error": 0.0, "error_bound": None}
+        nothing |= {"status": "skipped", "reason": reason, "layer": None, "cut": None, "fingerprints": ()}
+        return CompressionPlan(
+            tuple(
+                replace(layer, new_state_size=layer.state_size, **nothing) if layer.status == "cut" else layer
+                for layer in self.layers
+            )
+        )
 
     def __str__(self) -> str:
         """One row per layer."""
@@ -100,6 +113,11 @@ class CompressionResult:
     state_sizes_after: dict[str, int]
     parameters_before: int
     parameters_after: int
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """Checksum of a tensor's bits; torch's version counter misses fused optimizers and writes through `.data`."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def _row(layer: LayerPlan) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_compressm.adapters import CutMethod, Measurement, SSMLayer, collect_statistics, find_layers
-from hf_compressm.compression.plan import CompressionPlan, LayerPlan
+from hf_compressm.compression.plan import CompressionPlan, LayerPlan, fingerprint
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.numerics.ranks import count_by_error, count_by_tolerance, passes_gate, round_size
 
@@ -191,7 +191,7 @@ def _plan_layer(layer: SSMLayer, method: CutMethod, measurement: Measurement, si
         reason=cut.note,
         layer=layer,
         cut=cut,
-        versions=tuple(change.parameter._version for change in cut.changes),
+        fingerprints=tuple(fingerprint(change.parameter) for change in cut.changes),
     )
 
 
@@ -224,5 +224,5 @@ def _kept(plan: LayerPlan, reason: str) -> LayerPlan:
         reason=reason,
         layer=None,
         cut=None,
-        versions=(),
+        fingerprints=(),
     )

@@ -2,7 +2,14 @@
 
 from hf_compressm.surgery.configuration import write_sizes
 from hf_compressm.surgery.optimizer import commit_optimizer, prepare_optimizer
-from hf_compressm.surgery.parameters import commit_replacements, prepare_replacements
+from hf_compressm.surgery.parameters import NonFiniteError, commit_replacements, prepare_replacements
 
 
-__all__ = ["commit_optimizer", "commit_replacements", "prepare_optimizer", "prepare_replacements", "write_sizes"]
+__all__ = [
+    "NonFiniteError",
+    "commit_optimizer",
+    "commit_replacements",
+    "prepare_optimizer",
+    "prepare_replacements",
+    "write_sizes",
+]

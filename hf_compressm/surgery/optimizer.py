@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_compressm.adapters.base import MomentTerm
-from hf_compressm.surgery.parameters import Replacement
+from hf_compressm.surgery.parameters import NonFiniteError, Replacement
 
 
 logger = logging.get_logger(__name__)
@@ -52,7 +52,8 @@ def prepare_optimizer(
         policy: `"carry"` or `"reset"`.
 
     Raises:
-        ValueError: if the optimizer is not this model's, or holds a parameter that the model does not have.
+        ValueError: if the optimizer is not this model's, holds a parameter that the model does not have, or a moment
+            is not finite.
     """
     inner = _unwrap(optimizer)
     new_of = {id(item.change.parameter): item.new for item in replacements}
@@ -76,6 +77,7 @@ def prepare_optimizer(
             unknown[item.change.name] = problem
         else:
             states[item.new] = {key: _carry(key, value, item, inner) for key, value in old_state.items()}
+            _check_finite(states[item.new], item, inner)
     if unknown:
         name, key = next(iter(unknown.items()))
         logger.warning(
@@ -115,6 +117,16 @@ def _unknown_entry(item: Replacement, optimizer: torch.optim.Optimizer) -> str |
             if isinstance(value, Tensor) and value.numel() > 1 and not _is_covered(key, value, source):
                 return key
     return None
+
+
+def _check_finite(state: dict[str, Any], item: Replacement, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse to spread a moment's NaN or infinity over all states that a change of basis makes of it."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(
+                f"{key!r} of {item.change.name} in {type(optimizer).__name__} is not finite. Go back to an earlier "
+                "checkpoint, or pass optimizer_state='reset'."
+            )
 
 
 def _is_covered(key: str, value: Tensor, parameter: nn.Parameter) -> bool:

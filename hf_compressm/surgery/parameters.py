@@ -12,6 +12,10 @@ from hf_compressm.adapters.base import AttributeChange, ParameterChange
 _HOOK_FIELDS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
+class NonFiniteError(ValueError):
+    """A new parameter or moment would hold NaN or infinity."""
+
+
 @dataclass(frozen=True, eq=False)
 class Replacement:
     """One parameter about to be replaced.
@@ -33,19 +37,26 @@ def prepare_replacements(model: nn.Module, changes: Sequence[ParameterChange]) -
     A new parameter keeps the dtype, device, `requires_grad`, hooks and marks (`_no_weight_decay`, ...) of the old one.
 
     Raises:
-        ValueError: if a parameter is no longer part of the model, or its new value is not finite.
+        ValueError: if a parameter is no longer part of the model, two layers share it, or its new value is not finite.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(parameter), []).append((module, name))
-    replacements = []
+    replacements: list[Replacement] = []
+    taken: dict[int, str] = {}
     for change in changes:
+        first = taken.setdefault(id(change.parameter), change.name)
+        if first != change.name:
+            raise ValueError(
+                f"{first} and {change.name} are one shared parameter, but each layer is cut in its own way. "
+                "Untie them, or leave these layers out with ignore_layers."
+            )
         if id(change.parameter) not in owners:
             raise ValueError(f"{change.name} is no longer the parameter that was planned for. Make a new plan.")
         new = _new_parameter(change)
         if not bool(torch.isfinite(new).all()):
-            raise ValueError(
+            raise NonFiniteError(
                 f"The new {change.name} is not finite in {new.dtype}. Cut less, or hold this layer in float32."
             )
         replacements.append(Replacement(change, new, tuple(owners[id(change.parameter)])))
