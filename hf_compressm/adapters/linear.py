@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 from hf_compressm.adapters.base import (
     Adapter,
@@ -28,9 +29,11 @@ from hf_compressm.adapters.base import (
     ParameterChange,
     SSMLayer,
     Statistics,
+    has_finite_parameters,
     kept_order,
 )
 from hf_compressm.numerics import BalancedTruncation, Balancing, DiagonalSystem, balance, h2_norm, truncate
+from hf_compressm.numerics.balancing import NUMERICAL_RANK
 from hf_compressm.numerics.ranks import tail_sums
 from hf_compressm.scans import diagonal_states
 
@@ -51,10 +54,11 @@ class StateCovariance(Statistics):
         dtype = torch.complex128 if u.dtype == torch.float64 else torch.complex64
         eigenvalues, B = (x.to(u.device, dtype) for x in (system.eigenvalues, system.B))
         self.tokens += u.shape[0] * u.shape[1]
-        for reverse in self.adapter.directions(module):
-            for states in diagonal_states(u, eigenvalues, B, reverse=reverse):  # (batch, chunk, slots)
-                flat = torch.cat([states.real, states.imag], dim=-1).flatten(0, 1)
-                self.add("covariance", 2 * flat.mT @ flat)
+        with maybe_autocast(device_type=u.device.type, enabled=False):
+            for reverse in self.adapter.directions(module):
+                for states in diagonal_states(u, eigenvalues, B, reverse=reverse):  # (batch, chunk, slots)
+                    flat = torch.cat([states.real, states.imag], dim=-1).flatten(0, 1)
+                    self.add("covariance", 2 * flat.mT @ flat)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +110,8 @@ class LinearAdapter(Adapter):
         if not system.is_stable:
             largest = float(system.eigenvalues.abs().max())
             return Measurement(nothing, free, f"unstable, max |eigenvalue| {largest:.6g}")
+        if not has_finite_parameters(layer.module):
+            return Measurement(nothing, free, "non-finite parameters")
         covariance = None if statistics is None else statistics.mean("covariance")
         if covariance is not None and not bool(torch.isfinite(covariance).all()):
             return Measurement(nothing, free, "non-finite states on the calibration data")
@@ -130,13 +136,14 @@ class LinearAdapter(Adapter):
             balancing = balance(balancing.system, method.realization)
             truncation = truncate(balancing, slots, order)
         sigma = balancing.hankel_singular_values
-        kept = sigma[order[: truncation.kept]].sum()
+        used = order[sigma[order] > NUMERICAL_RANK * sigma[0]]  # truncate passes over the others
+        kept = sigma[used[: truncation.kept]]
         return LayerCut(
             changes=self._changes(layer, _fill(balancing.system, truncation, slots)),
             attributes=(AttributeChange(layer.module, "state_size", size),),
-            predicted_error=_predicted_error(balancing, truncation),
+            predicted_error=_predicted_error(balancing, truncation, kept),
             error_bound=None if balancing.measured else truncation.error_bound * self._bound_factor(layer.module),
-            energy_kept=float(kept / sigma.sum()),
+            energy_kept=float(kept.sum() / sigma.sum()),
             note=note,
         )
 
@@ -196,10 +203,10 @@ def _relative_errors(balancing: Balancing) -> Tensor:
     return 2 * tail_sums(sigma) / sigma[0]
 
 
-def _predicted_error(balancing: Balancing, truncation: BalancedTruncation) -> float:
+def _predicted_error(balancing: Balancing, truncation: BalancedTruncation, kept: Tensor) -> float:
     """Relative root-mean-square output error: exact under white input, an estimate on measured data."""
     if balancing.measured:
-        return float(_relative_errors(balancing)[truncation.kept])
+        return float((1 - kept.square().sum() / balancing.hankel_singular_values.square().sum()).clamp_min(0).sqrt())
     return h2_norm(balancing.system - truncation.system) / max(h2_norm(balancing.system), 1e-300)
 
 

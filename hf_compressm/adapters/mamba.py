@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.utils.generic import maybe_autocast
 
 from hf_compressm.adapters.base import (
     Adapter,
@@ -31,6 +32,7 @@ from hf_compressm.adapters.base import (
     ParameterChange,
     SSMLayer,
     Statistics,
+    has_finite_parameters,
     kept_order,
 )
 from hf_compressm.adapters.registry import register
@@ -48,6 +50,7 @@ class ScanInputs:
     B: Tensor  # (batch, N, length)
     C: Tensor  # (batch, N, length)
     z: Tensor  # (batch, channels, length)
+    mask: Tensor  # (batch, length), 1 for real tokens and 0 for padding
 
 
 def scan_inputs(mixer: MambaMixer, hidden_states: Tensor, attention_mask: Tensor | None = None) -> ScanInputs:
@@ -67,7 +70,8 @@ def scan_inputs(mixer: MambaMixer, hidden_states: Tensor, attention_mask: Tensor
     dtype = torch.promote_types(u.dtype, torch.float32)
     delta = F.softplus(F.linear(time_step, mixer.dt_proj.weight).to(dtype) + mixer.dt_proj.bias.to(dtype)).mT
     A = -torch.exp(mixer.A_log.to(dtype))
-    return ScanInputs(u.to(dtype), delta, A, B.mT.to(dtype), C.mT.to(dtype), z.to(dtype))
+    real = delta.new_ones(delta[:, 0].shape) if attention_mask is None else attention_mask.to(dtype)
+    return ScanInputs(u.to(dtype), delta, A, B.mT.to(dtype), C.mT.to(dtype), z.to(dtype), real)
 
 
 class MambaStatistics(Statistics):
@@ -81,16 +85,17 @@ class MambaStatistics(Statistics):
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """See one call of the mixer's forward."""
         inputs = scan_inputs(module, args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask"))
-        self.tokens += inputs.u.shape[0] * inputs.u.shape[-1]
-        if self.criterion == "surrogate":
-            self._add_averages(inputs)
-        else:
-            self._add_covariances(inputs, module.out_proj.weight)
+        self.tokens += int(inputs.mask.sum())
+        with maybe_autocast(device_type=inputs.u.device.type, enabled=False):
+            if self.criterion == "surrogate":
+                self._add_averages(inputs)
+            else:
+                self._add_covariances(inputs, module.out_proj.weight)
 
     def _add_covariances(self, inputs: ScanInputs, out_weight: Tensor) -> None:
         size = inputs.A.shape[1]
         loudness = F.silu(inputs.z).abs() * out_weight.to(inputs.z.dtype).norm(dim=0)[:, None]
-        loudness = loudness.permute(2, 0, 1)  # (length, batch, channels)
+        loudness = (loudness * inputs.mask[:, None]).permute(2, 0, 1)  # (length, batch, channels)
         start = 0
         for states in selective_states(inputs.u, inputs.delta, inputs.A, inputs.B):  # (chunk, batch, channels, N)
             weighted = states * loudness[start : start + states.shape[0], ..., None]
@@ -103,7 +108,8 @@ class MambaStatistics(Statistics):
     def _add_averages(self, inputs: ScanInputs) -> None:
         for step in range(inputs.u.shape[-1]):
             delta = inputs.delta[..., step]  # (batch, channels)
-            self.add("a", torch.exp(delta[..., None] * inputs.A).sum(dim=0))
+            decay = torch.exp(delta[..., None] * inputs.A)  # (batch, channels, N)
+            self.add("a", (decay * inputs.mask[:, step, None, None]).sum(dim=0))
             self.add("b", torch.einsum("bd,bn->dn", delta, inputs.B[..., step]))
         self.add("c", inputs.C.sum(dim=(0, 2)))
 
@@ -123,6 +129,8 @@ class MambaAdapter(Adapter):
         """Empirical HSVs and the selection order, or those of the averaged systems."""
         if statistics is None:
             raise ValueError(f"{layer.name}: {self.family} layers are measured on calibration data.")
+        if not has_finite_parameters(layer.module):
+            return _unmeasurable(layer, "non-finite parameters")
         if method.criterion == "surrogate":
             return self._measure_surrogate(layer, method, statistics)
         P, Q = statistics.mean("P"), statistics.mean("Q")
