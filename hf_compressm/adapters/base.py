@@ -213,6 +213,10 @@ class Adapter(ABC):
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
         """What a cut to `size` states writes."""
 
+    def values_kept(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> int:
+        """How many of the singular values a cut to `size` states keeps."""
+        return size * measurement.hankel_singular_values.numel() // layer.state_size
+
     def granularity(self, module: Any) -> int:
         """State sizes of this layer are multiples of this."""
         return 1

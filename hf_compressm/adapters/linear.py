@@ -124,8 +124,7 @@ class LinearAdapter(Adapter):
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
         """Truncate to the slots that `size` states need, and write the result in the layer's parametrisation."""
         balancing: Balancing = measurement.detail
-        slots = size * balancing.system.order // layer.state_size
-        order = kept_order(measurement.hankel_singular_values.numel(), method, layer)
+        slots, order = self._slots_and_order(layer, method, measurement, size)
         note = measurement.note
         try:
             truncation = truncate(balancing, slots, order)
@@ -136,8 +135,7 @@ class LinearAdapter(Adapter):
             balancing = balance(balancing.system, method.realization)
             truncation = truncate(balancing, slots, order)
         sigma = balancing.hankel_singular_values
-        used = order[sigma[order] > NUMERICAL_RANK * sigma[0]]  # truncate passes over the others
-        kept = sigma[used[: truncation.kept]]
+        kept = sigma[_used(order, sigma)[: truncation.kept]]
         return LayerCut(
             changes=self._changes(layer, _fill(balancing.system, truncation, slots)),
             attributes=(AttributeChange(layer.module, "state_size", size),),
@@ -146,6 +144,23 @@ class LinearAdapter(Adapter):
             energy_kept=float(kept.sum() / sigma.sum()),
             note=note,
         )
+
+    def values_kept(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> int:
+        """Fewer than two values per slot, where real eigenvalues need slots of their own."""
+        count = measurement.hankel_singular_values.numel()
+        slots, order = self._slots_and_order(layer, method, measurement, size)
+        try:
+            kept = truncate(measurement.detail, slots, order).kept
+        except ValueError:  # `cut` says why
+            return count
+        return count if kept == _used(order, measurement.hankel_singular_values).numel() else kept
+
+    def _slots_and_order(
+        self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int
+    ) -> tuple[int, Tensor]:
+        """Complex slots that `size` states need, and the balanced states, most wanted first."""
+        slots = size * measurement.detail.system.order // layer.state_size
+        return slots, kept_order(measurement.hankel_singular_values.numel(), method, layer)
 
     def _bound_factor(self, module: Any) -> float:
         """Both directions of a bidirectional layer add up: `|E_1| + |E_2| <= sqrt(2) |[E_1; E_2]|`."""
@@ -188,6 +203,11 @@ class LinearAdapter(Adapter):
         C_map = _both_directions(C_map) if len(self.directions(module)) == 2 else C_map
         terms |= dict(zip(("C_re", "C_im"), _complex_terms((module.C_re, module.C_im), C_map, dim=1), strict=True))
         return terms
+
+
+def _used(order: Tensor, sigma: Tensor) -> Tensor:
+    """The states that `truncate` looks at: it passes over those without output."""
+    return order[sigma[order] > NUMERICAL_RANK * sigma[0]]
 
 
 def _relative_errors(balancing: Balancing) -> Tensor:

@@ -41,7 +41,7 @@ def plan_compression(
         for layer, method, seen in zip(layers, methods, statistics, strict=True)
     ]
     _raise_on_problems(layers, measurements, config)
-    sizes = _choose_sizes(layers, measurements, config)
+    sizes = _choose_sizes(layers, methods, measurements, config)
     plans = [_plan_layer(*parts) for parts in zip(layers, methods, measurements, sizes, strict=True)]
     return CompressionPlan(tuple(_one_size_or_none(layers, plans, config)))
 
@@ -126,10 +126,13 @@ def _raise_on_problems(
 
 
 def _choose_sizes(
-    layers: Sequence[SSMLayer], measurements: Sequence[Measurement], config: CompreSSMConfig
+    layers: Sequence[SSMLayer],
+    methods: Sequence[CutMethod],
+    measurements: Sequence[Measurement],
+    config: CompreSSMConfig,
 ) -> list[int]:
     """New state size of every layer, by the rank rule; layers of a family with one size share the largest."""
-    wanted = [_wanted_size(layer, item, config) for layer, item in zip(layers, measurements, strict=True)]
+    wanted = [_wanted_size(*parts, config) for parts in zip(layers, methods, measurements, strict=True)]
     for family in {layer.adapter.family for layer in layers if not _per_layer(layer, config)}:
         members = [i for i, layer in enumerate(layers) if layer.adapter.family == family]
         largest = max(wanted[i] for i in members)
@@ -142,22 +145,27 @@ def _choose_sizes(
     ]
 
 
-def _wanted_size(layer: SSMLayer, measurement: Measurement, config: CompreSSMConfig) -> int:
+def _wanted_size(layer: SSMLayer, method: CutMethod, measurement: Measurement, config: CompreSSMConfig) -> int:
     size = layer.state_size
     if measurement.problem:
         return size
     sigma = measurement.hankel_singular_values
-    per_value = size / sigma.numel()
+    count = 0
     if config.tolerance is not None:
-        wanted = count_by_tolerance(sigma, config.tolerance) * per_value
+        count = count_by_tolerance(sigma, config.tolerance)
+        wanted = count * size / sigma.numel()
     elif config.max_error is not None:
-        wanted = count_by_error(measurement.errors, config.max_error) * per_value
+        count = count_by_error(measurement.errors, config.max_error)
+        wanted = count * size / sigma.numel()
     elif config.fraction is not None:
         wanted = int(size * (1 - config.fraction) + 1e-9)
     else:
         wanted = min(config.target_state_size or size, size)
     multiple = math.lcm(config.round_to, layer.adapter.granularity(layer.module))
-    return round_size(wanted, size, multiple, config.min_state_size)
+    new_size = round_size(wanted, size, multiple, config.min_state_size)
+    while new_size < size and layer.adapter.values_kept(layer, method, measurement, new_size) < count:
+        new_size = round_size(new_size + 1, size, multiple, config.min_state_size)
+    return new_size
 
 
 def _plan_layer(layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerPlan:
