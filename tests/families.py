@@ -64,7 +64,11 @@ class Family:
 
     def config(self, **kwargs: Any) -> Any:
         sizes = {"hidden_size": HIDDEN_SIZE, "state_size": STATE_SIZE, "num_hidden_layers": LAYERS}
-        inputs = {"vocab_size": VOCAB_SIZE} if self.is_language_model else {"input_size": INPUT_SIZE, "num_labels": NUM_LABELS}
+        inputs = (
+            {"vocab_size": VOCAB_SIZE}
+            if self.is_language_model
+            else {"input_size": INPUT_SIZE, "num_labels": NUM_LABELS}
+        )
         return self.config_class(**{**sizes, **inputs, **self.variant, **kwargs})
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0, **kwargs: Any) -> Any:
@@ -90,7 +94,9 @@ MAMBA = Family(
 )
 S5 = Family("s5", "s5", S5ForCausalLM, S5Config, granularity=2)
 S5_COMPLEX = Family("s5-complex", "s5", S5ForCausalLM, S5Config, {"conj_sym": False})
-S5_CLASSIFIER = Family("s5-classifier", "s5", S5ForSequenceClassification, S5Config, {"norm": "batch"}, frame_batch, granularity=2)
+S5_CLASSIFIER = Family(
+    "s5-classifier", "s5", S5ForSequenceClassification, S5Config, {"norm": "batch"}, frame_batch, granularity=2
+)
 S5_BIDIRECTIONAL = Family(
     "s5-bidirectional",
     "s5",
@@ -123,7 +129,9 @@ def perturbed(model: nn.Module, scale: float = 0.3) -> nn.Module:
 
 def ssm_layers(model: nn.Module) -> dict[str, Any]:
     """The SSM layers by name, found without the package: those that own a matrix of state parameters."""
-    return {name: module for name, module in model.named_modules() if any(hasattr(module, x) for x in ("A_log", "B_re"))}
+    return {
+        name: module for name, module in model.named_modules() if any(hasattr(module, x) for x in ("A_log", "B_re"))
+    }
 
 
 def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -145,7 +153,10 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "identities": [id(parameter) for parameter in model.parameters()],
         "grads": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
         "modes": [module.training for module in model.modules()],
-        "sizes": [getattr(layer, "state_size", getattr(layer, "ssm_state_size", None)) for layer in ssm_layers(model).values()],
+        "sizes": [
+            getattr(layer, "state_size", getattr(layer, "ssm_state_size", None))
+            for layer in ssm_layers(model).values()
+        ],
         "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
         "config": model.config.to_dict(),
     }
@@ -154,11 +165,16 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 def same(one: Any, other: Any) -> bool:
     """Equality of nested containers, bit for bit on tensors; NaN equals NaN."""
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype and bool(
-            ((one == other) | (one.isnan() & other.isnan())).all()
+        return (
+            isinstance(other, Tensor)
+            and one.shape == other.shape
+            and one.dtype == other.dtype
+            and bool(((one == other) | (one.isnan() & other.isnan())).all())
         )
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return (
+            isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        )
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
     return bool(one == other)

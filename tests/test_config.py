@@ -103,7 +103,12 @@ def test_a_file_without_a_mapping_is_named(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "two", [{"tolerance": 0.1, "fraction": 0.5}, {"max_error": 0.1, "target_state_size": 4}, {"tolerance": 0.0, "max_error": 0.0}]
+    "two",
+    [
+        {"tolerance": 0.1, "fraction": 0.5},
+        {"max_error": 0.1, "target_state_size": 4},
+        {"tolerance": 0.0, "max_error": 0.0},
+    ],
 )
 def test_two_rank_rules_are_refused_with_both_names(two: dict) -> None:
     with pytest.raises(ValueError, match=r".*".join(f"{name}={value}" for name, value in two.items())):
