@@ -5,7 +5,6 @@ Glossary:
 """
 
 import torch
-
 from transformers.cache_utils import Cache
 
 

@@ -8,7 +8,6 @@ Glossary:
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -53,7 +52,7 @@ class DiagonalSSMConfig(PreTrainedConfig):
         dropout (`float`, *optional*, defaults to 0.0):
             Dropout probability, after the activation and after the gate.
         pooling (`str`, *optional*, defaults to `"mean"`):
-            What a sequence classifier reads: the `"mean"` over all positions that are not padding, or the `"last"` one.
+            What a sequence classifier reads: the `"mean"` over positions that are not padding, or the `"last"` one.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of embeddings, encoder, gates and heads. State-space parameters have their own scheme.
         use_cache (`bool`, *optional*, defaults to `True`):
@@ -119,9 +118,7 @@ class DiagonalSSMConfig(PreTrainedConfig):
         for name in ("vocab_size", "input_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(
-                    f"`{name}` is {value}; set a positive integer, or None if the model has no such input."
-                )
+                raise ValueError(f"`{name}` is {value}; set a positive integer, or None without such input.")
         if self.vocab_size is not None and self.input_size is not None:
             raise ValueError(
                 f"`vocab_size` is {self.vocab_size} and `input_size` is {self.input_size}; a model reads tokens or "

@@ -26,7 +26,6 @@ class LRUConfig(DiagonalSSMConfig):
             Initial phase angles are uniform in `[0, max_phase]`, in radians.
 
     Example:
-
     ```python
     >>> from hf_compressm import LRUConfig, LRUForCausalLM
     >>> model = LRUForCausalLM(LRUConfig(vocab_size=256, hidden_size=32, state_size=16, num_hidden_layers=2))

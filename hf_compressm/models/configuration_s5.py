@@ -38,7 +38,6 @@ class S5Config(DiagonalSSMConfig):
             Also run the recurrence from the end to the start, with a read-out of its own. Not for causal models.
 
     Example:
-
     ```python
     >>> from hf_compressm import S5Config, S5ForSequenceClassification
     >>> config = S5Config(input_size=1, hidden_size=32, state_size=16, num_hidden_layers=2, num_labels=10)

@@ -12,7 +12,6 @@ Glossary (discrete time, step k):
 import torch
 import torch.nn.functional as F
 from torch import nn
-
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_diagonal_ssm import DiagonalSSMConfig

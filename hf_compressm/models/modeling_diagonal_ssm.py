@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
@@ -223,7 +222,7 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
             mask = mask[:, -length:]
         if mask.shape != (batch_size, length):
             raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}, but the input needs {(batch_size, length)}."
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}; the input needs {(batch_size, length)}."
             )
         return mask.to(hidden_states.device).bool()
 

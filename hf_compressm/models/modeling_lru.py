@@ -12,7 +12,6 @@ import math
 
 import torch
 from torch import nn
-
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
