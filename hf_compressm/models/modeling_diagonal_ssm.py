@@ -231,7 +231,7 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
         if cache_params is not None and checkpointing:
             raise ValueError(
                 "`cache_params` cannot be used with gradient checkpointing, which would run each step twice: call "
-                "`model.eval()` or `model.gradient_checkpointing_disable()` first."
+                "`model.eval()` or switch gradient checkpointing off first."
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training

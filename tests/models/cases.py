@@ -75,4 +75,11 @@ def perturbed(module: nn.Module, scale: float = 0.05) -> nn.Module:
 
 
 def tokens(batch_size: int = 3, length: int = 9) -> torch.Tensor:
-    return torch.randint(VOCAB_SIZE, (batch_size, length))
+    """Token 0 is left out: `generate()` takes it for padding where it is named as such."""
+    return torch.randint(1, VOCAB_SIZE, (batch_size, length))
+
+
+def enable_checkpointing(model: nn.Module, use_reentrant: bool = False) -> None:
+    """Switches gradient checkpointing on under the name that the installed transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})

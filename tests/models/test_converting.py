@@ -13,7 +13,7 @@ TOLERANCE = 1e-10  # float64, both sides
 
 @pytest.fixture(autouse=True)
 def oracle_in_double_precision(monkeypatch):
-    """s5-pytorch rounds B to complex64 on its way, and with it the gradient; everything else follows its parameters."""
+    """s5-pytorch rounds B to complex64 on its way, and with it its gradient; the rest follows its parameters."""
     monkeypatch.setattr("s5.s5_model.as_complex", torch.view_as_complex)
 
 
