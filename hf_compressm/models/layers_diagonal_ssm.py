@@ -9,6 +9,8 @@ Glossary (discrete time, step k):
     D            feed-through, real, (H,)
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +23,9 @@ try:
     from hf_compressm.scans import diagonal_scan
 except ImportError:  # this file was loaded as custom code, in a process that does not have the package
 
-    def diagonal_scan(u, eigenvalues, B, C, initial_state=None, return_last_state=False, reverse=False):
+    def diagonal_scan(  # type: ignore[misc] # mypy compares annotations, which the fallback does not repeat
+        u, eigenvalues, B, C, initial_state=None, return_last_state=False, reverse=False
+    ):
         """Plain recurrence with the signature and results of `hf_compressm.scans.diagonal_scan`."""
         inputs = u.to(eigenvalues.dtype) @ B.mT  # (batch, length, slots)
         state = inputs.new_zeros(inputs[:, 0].shape) if initial_state is None else initial_state
@@ -97,6 +101,7 @@ class DiagonalSSMLayer(nn.Module):
         with maybe_autocast(device_type=u.device.type, enabled=False):
             eigenvalues, B, C = self.system(dtype)
             inputs = u.to(dtype)
+            outputs: Any
             if self.bidirectional:
                 forward_C, backward_C = C.chunk(2)
                 outputs = diagonal_scan(inputs, eigenvalues, B, forward_C)

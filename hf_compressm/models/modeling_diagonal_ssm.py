@@ -170,7 +170,7 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
         mask = self._padding_mask(attention_mask, hidden_states, cache_params)
         cache_params = self._prepare_cache(cache_params, use_cache)
 
-        all_hidden_states = (hidden_states,)
+        all_hidden_states: tuple[torch.Tensor, ...] = (hidden_states,)
         for block in self.layers:
             hidden_states = block(hidden_states, mask=mask, cache_params=cache_params)
             all_hidden_states += (hidden_states,)
