@@ -66,7 +66,8 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path, suffix: str, setting
 
 
 def test_the_command_line_reaches_every_kind_of_field() -> None:
-    words = "--max_error 0.3 --per_layer false --layers layers.0 layers.1 --interval 5 --start 0.1 --round_to 4 --keep random"
+    words = "--max_error 0.3 --per_layer no --layers layers.0 layers.1 "
+    words += "--interval 5 --start 0.1 --round_to 4 --keep random"
     (config,) = HfArgumentParser(CompreSSMConfig).parse_args_into_dataclasses(words.split())
     assert config.max_error == 0.3
     assert config.tolerance is None

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ def test_rules_that_ask_for_nothing_change_nothing(family: Family, rule: dict) -
 def test_sizes_fall_with_the_tolerance(family: Family) -> None:
     model = family.build()
     found = [sizes(family, model, tolerance=t, min_reduction=0) for t in (0.0, 0.01, 0.1, 0.3, 0.6, 0.9, 0.999)]
-    assert all(a >= b for one, other in zip(found, found[1:], strict=False) for a, b in zip(one, other, strict=True))
+    assert all(a >= b for one, other in pairwise(found) for a, b in zip(one, other, strict=True))
     assert found[0] == [STATE_SIZE] * LAYERS
     assert max(found[-1]) < STATE_SIZE
 

@@ -19,7 +19,8 @@ SINGLE = 1e-4
 def mixer_inputs(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     seen: list[Tensor] = []
     handles = [
-        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0])) for layer in ssm_layers(model).values()
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        for layer in ssm_layers(model).values()
     ]
     outputs(model, batch)
     for handle in handles:
@@ -93,7 +94,9 @@ def test_scan_inputs_are_what_the_stock_layer_scans(monkeypatch: pytest.MonkeyPa
     stock = module.mamba_selective_scan
 
     def spy(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: object) -> Tensor:
-        seen.append({"u": u, "dt": F.softplus(dt + kwargs["delta_bias"][:, None]), "A": A, "B": B, "C": C, "z": kwargs["z"]})
+        seen.append(
+            {"u": u, "dt": F.softplus(dt + kwargs["delta_bias"][:, None]), "A": A, "B": B, "C": C, "z": kwargs["z"]}
+        )
         return stock(u, dt, A, B, C, **kwargs)
 
     monkeypatch.setattr(module, "mamba_selective_scan", spy)
@@ -160,6 +163,8 @@ def test_the_fast_scan_and_the_stock_loop_agree_after_a_cut() -> None:
 def test_a_kept_state_has_its_decay_unchanged() -> None:
     model = MAMBA.build()
     old = [layer.A_log.detach().clone() for layer in ssm_layers(model).values()]
-    for entry, decay in zip(plan_compression(model, CompreSSMConfig(fraction=0.5), MAMBA.calibration()).layers, old, strict=True):
+    for entry, decay in zip(
+        plan_compression(model, CompreSSMConfig(fraction=0.5), MAMBA.calibration()).layers, old, strict=True
+    ):
         new = next(change.value for change in entry.cut.changes if change.name.endswith("A_log"))
         assert all(any(torch.equal(column, other) for other in decay.double().T) for column in new.T)

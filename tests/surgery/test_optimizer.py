@@ -226,5 +226,5 @@ def test_a_moment_that_is_not_finite_skips_the_cut_or_raises(key: str, value: fl
 
 
 def test_what_is_no_optimizer_is_refused() -> None:
-    with pytest.raises(ValueError, match="torch.optim.Optimizer, got str"):
+    with pytest.raises(ValueError, match=r"torch\.optim\.Optimizer, got str"):
         cut(LRU.build(), LRU, "adamw")
