@@ -39,9 +39,7 @@ def test_every_generator_is_as_before(dataset: Dataset) -> None:
 
 def test_the_seed_decides_and_no_example_comes_twice() -> None:
     loader = DataLoader(Drawing(), batch_size=3, shuffle=True)
-    first, again, other = (
-        [batch["index"] for batch in sample_batches(loader, 3, 4, seed=seed)] for seed in (1, 1, 2)
-    )
+    first, again, other = ([batch["index"] for batch in sample_batches(loader, 3, 4, seed=seed)] for seed in (1, 1, 2))
     assert same(first, again)
     assert not same(first, other)
     assert sorted(torch.cat(first).tolist()) == list(range(10))
