@@ -150,14 +150,18 @@ def make_model(args: ModelArguments) -> tuple[PreTrainedModel, ByteTokenizer | A
         return MambaForCausalLM(MambaConfig(vocab_size=BYTES, **sizes)), ByteTokenizer()
     model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path)
     try:
-        return model, load_pretrained(AutoTokenizer, args.model_name_or_path)
-    except ValueError as error:
-        if model.config.vocab_size != BYTES:
-            raise ValueError(
-                f"{args.model_name_or_path} has no tokenizer that can be loaded, and its vocabulary of "
-                f"{model.config.vocab_size} is not that of bytes ({BYTES})."
-            ) from error
-        return model, ByteTokenizer()
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    except (OSError, ValueError):
+        tokenizer = None
+    # Where a directory has no tokenizer files, some families answer with a tokenizer that knows no word.
+    if tokenizer is not None and tokenizer("text", add_special_tokens=False)["input_ids"]:
+        return model, tokenizer
+    if model.config.vocab_size != BYTES:
+        raise ValueError(
+            f"{args.model_name_or_path} has no tokenizer that can be loaded, and its vocabulary of "
+            f"{model.config.vocab_size} is not that of bytes ({BYTES})."
+        )
+    return model, ByteTokenizer()
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:

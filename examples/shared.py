@@ -122,10 +122,9 @@ class StepTimer(TrainerCallback):
         """Stop it."""
         self.seconds[state.global_step - 1] = _synchronised_time() - self._start
 
-    def median(self, start: int, end: int) -> float:
-        """Median seconds of the steps `start` to `end - 1`, without the first few; NaN if none is left."""
-        timed = [seconds for step, seconds in self.seconds.items() if start + WARM_UP_STEPS <= step < end]
-        return statistics.median(timed) if timed else float("nan")
+    def between(self, start: int, end: int) -> list[float]:
+        """Seconds of each of the steps `start` to `end - 1`, without the first few."""
+        return [seconds for step, seconds in self.seconds.items() if start + WARM_UP_STEPS <= step < end]
 
 
 class Experiment:
@@ -184,19 +183,21 @@ class Experiment:
             if name in self.final:
                 values = (self.before.metrics[first.step][name], self.final[name])
                 rows.append((f"validation {name}", *(f"{value:.4f}" for value in values)))
-        rows += self._speed_rows(self.timer.median(0, first.step), self.timer.median(last.step, steps))
+        rows += self._speed_rows(self.timer.between(0, first.step), self.timer.between(last.step, steps))
         print(f"\n{table(rows)}\n\nPeak memory of the whole run: {_peak_memory()}.")
 
-    def _speed_rows(self, *seconds_per_step: float) -> list[tuple[str, ...]]:
+    def _speed_rows(self, *phases: list[float]) -> list[tuple[str, ...]]:
         args = self.trainer.args
         examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seconds_per_step = [statistics.median(phase) if phase else math.nan for phase in phases]
         steps_per_epoch = len(self.trainer.train_dataset) / examples
         rows = (
             ("training tokens per second", ",.0f", lambda seconds: examples * self.tokens_per_example / seconds),
             ("milliseconds per step (median)", ".1f", lambda seconds: 1000 * seconds),
             ("seconds per epoch (training only)", ".2f", lambda seconds: steps_per_epoch * seconds),
         )
-        return [
+        timed = ("timed steps", *(str(len(phase)) for phase in phases))
+        return [timed] + [
             (name, *("too few steps" if math.isnan(s) else format(value(s), digits) for s in seconds_per_step))
             for name, digits, value in rows
         ]
