@@ -23,7 +23,7 @@ EXAMPLES = ["datasets", "evaluate", "matplotlib", "psutil", "scikit-learn"]
 
 # The oracles are outside implementations that the tests compare with; the package itself never imports them.
 ORACLES = ["pymor", "s5-pytorch", "slycot"]
-TEST = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", *ORACLES, *EXAMPLES]
+TEST = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "scipy", "tensorboard", *ORACLES, *EXAMPLES]
 
 EXTRAS_REQUIRE = {
     "examples": EXAMPLES,

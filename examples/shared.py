@@ -32,19 +32,19 @@ MAX_LAYER_ROWS = 8
 
 
 def parse_arguments(kinds: Sequence[type], arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Read flags, or a single YAML or JSON file, into dataclasses; a name that two of them share goes to both.
+    """Read flags, or a single YAML or JSON file, into dataclasses.
 
     Args:
-        kinds: the dataclasses; of a shared name, `--help` shows the last one.
+        kinds: the dataclasses.
         arguments: of the command line; by default those of this process.
 
     Raises:
         ValueError: for a file that is missing or no mapping, or holds a key that no dataclass knows.
     """
-    parser = HfArgumentParser(tuple(kinds), conflict_handler="resolve")  # both sides have a `seed`
+    parser = HfArgumentParser(tuple(kinds))
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if len(arguments) != 1 or not arguments[0].endswith((".yaml", ".yml", ".json")):
-        return parser.parse_dict(vars(parser.parse_args(arguments)))
+        return parser.parse_args_into_dataclasses(arguments)
     path = Path(arguments[0])
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")

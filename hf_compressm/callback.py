@@ -2,7 +2,7 @@
 
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from hf_compressm.adapters import SSMLayer
 from hf_compressm.batches import sample_batches
 from hf_compressm.compression import check_settings, compress, recorded_cuts
 from hf_compressm.config import CompreSSMConfig
@@ -44,6 +45,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.config = config or CompreSSMConfig()
         self.events: list[CutEvent] = []
         self._steps: tuple[int, ...] = ()
+        self._needs_data = True
         self._last_cut: int | None = None
         self._learning_rates: list[Any] | None = None
         self._trainer: weakref.ref[Trainer] | None = None
@@ -65,7 +67,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._trainer = _calling_trainer() or self._trainer
         _refuse_engines(args, self._trainer() if self._trainer else None)
         model = kwargs["model"]
-        check_settings(model, self.config, calibrated=True)
+        layers, criteria = check_settings(model, self.config, calibrated=True)
+        self._needs_data = any(
+            name in layer.adapter.data_criteria for layer, name in zip(layers, criteria, strict=True)
+        )
         self._steps = cut_steps(self.config, state.max_steps)
         self.events = []
         self._last_cut = _last_cut_before(model, state.global_step)
@@ -80,12 +85,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Cut, if the step before was one of the schedule's."""
         if state.global_step not in self._steps:
             return
-        calibration = sample_batches(
-            kwargs["train_dataloader"],
-            args.per_device_train_batch_size,
-            self.config.calibration_batches,
-            self.config.seed + state.global_step,
-        )
+        calibration = self._calibration(args, state, kwargs["train_dataloader"]) if self._needs_data else None
         result = compress(kwargs["model"], self.config, calibration, kwargs["optimizer"], state.global_step)
         event = CutEvent(state.global_step, result)
         self.events.append(event)
@@ -129,6 +129,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 f"A larger {self.config.rank_rule} would cut more."
             )
 
+    def _calibration(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> list[Mapping[str, Any]]:
+        """Batches of the run's own data; another sample at each cut, the same one when a run is resumed."""
+        batch_size = state.train_batch_size or args.per_device_train_batch_size
+        seed = self.config.sampling_seed + state.global_step
+        return sample_batches(dataloader, batch_size, self.config.calibration_batches, seed)
+
     def _rewarmup_share(self, step: int) -> float:
         """Share of the learning rate in the step that follows `step` done steps: 1 / (n + 1), ..., n / (n + 1), 1."""
         if self._last_cut is None or self.config.rewarmup_steps == 0:
@@ -161,6 +167,10 @@ def _calling_trainer() -> "weakref.ref[Trainer] | None":
             return weakref.ref(candidate)
         frame = frame.f_back
     return None
+
+
+def _any_needs_data(layers: Sequence[SSMLayer], criteria: Sequence[str]) -> bool:
+    return any(name in layer.adapter.data_criteria for layer, name in zip(layers, criteria, strict=True))
 
 
 def _refuse_engines(args: TrainingArguments, trainer: Trainer | None) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import InitVar, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _WHOLE_NUMBERS = {
     "min_state_size": 1,
     "num_cuts": 1,
     "calibration_batches": 1,
-    "seed": 0,
+    "sampling_seed": 0,
     "rewarmup_steps": 0,
 }
 """The least value of each."""
@@ -46,7 +46,8 @@ class CompreSSMConfig:
     """How much is cut, how states are ranked, and when cuts happen.
 
     Exactly one of `tolerance`, `max_error`, `fraction` and `target_state_size` decides the sizes. Steps are optimizer
-    steps: a whole number, or a share of the run's steps where below 1. Readable by `HfArgumentParser`.
+    steps: a whole number, or a share of the run's steps where below 1. Readable by `HfArgumentParser`, also beside
+    `TrainingArguments`, whose `--seed` stays its own; in Python `seed=` is short for `sampling_seed=`.
 
     Raises:
         ValueError: naming the setting, the value and what is allowed.
@@ -80,13 +81,16 @@ class CompreSSMConfig:
     interval: float | None = _setting(None, "Steps between cuts, instead of num_cuts.")
     trigger: str = _setting("schedule", "What releases a cut: the schedule.")
     calibration_batches: int = _setting(4, "Training batches on which selective layers are measured before each cut.")
-    seed: int = _setting(0, "Seed of the calibration sample and of keep='random'.")
+    sampling_seed: int = _setting(0, "Seed of the calibration sample and of keep='random'.")
     rewarmup_steps: int = _setting(0, "After a cut the learning rate climbs back linearly over this many steps.")
     optimizer_state: str = _setting("carry", "Carry optimizer moments over a cut, or reset those of cut parameters.")
     on_nonfinite: str = _setting("skip", "Skip a layer with NaN or Inf, or raise an error.")
+    seed: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, seed: int | None) -> None:
         """Check every value; fill in the default rank rule."""
+        if seed is not None:
+            self.sampling_seed = seed
         given = [name for name in RANK_RULES if getattr(self, name) is not None]
         if len(given) > 1:
             values = ", ".join(f"{name}={getattr(self, name)}" for name in given)
@@ -115,7 +119,7 @@ class CompreSSMConfig:
         Raises:
             ValueError: for an unknown setting.
         """
-        known = {item.name for item in fields(cls)}
+        known = {item.name for item in fields(cls)} | {"seed"}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"Unknown setting(s) {unknown}; known are {sorted(known)}.")

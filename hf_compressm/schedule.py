@@ -1,6 +1,11 @@
 """When cuts happen."""
 
+from transformers.utils import logging
+
 from hf_compressm.config import CompreSSMConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 def cut_steps(config: CompreSSMConfig, max_steps: int) -> tuple[int, ...]:
@@ -29,6 +34,11 @@ def cut_steps(config: CompreSSMConfig, max_steps: int) -> tuple[int, ...]:
         interval = max(_resolve("interval", config.interval, max_steps), 1)
         wanted = list(range(start + interval, end + 1, interval))
     steps = tuple(sorted({round(step) for step in wanted if 1 <= round(step) < max_steps}))
+    late = sum(round(step) >= max_steps for step in wanted)
+    if late and steps:
+        logger.warning(
+            f"{late} of {len(wanted)} cuts fall after this run's last step ({max_steps}) and will not happen."
+        )
     if not steps:
         raise ValueError(
             f"No cut can happen: with start={config.start:g}, end={config.end:g} and "

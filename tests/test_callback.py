@@ -1,5 +1,6 @@
 """Cuts inside Trainer, on the CPU, with tiny models."""
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
-from tests.families import FAMILIES, LRU, MAMBA, S5_CLASSIFIER, Family, family_id, same, ssm_layers
+from tests.families import FAMILIES, LRU, MAMBA, S5_CLASSIFIER, Family, family_id, same
 
 
 class Examples(Dataset):
@@ -298,23 +299,9 @@ def test_a_run_that_ends_before_its_first_cut_says_so(tmp_path: Path, warnings_s
     assert "cut nothing: training ended at step 1" in warnings_seen[0]
 
 
-def test_the_opening_example_word_for_word(tmp_path: Path) -> None:
-    MAMBA.build().save_pretrained(tmp_path / "mamba")
-    args = arguments(tmp_path / "run", max_steps=40)
-    train, dev = Examples(MAMBA), Examples(MAMBA, 2)
-
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mamba")
-    trainer = Trainer(model=model, args=args, train_dataset=train, eval_dataset=dev,
-                      callbacks=[CompreSSMCallback(CompreSSMConfig(tolerance=0.1))])  # fmt: skip
-    trainer.train()
-
-    assert model.config.state_size < 8
-    assert {layer.A_log.shape[1] for layer in ssm_layers(model).values()} == {model.config.state_size}
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_sizes_reach_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     trainer_of(LRU, tmp_path, report_to=["tensorboard"]).train()
     events = accumulator.EventAccumulator(str(tmp_path / "logs"))

@@ -18,7 +18,7 @@ def collect_statistics(
 ) -> list[Statistics | None]:
     """Run the calibration batches and return each layer's statistics, None where its criterion needs no data.
 
-    The model's mode, buffers, gradients and all random number generators are left as they were.
+    The model's mode, buffers and gradients and torch's random number generators are left as they were.
 
     Args:
         model: moved nowhere; batches go to its device.

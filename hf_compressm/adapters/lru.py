@@ -44,6 +44,6 @@ register(
         module_type=LRULayer,
         size_field="state_size",
         per_layer=True,
-        criteria=("hankel", "empirical"),
+        criteria=("empirical", "hankel"),
     )
 )

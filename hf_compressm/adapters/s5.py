@@ -82,6 +82,6 @@ register(
         module_type=S5Layer,
         size_field="state_size",
         per_layer=True,
-        criteria=("hankel", "empirical"),
+        criteria=("empirical", "hankel"),
     )
 )

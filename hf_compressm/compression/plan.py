@@ -1,5 +1,6 @@
 """What a cut would do (the plan) and what it did (the result)."""
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -45,10 +46,11 @@ class LayerPlan:
     fingerprints: tuple[int, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dict, spectrum included."""
+        """JSON-ready dict, spectrum included; a spectrum that could not be measured is empty."""
         names = ("name", "family", "state_size", "new_state_size", "energy_kept", "predicted_error", "error_bound")
         values = {name: getattr(self, name) for name in (*names, "status", "reason", "criterion")}
-        return values | {"hankel_singular_values": self.hankel_singular_values.tolist()}
+        spectrum = [value for value in self.hankel_singular_values.tolist() if math.isfinite(value)]
+        return values | {"hankel_singular_values": spectrum}
 
 
 @dataclass(frozen=True, eq=False)

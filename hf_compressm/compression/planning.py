@@ -34,7 +34,7 @@ def plan_compression(
             the model rejects; for NaN or Inf only under `on_nonfinite="raise"`.
     """
     layers, criteria = check_settings(model, config, calibrated=calibration is not None)
-    methods = [CutMethod(name, config.keep, config.realization, config.seed) for name in criteria]
+    methods = [CutMethod(name, config.keep, config.realization, config.sampling_seed) for name in criteria]
     statistics = collect_statistics(model, layers, criteria, calibration)
     measurements = [
         layer.adapter.measure(layer, method, seen)

@@ -23,7 +23,7 @@ matrix products alone, and only the states at the chunk boundaries are computed 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class _BoundaryScan(torch.autograd.Function):
     """s_0 given, s_{j+1} = decay * s_j + v_j: the states before and after each chunk, with its own backward."""
 
     @staticmethod
-    def forward(ctx, decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
+    def forward(ctx: Any, decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
         """Decay (N,), inputs (batch, chunks, N), initial state (batch, N) -> (batch, chunks + 1, N), all complex."""
         batch, chunks, state_size = inputs.shape
         states = inputs.new_empty(batch, chunks + 1, state_size)
@@ -56,7 +56,7 @@ class _BoundaryScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The adjoint recurrence g_j = grad_j + conj(decay) * g_{j+1}, run from the last chunk to the first."""
         decay, states = ctx.saved_tensors
         adjoint = grad_states.clone(memory_format=torch.contiguous_format)  # (batch, chunks + 1, N)
@@ -67,6 +67,7 @@ class _BoundaryScan(torch.autograd.Function):
         return grad_decay, adjoint[:, 1:], adjoint[:, 0]
 
 
+@torch.compiler.disable(reason="matrix products in complex arithmetic, which torch.compile cannot better")
 def diagonal_scan(
     u: Tensor,
     eigenvalues: Tensor,

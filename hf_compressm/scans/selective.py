@@ -24,6 +24,7 @@ again in the backward pass: memory O(length / chunk * batch * channels * N).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class _SelectiveScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         """Delta, drive (length, batch, channels), A (N, channels), B, C (length, batch, N) -> y and the last state."""
         length, batch, _ = delta.shape
         y = torch.empty_like(delta)
@@ -64,7 +65,7 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Chunks from last to first: states again, then the adjoint, then the gradients of the chunk's inputs."""
         delta, drive, A, B, C, checkpoints = ctx.saved_tensors
         length, batch, _ = delta.shape
