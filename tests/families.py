@@ -50,7 +50,7 @@ class Family:
     variant: dict[str, Any] = field(default_factory=dict)
     batch: Callable[..., dict[str, Tensor]] = token_batch
     size_field: str = "state_size"
-    criteria: tuple[str, ...] = ("hankel", "empirical")
+    criteria: tuple[str, ...] = ("empirical", "hankel")
     per_layer: bool = True
     granularity: int = 1
 

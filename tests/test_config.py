@@ -132,7 +132,6 @@ BAD_VALUES: list[tuple[str, Any]] = [
     *[("end", value) for value in (0, -1, NAN, INF, True, None)],
     *[("interval", value) for value in (0, -2, NAN, INF, "5")],
     *[("sampling_seed", value) for value in (None, 0.5, "a", True)],
-    *[("seed", value) for value in (0.5, "a", True, -1)],
     *[("per_layer", value) for value in ("yes", 1, 0)],
     *[("layers", value) for value in ("layers.0", 3, [3])],
     *[("ignore_layers", value) for value in ("layers.0", 3, [None])],

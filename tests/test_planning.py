@@ -94,8 +94,20 @@ def test_a_plan_can_be_read_and_written(family: Family) -> None:
         assert sigma[-1] >= 0
         assert 0 < entry["energy_kept"] < 1
         assert entry["predicted_error"] > 0
-        assert (entry["error_bound"] is None) is not family.is_linear
+        assert entry["error_bound"] is None
         assert (entry["status"], entry["criterion"]) == ("cut", family.criteria[0])
+
+
+@linear_family
+def test_a_cut_in_closed_form_has_a_bound(family: Family) -> None:
+    plans = [
+        analyze(family.build(), CompreSSMConfig(fraction=0.5)),
+        analyze(family.build(), CompreSSMConfig(fraction=0.5, criterion="hankel"), family.calibration()),
+        analyze(family.build(), CompreSSMConfig(fraction=0.5, realization="complex"), family.calibration()),
+    ]
+    for layer in (layer for plan in plans for layer in plan.layers):
+        assert layer.criterion == "hankel"
+        assert layer.error_bound > 0
 
 
 @every_family
@@ -184,9 +196,10 @@ def test_one_size_for_all_is_the_largest_that_any_layer_asks_for(family: Family)
         first = next(iter(ssm_layers(model).values()))
         first.B_re[2:] *= 1e-6
         first.B_im[2:] *= 1e-6
-    free = sizes(family, model, tolerance=0.2, min_reduction=0)
+    free = sizes(family, model, tolerance=0.2, min_reduction=0, criterion="hankel")
     assert free[0] < free[1]
-    assert sizes(family, model, tolerance=0.2, min_reduction=0, per_layer=False) == [max(free)] * LAYERS
+    shared = sizes(family, model, tolerance=0.2, min_reduction=0, criterion="hankel", per_layer=False)
+    assert shared == [max(free)] * LAYERS
 
 
 @linear_family
@@ -324,7 +337,7 @@ def test_closed_form_layers_need_no_calibration_and_take_no_batch() -> None:
         yield pytest.fail("a batch was drawn")
 
     plan_compression(LRU.build(), CompreSSMConfig(fraction=0.5))
-    plan_compression(LRU.build(), CompreSSMConfig(fraction=0.5), poison())
+    plan_compression(LRU.build(), CompreSSMConfig(fraction=0.5, criterion="hankel"), poison())
 
 
 @pytest.mark.parametrize(

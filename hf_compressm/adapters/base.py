@@ -176,8 +176,13 @@ class Adapter(ABC):
     criteria: tuple[str, ...]
     data_criteria: frozenset[str] = field(default=frozenset({"empirical", "surrogate", "interpolative"}))
 
-    def criterion(self, wanted: str, calibrated: bool) -> str:
+    def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
         """The criterion to use for `wanted`, which may be `"auto"`.
+
+        Args:
+            wanted: from the settings.
+            calibrated: whether calibration data will be there.
+            realization: `"real"` or `"complex"` balancing of LTI layers.
 
         Raises:
             ValueError: if the family does not support it, or if it needs calibration data that is not there.

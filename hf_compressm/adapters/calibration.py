@@ -18,7 +18,7 @@ def collect_statistics(
 ) -> list[Statistics | None]:
     """Run the calibration batches and return each layer's statistics, None where its criterion needs no data.
 
-    The model's mode, buffers and gradients and torch's random number generators are left as they were.
+    The model's mode, config, buffers and gradients and torch's random number generators are left as they were.
 
     Args:
         model: moved nowhere; batches go to its device.
@@ -76,13 +76,20 @@ def _watching(watched: Sequence[tuple[SSMLayer, Statistics]]) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode and the random number generators restored after."""
+    """Evaluation mode inside; every module's own mode, the config and torch's generators restored after.
+
+    transformers' classifiers write `config.problem_type` when they first see labels.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    settings = getattr(getattr(model, "config", None), "__dict__", {})
+    before = dict(settings)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         model.eval()
         try:
             yield
         finally:
+            settings.clear()
+            settings.update(before)
             for module, mode in modes:
                 module.training = mode

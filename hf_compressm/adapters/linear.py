@@ -96,6 +96,17 @@ class LinearAdapter(Adapter):
         """State size as the config counts it."""
         return int(module.state_size)
 
+    def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
+        """Measured covariances are real: complex balancing, the paper's own, is in closed form."""
+        if realization == "complex" and wanted == "auto":
+            return "hankel"
+        if realization == "complex" and wanted == "empirical":
+            raise ValueError(
+                "criterion='empirical' goes with realization='real'; got realization='complex'. "
+                "Use realization='real', or criterion='hankel'."
+            )
+        return super().criterion(wanted, calibrated, realization)
+
     def statistics(self, module: Any, criterion: str) -> Statistics | None:
         """States are only looked at under `criterion="empirical"`."""
         return StateCovariance(self) if criterion == "empirical" else None

@@ -59,7 +59,7 @@ def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) 
     """
     layers = _chosen_layers(model, config)
     _check_against_model(layers, config)
-    return layers, [layer.adapter.criterion(config.criterion, calibrated) for layer in layers]
+    return layers, [layer.adapter.criterion(config.criterion, calibrated, config.realization) for layer in layers]
 
 
 def _chosen_layers(model: nn.Module, config: CompreSSMConfig) -> list[SSMLayer]:
