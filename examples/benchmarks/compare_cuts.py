@@ -1,10 +1,10 @@
-"""How much does a cut hurt, by the way the states are ranked? Held-out loss right after the cut, nothing trained since.
+"""How much does a cut hurt, by the way the states are ranked? Held-out loss right after it, nothing trained since.
 
 One model is trained briefly, then copies of it are cut to several sizes by every criterion.
 
-    python examples/benchmarks/compare_cuts.py --task random               # no training: H-infinity error of random LRUs
-    python examples/benchmarks/compare_cuts.py --task images --model lru   # digits; --mnist_dir for sequential MNIST
-    python examples/benchmarks/compare_cuts.py --task text                 # Mamba; --train_file for another text
+    python examples/benchmarks/compare_cuts.py --task random              # no training: random LRUs
+    python examples/benchmarks/compare_cuts.py --task images --model lru  # digits; --mnist_dir for sequential MNIST
+    python examples/benchmarks/compare_cuts.py --task text                # Mamba; --train_file for another text
 """
 
 import argparse
