@@ -336,8 +336,8 @@ def test_closed_form_layers_need_no_calibration_and_take_no_batch() -> None:
     def poison() -> Iterator[dict]:
         yield pytest.fail("a batch was drawn")
 
-    plan_compression(LRU.build(), CompreSSMConfig(fraction=0.5))
-    plan_compression(LRU.build(), CompreSSMConfig(fraction=0.5, criterion="hankel"), poison())
+    assert plan_compression(LRU.build(), CompreSSMConfig(fraction=0.5)).changes
+    assert plan_compression(LRU.build(), CompreSSMConfig(fraction=0.5, criterion="hankel"), poison()).changes
 
 
 @pytest.mark.parametrize(
