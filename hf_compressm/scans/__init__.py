@@ -2,6 +2,7 @@
 
 from .diagonal import diagonal_scan, diagonal_scan_reference, diagonal_states
 from .selective import selective_scan, selective_scan_reference, selective_states
+from .ssd import ssd_scan, ssd_scan_reference, ssd_states
 from .stock import disable_fast_selective_scan, enable_fast_selective_scan
 
 
@@ -14,4 +15,7 @@ __all__ = [
     "selective_scan",
     "selective_scan_reference",
     "selective_states",
+    "ssd_scan",
+    "ssd_scan_reference",
+    "ssd_states",
 ]

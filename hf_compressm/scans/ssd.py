@@ -1,0 +1,350 @@
+"""The recurrence of Mamba-2 layers ("SSD"), with the layouts of mamba-ssm's `mamba_chunk_scan_combined`.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t        out_t = y_t * silu(z_t)
+
+Glossary (A in continuous time, discretised by dt):
+
+| symbol     | meaning                                                              | shape                           |
+|------------|----------------------------------------------------------------------|---------------------------------|
+| x          | input sequence                                                       | (batch, length, heads, head_dim)|
+| dt         | step size per head and time, before bias, softplus and limits        | (batch, length, heads)          |
+| A          | continuous-time decay, one real number per head                      | (heads,)                        |
+| B, C       | input and read-out vectors, shared by the heads of a group           | (batch, length, groups, N)      |
+| D          | feed-through                                                         | (heads,) or (heads, head_dim)   |
+| z          | gate                                                                 | as x                            |
+| h          | state                                                                | (batch, heads, head_dim, N)     |
+| drive      | dt_t x_t, what the input vector B_t is multiplied with               | as x                            |
+| log_decay  | dt_t A, the logarithm of the factor on the state at step t           | (batch, length, heads)          |
+| cumulative | sum of log_decay from the start of the chunk to step t inclusive     | (batch, chunks, heads, T)       |
+| T          | steps per chunk                                                      |                                 |
+
+Inside a chunk the outputs are one masked T x T matrix product per head, as in attention; only the states at the chunk
+boundaries, one per T steps, are computed one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+CHUNK_SIZE = 64  # steps per chunk of the scan
+STATES_CHUNK_SIZE = 16  # steps per chunk of `ssd_states`, which keeps the states of a whole chunk
+NO_LIMIT = (0.0, math.inf)
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    chunk_size: int = CHUNK_SIZE,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the recurrence of Mamba-2, as mamba-ssm's `mamba_chunk_scan_combined` does.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t, out_t = y_t * silu(z_t), where dt is first
+    shifted by `dt_bias`, passed through softplus if asked, and clamped to `dt_limit`. Head j reads B and C of group
+    j // (heads / groups). dt_t A must not be positive. Computed in float32 (float64 if an input is float64). Time
+    O(batch * length * heads * head_dim * (N + T)), memory O(batch * length * heads * (T + head_dim * N / T)) with T
+    steps per chunk. Differentiable with respect to every tensor argument.
+
+    Args:
+        x: Input, (batch, length, heads, head_dim), length at least 1.
+        dt: Step sizes, (batch, length, heads).
+        A: Continuous-time decay, real, (heads,); negative entries decay.
+        B: Input vectors, (batch, length, groups, N); heads is a multiple of groups.
+        C: Read-out vectors, (batch, length, groups, N).
+        D: Feed-through, (heads,) or (heads, head_dim).
+        z: Gate, (batch, length, heads, head_dim).
+        dt_bias: Added to dt, (heads,).
+        dt_softplus: Pass dt through softplus, after the bias.
+        dt_limit: Smallest and largest step size, applied last.
+        initial_states: State before the first step, (batch, heads, head_dim, N); zero if None.
+        return_final_states: Also return the state after the last step.
+        chunk_size: T, at least 1; changes the speed and nothing else.
+
+    Returns:
+        out (batch, length, heads, head_dim) in the dtype of x; with `return_final_states` also the last state (batch,
+        heads, head_dim, N) in float32 (or float64).
+
+    Raises:
+        ValueError: If a shape, a dtype, `dt_limit` or `chunk_size` is not as above.
+
+    Source: Dao and Gu, *Transformers are SSMs* (arXiv 2405.21060), section 6 and listing 1; here C B^T is computed
+    once per group instead of once per head.
+    """
+    _check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_limit, chunk_size)
+    dtype = _compute_dtype(x, dt, A, B, C, initial_states)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        steps = _step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+        inputs = x.to(dtype)
+        state = _initial_state(inputs, B, initial_states)
+        drive, log_decay = inputs * steps[..., None], steps * A.to(dtype)
+        y, last_state = _chunked_scan(drive, log_decay, B.to(dtype), C.to(dtype), state, min(chunk_size, x.shape[1]))
+        out = _feed_through_and_gate(y, inputs, D, z).to(x.dtype)
+    return (out, last_state) if return_final_states else out
+
+
+def ssd_scan_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The recurrence as it is written, one step at a time; arguments and results of `ssd_scan`.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t, out_t = y_t * silu(z_t). Slow; differentiated
+    by autograd. The yardstick of the tests.
+
+    Args:
+        x: Input, (batch, length, heads, head_dim).
+        dt: Step sizes, (batch, length, heads).
+        A: Continuous-time decay, real, (heads,).
+        B: Input vectors, (batch, length, groups, N).
+        C: Read-out vectors, (batch, length, groups, N).
+        D: Feed-through, (heads,) or (heads, head_dim).
+        z: Gate, (batch, length, heads, head_dim).
+        dt_bias: Added to dt, (heads,).
+        dt_softplus: Pass dt through softplus, after the bias.
+        dt_limit: Smallest and largest step size, applied last.
+        initial_states: State before the first step, (batch, heads, head_dim, N); zero if None.
+        return_final_states: Also return the state after the last step.
+
+    Returns:
+        out (batch, length, heads, head_dim), or (out, last state (batch, heads, head_dim, N)).
+
+    Raises:
+        ValueError: If a shape, a dtype or `dt_limit` is not as above.
+    """
+    _check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_limit)
+    dtype = _compute_dtype(x, dt, A, B, C, initial_states)
+    inputs, A = x.to(dtype), A.to(dtype)
+    steps = _step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+    repeats = x.shape[2] // B.shape[2]
+    B, C = (vectors.to(dtype).repeat_interleave(repeats, dim=2) for vectors in (B, C))  # (batch, length, heads, N)
+    h = _initial_state(inputs, B, initial_states)
+    outputs = []
+    for t in range(x.shape[1]):
+        step = steps[:, t, :, None, None]  # (batch, heads, 1, 1)
+        h = torch.exp(step * A[:, None, None]) * h + step * inputs[:, t, :, :, None] * B[:, t, :, None, :]
+        outputs.append((h * C[:, t, :, None, :]).sum(-1))
+    out = _feed_through_and_gate(torch.stack(outputs, dim=1), inputs, D, z).to(x.dtype)
+    return (out, h) if return_final_states else out
+
+
+@torch.no_grad()
+def ssd_states(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    initial_states: Tensor | None = None,
+    chunk_size: int = STATES_CHUNK_SIZE,
+) -> Iterator[Tensor]:
+    """Yield the states h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, chunk by chunk, without gradients.
+
+    For calibration: only one chunk of states exists at a time.
+
+    Args:
+        x: Input, (batch, length, heads, head_dim).
+        dt: Step sizes, (batch, length, heads).
+        A: Continuous-time decay, real, (heads,).
+        B: Input vectors, (batch, length, groups, N).
+        dt_bias: Added to dt, (heads,).
+        dt_softplus: Pass dt through softplus, after the bias.
+        dt_limit: Smallest and largest step size, applied last.
+        initial_states: State before the first step, (batch, heads, head_dim, N); zero if None.
+        chunk_size: Steps per chunk, at least 1; the last chunk may be shorter.
+
+    Yields:
+        States (chunk, batch, heads, head_dim, N) in float32 (or float64). The buffer is used again for the next chunk:
+        clone what must be kept.
+
+    Raises:
+        ValueError: If a shape, a dtype, `dt_limit` or `chunk_size` is not as above.
+    """
+    _check_arguments(x, dt, A, B, None, None, None, dt_bias, initial_states, dt_limit, chunk_size)
+    dtype = _compute_dtype(x, dt, A, B, initial_states)
+    batch, length, heads, head_dim = x.shape
+    groups, state_size = B.shape[2:]
+    steps = _step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+    drive = (x.to(dtype) * steps[..., None]).transpose(0, 1)  # (length, batch, heads, head_dim)
+    decay = torch.exp(steps * A.to(dtype)).transpose(0, 1)[..., None, None]  # (length, batch, heads, 1, 1)
+    B = B.to(dtype).transpose(0, 1)
+    states = drive.new_empty(min(chunk_size, length), batch, heads, head_dim, state_size)
+    before = _initial_state(drive.transpose(0, 1), B, initial_states)
+    for start in range(0, length, chunk_size):
+        chunk = slice(start, min(start + chunk_size, length))
+        filled = states[: chunk.stop - start]
+        torch.mul(
+            drive[chunk].unflatten(2, (groups, -1))[..., None],  # (chunk, batch, groups, heads / groups, head_dim, 1)
+            B[chunk, :, :, None, None, :],
+            out=filled.unflatten(2, (groups, -1)),
+        )
+        for decay_t, state_t in zip(decay[chunk].unbind(0), filled.unbind(0), strict=True):
+            before = state_t.addcmul_(decay_t, before)
+        before = before.clone()
+        yield filled
+
+
+def _chunked_scan(
+    drive: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """The bare recurrence in chunks of `steps` steps: y (batch, length, heads, head_dim) and the last state."""
+    batch, length, heads, head_dim = drive.shape
+    groups, state_size = B.shape[2:]
+    drive, log_decay, B, C = (_into_chunks(tensor, steps) for tensor in (drive, log_decay, B, C))
+    log_decay = log_decay.transpose(2, 3)  # (batch, chunks, heads, T)
+    cumulative, mask = _decays_within_chunks(log_decay)
+    drive = drive.transpose(2, 3).contiguous()  # (batch, chunks, heads, T, head_dim)
+    B, C = B.transpose(2, 3).contiguous(), C.transpose(2, 3).contiguous()  # (batch, chunks, groups, T, N)
+    scores = torch.matmul(C, B.mT)[:, :, :, None] * mask.unflatten(2, (groups, -1))
+    y = torch.matmul(scores.flatten(2, 3), drive)  # (batch, chunks, heads, T, head_dim)
+
+    to_end = torch.exp(cumulative[..., -1:] - cumulative)
+    written = (drive * to_end[..., None]).mT.reshape(batch, -1, groups, heads // groups * head_dim, steps)
+    written = torch.matmul(written, B)  # (batch, chunks, groups, heads / groups * head_dim, N)
+    before, state = _boundary_states(
+        torch.exp(cumulative[..., -1, None, None]), written.view(batch, -1, heads, head_dim, state_size), state
+    )
+    read = torch.matmul(C, before.reshape(batch, -1, groups, heads // groups * head_dim, state_size).mT)
+    read = read.unflatten(-1, (-1, head_dim)).transpose(3, 4)  # (batch, chunks, groups, heads / groups, T, head_dim)
+    y = y + read.flatten(2, 3) * torch.exp(cumulative)[..., None]
+    return y.transpose(2, 3).reshape(batch, -1, heads, head_dim)[:, :length], state
+
+
+def _into_chunks(tensor: Tensor, steps: int) -> Tensor:
+    """(batch, length, ...) -> (batch, chunks, steps, ...), with zeros at the end: no input, no decay."""
+    missing = -tensor.shape[1] % steps
+    if missing:
+        tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing))
+    return tensor.unflatten(1, (-1, steps))
+
+
+def _decays_within_chunks(log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Cumulative sums (..., T), and exp(sum of log_decay after s up to t) for s <= t, 0 elsewhere, (..., T, T).
+
+    Differences of cumulative sums lose what is small beside what is large, so the sums are in float64, and a factor
+    that is 0 in the dtype of `log_decay` anyway is not let grow beyond it.
+    """
+    dtype = log_decay.dtype
+    smallest = math.log(torch.finfo(dtype).smallest_normal) + math.log(torch.finfo(dtype).eps) - 1
+    cumulative = torch.cumsum(log_decay.clamp(min=smallest).double(), dim=-1)
+    steps = log_decay.shape[-1]
+    later = torch.ones(steps, steps, dtype=torch.bool, device=log_decay.device).triu(1)
+    exponents = (cumulative[..., :, None] - cumulative[..., None, :]).to(dtype)
+    return cumulative.to(dtype), torch.exp(exponents.masked_fill(later, -math.inf))
+
+
+def _boundary_states(decay: Tensor, written: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The states before each chunk, (batch, chunks, heads, head_dim, N), and after the last one."""
+    before = []
+    for decay_of_chunk, written_of_chunk in zip(decay.unbind(1), written.unbind(1), strict=True):
+        before.append(state)
+        state = torch.addcmul(written_of_chunk, decay_of_chunk, state)
+    return torch.stack(before, dim=1), state
+
+
+def _initial_state(x: Tensor, B: Tensor, initial_states: Tensor | None) -> Tensor:
+    """The given state in the dtype of x, or zeros, (batch, heads, head_dim, N)."""
+    if initial_states is not None:
+        return initial_states.to(x.dtype)
+    batch, _, heads, head_dim = x.shape
+    return x.new_zeros(batch, heads, head_dim, B.shape[-1])
+
+
+def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
+    """Dt with its bias added, through softplus if asked, within its limits, (batch, length, heads)."""
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    return dt if tuple(dt_limit) == (-math.inf, math.inf) else dt.clamp(*dt_limit)
+
+
+def _feed_through_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """(y + D x) * silu(z), in the dtype of y, (batch, length, heads, head_dim)."""
+    if D is not None:
+        y = y + x * (D if D.dim() == 2 else D[:, None]).to(y.dtype)
+    return y if z is None else y * F.silu(z.to(y.dtype))
+
+
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any tensor is, else float32."""
+    doubles = [tensor for tensor in tensors if tensor is not None and tensor.dtype == torch.float64]
+    return torch.float64 if doubles else torch.float32
+
+
+def _check_arguments(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    dt_limit: tuple[float, float],
+    chunk_size: int = CHUNK_SIZE,
+) -> None:
+    """Raise a ValueError that names the offending value and what is expected."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it is a number of steps and must be at least 1.")
+    if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"dt_limit is {dt_limit}; expected the smallest and the largest step size.")
+    if x.dim() != 4 or x.shape[1] < 1:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; expected (batch, length, heads, head_dim) with length at least 1."
+        )
+    batch, length, heads, head_dim = x.shape
+    if B.dim() != 4 or B.shape[2] < 1 or heads % B.shape[2]:
+        raise ValueError(
+            f"B has shape {tuple(B.shape)}; expected (batch, length, groups, N) with a number of groups that divides "
+            f"the {heads} heads of x."
+        )
+    vectors = (batch, length, *B.shape[2:])
+    expected = {
+        "x": (x, x.shape),
+        "dt": (dt, (batch, length, heads)),
+        "A": (A, (heads,)),
+        "B": (B, vectors),
+        "C": (C, vectors),
+        "D": (D, (heads, head_dim) if D is not None and D.dim() == 2 else (heads,)),
+        "z": (z, x.shape),
+        "dt_bias": (dt_bias, (heads,)),
+        "initial_states": (initial_states, (batch, heads, head_dim, B.shape[3])),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)} with x {tuple(x.shape)} and "
+                f"B {tuple(B.shape)}."
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; expected a real floating point dtype.")
