@@ -93,7 +93,7 @@ def ssd_scan(
         state = _initial_state(inputs, B, initial_states)
         drive, log_decay = inputs * steps[..., None], steps * A.to(dtype)
         y, last_state = _chunked_scan(drive, log_decay, B.to(dtype), C.to(dtype), state, min(chunk_size, x.shape[1]))
-        out = _feed_through_and_gate(y, inputs, D, z).to(x.dtype)
+        out = _feed_through_and_gate(y, inputs, D, z).to(x.dtype).contiguous()
     return (out, last_state) if return_final_states else out
 
 

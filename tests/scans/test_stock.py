@@ -1,4 +1,4 @@
-"""Stock Mamba models with the fast scan in place: same numbers, and out of the way of everything that works."""
+"""Stock Mamba models with the fast scans in place: same numbers, and out of the way of everything that works."""
 
 import importlib.util
 import sys
@@ -7,14 +7,116 @@ import types
 import pytest
 import torch
 import transformers.models.mamba.modeling_mamba as modeling
-from transformers import MambaConfig, MambaForCausalLM
+import transformers.models.mamba2.modeling_mamba2 as modeling2
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import hf_compressm.scans.kernels as kernels
 import hf_compressm.scans.stock as stock
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
 
 
 SINGLE_ROUND_OFF = 1e-5  # float32, relative to the largest entry
-FUNCTIONS = ("mamba_selective_scan", "mamba_inner_fn", "mamba_selective_state_update")
+HALF_ROUND_OFF = 2e-2  # bfloat16 has 8 bits, and the stock code rounds step sizes to it
+
+ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+HEADS = {"mamba_d_state": 5, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 2}
+LAYERS = ["linear_attention", "full_attention"]
+EXPERTS = {"num_experts": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
+FAMILIES = {
+    # model type: (what its configuration needs beyond COMMON, calls of the scan per forward pass)
+    "mamba": ({"state_size": 5}, 2),
+    "falcon_mamba": ({"state_size": 5}, 2),
+    "jamba": (
+        {
+            **ATTENTION,
+            **EXPERTS,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 5,
+            "mamba_dt_rank": 4,
+        },
+        1,
+    ),
+    "zamba": (  # two heads per layer, one scan for each
+        {
+            **ATTENTION,
+            "num_key_value_heads": 2,
+            "layers_block_type": ["hybrid", "hybrid"],
+            "mamba_d_state": 5,
+            "mamba_dt_rank": 4,
+            "n_mamba_heads": 2,
+        },
+        4,
+    ),
+    "mamba2": ({"state_size": 5, "num_heads": 4, "head_dim": 8, "n_groups": 2}, 2),
+    "bamba": ({**ATTENTION, **HEADS, "attn_layer_indices": [1]}, 1),
+    "zamba2": (
+        {
+            **ATTENTION,
+            "num_key_value_heads": 2,
+            "layers_block_type": ["mamba", "hybrid"],
+            "mamba_d_state": 5,
+            "n_mamba_heads": 4,
+            "mamba_headdim": 8,
+            "mamba_ngroups": 2,
+            "num_mem_blocks": 1,
+        },
+        2,
+    ),
+    "falcon_h1": ({**ATTENTION, **HEADS, "mamba_d_ssm": 32}, 2),
+    "granitemoehybrid": (
+        {
+            **ATTENTION,
+            **HEADS,
+            "layer_types": LAYERS,
+            "shared_intermediate_size": 24,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+        },
+        1,
+    ),
+    "nemotron_h": (
+        {
+            **ATTENTION,
+            "layers_block_type": ["mamba", "attention"],
+            "head_dim": 8,
+            "ssm_state_size": 5,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "n_groups": 2,
+        },
+        1,
+    ),
+}
+COMMON = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "pad_token_id": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+BOUND = {  # our kernel: the modeling file and the name by which it calls it
+    kernels.SELECTIVE_SCAN: (modeling, "mamba_selective_scan"),
+    kernels.INNER: (modeling, "mamba_inner_fn"),
+    kernels.CHANNEL_UPDATE: (modeling, "mamba_selective_state_update"),
+    kernels.CHUNK_SCAN: (modeling2, "mamba2_chunk_scan"),
+    kernels.SPLIT_SCAN: (modeling2, "mamba2_split_conv1d_scan_combined"),
+    kernels.HEAD_UPDATE: (modeling2, "mamba2_selective_state_update"),
+}
+FUNCTIONS = [name for module, name in BOUND.values() if module is modeling]
+
+
+def modeling_file(family):
+    return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+
+
+def functions_of_all_files():
+    return {
+        (family, job.name): getattr(modeling_file(family), job.name)
+        for family, jobs in stock._FAMILIES.items()
+        for job in jobs
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -27,22 +129,25 @@ def stock_functions():
 
 @pytest.fixture
 def fast_calls(monkeypatch):
-    """Count the calls of the fast scan."""
+    """Count the calls of the fast scans."""
     calls = []
 
-    def counted(*args):
-        calls.append(args)
-        return original(*args)
+    def count(original):
+        def counted(*args):
+            calls.append(args)
+            return original(*args)
 
-    original = stock.selective_scan
-    monkeypatch.setattr(stock, "selective_scan", counted)
+        return counted
+
+    for name in ("selective_scan", "ssd_scan"):
+        monkeypatch.setattr(stock, name, count(getattr(stock, name)))
     return calls
 
 
-def make_model(**options):
+def make_model(family="mamba", **options):
     torch.manual_seed(0)
-    config = {"vocab_size": 40, "hidden_size": 16, "state_size": 5, "num_hidden_layers": 2, "pad_token_id": 1}
-    return MambaForCausalLM(MambaConfig(**{**config, **options})).train()
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family][0], **options})
+    return AutoModelForCausalLM.from_config(config).train()
 
 
 def make_tokens(length=37):
@@ -56,76 +161,116 @@ def logits_and_gradients(model):
     return [output.logits, *(parameter.grad.clone() for parameter in model.parameters())]
 
 
+def states_in(cache):
+    """The tensors that the layers of a cache hold."""
+    found = []
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            entries = value.values() if isinstance(value, dict) else [value]
+            found += [entry for entry in entries if isinstance(entry, torch.Tensor) and entry.is_floating_point()]
+    return found
+
+
+def assert_all_close(actual, expected, tolerance=SINGLE_ROUND_OFF):
+    for left, right in zip(actual, expected, strict=True):
+        assert (left.dtype, left.shape) == (right.dtype, right.shape)
+        assert (left - right).abs().max() <= tolerance * max(1.0, right.abs().max().item())
+
+
 def fake_mamba_ssm(monkeypatch, works_on=()):
     """Install a mamba_ssm whose functions raise, but on the given device types. Returns the list of its calls."""
     calls = []
 
-    def kernel(name, torch_function):
+    def fake(kernel, torch_function):
         def function(*args, **kwargs):
             if args[0].device.type not in works_on:
-                raise RuntimeError("selective_scan_cuda is not installed")
-            calls.append(name)
+                raise RuntimeError(f"{kernel.function} is not installed")
+            calls.append(kernel.function)
             return torch_function(*args, **kwargs)
 
         return function
 
-    def unfused(*args, **kwargs):
-        return None
-
-    names = ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.selective_scan_interface", "mamba_ssm.ops.triton")
-    modules = {name: types.ModuleType(name) for name in (*names, "mamba_ssm.ops.triton.selective_state_update")}
-    for name, module in modules.items():
+    leaves = sorted({f"mamba_ssm.{kernel.module}" for kernel in BOUND})
+    modules = {}
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", *leaves):
+        module = modules[name] = types.ModuleType(name)
         module.__path__ = []
         module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
         if "." in name:
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, module)
         monkeypatch.setitem(sys.modules, name, module)
-    interface = modules["mamba_ssm.ops.selective_scan_interface"]
-    interface.selective_scan_fn = kernel("scan", stock._torch_path(modeling.mamba_selective_scan))
-    interface.mamba_inner_fn = kernel("fused", unfused)
-    update = modules["mamba_ssm.ops.triton.selective_state_update"]
-    update.selective_state_update = kernel("update", stock._torch_path(modeling.mamba_selective_state_update))
-    return calls, interface, update
+    for kernel, (module, name) in BOUND.items():
+        function = fake(kernel, kernels.torch_path(getattr(module, name)))
+        if kernel is kernels.HEAD_UPDATE:  # one function of mamba-ssm serves Mamba and Mamba-2
+            function = _update_of_either_kind(modules[f"mamba_ssm.{kernel.module}"].selective_state_update, function)
+        setattr(modules[f"mamba_ssm.{kernel.module}"], kernel.function, function)
+    return calls, modules
 
 
-def bind_fakes(monkeypatch, interface, update):
+def _update_of_either_kind(by_channel, by_head):
+    return lambda state, *args, **kwargs: (by_head if state.dim() == 4 else by_channel)(state, *args, **kwargs)
+
+
+def bind_fakes(monkeypatch, modules):
     """What transformers does when it is imported beside such a package: bind its functions."""
-    for name, function in zip(
-        FUNCTIONS,
-        (interface.selective_scan_fn, interface.mamba_inner_fn, update.selective_state_update),
-        strict=True,
-    ):
-        reference = stock._torch_path(getattr(modeling, name))
+    for kernel, (module, name) in BOUND.items():
+        function = getattr(modules[f"mamba_ssm.{kernel.module}"], kernel.function)
 
         def bound(*args, function=function, **kwargs):
             kwargs.pop("use_mambapy", None)
             kwargs.pop("use_associative_scan", None)
             return function(*args, **kwargs)
 
-        bound.__wrapped__ = reference
-        monkeypatch.setattr(modeling, name, bound)
+        bound.__wrapped__ = kernels.torch_path(getattr(module, name))
+        monkeypatch.setattr(module, name, bound)
 
 
-def test_same_logits_and_gradients(fast_calls):
-    model = make_model()
+def test_every_family_has_a_case():
+    assert list(FAMILIES) == list(stock._FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_logits_and_gradients(family, fast_calls):
+    model = make_model(family)
     expected = logits_and_gradients(model)
     assert enable_fast_selective_scan() is True
     actual = logits_and_gradients(model)
-    assert len(fast_calls) == 2
-    for left, right in zip(actual, expected, strict=True):
-        assert left.dtype == right.dtype
-        assert (left - right).abs().max() <= SINGLE_ROUND_OFF * max(1.0, right.abs().max().item())
+    assert len(fast_calls) == FAMILIES[family][1]
+    assert_all_close(actual, expected)
 
 
-def test_same_generation(fast_calls):
-    model = make_model().eval()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_generation(family, fast_calls):
+    model = make_model(family).eval()
     tokens, options = make_tokens(9), {"max_new_tokens": 12, "do_sample": False}
     options["attention_mask"] = torch.ones_like(tokens)
+    options["attention_mask"][0, :3] = 0
     expected = model.generate(tokens, **options)
     enable_fast_selective_scan()
     assert torch.equal(model.generate(tokens, **options), expected)
-    assert len(fast_calls) == 2  # the prompt in two layers; single steps use the update
+    assert len(fast_calls) == FAMILIES[family][1]  # the prompt; single steps use the update
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_caches(family, dtype):
+    model = make_model(family).eval().to(dtype)
+    tokens = make_tokens(70)
+    runs = []
+    for _ in range(2):
+        with torch.no_grad():
+            output = model(tokens[:, :65], use_cache=True)
+            cache = output.get("past_key_values", output.get("cache_params"))
+            states = [state.clone() for state in states_in(cache)]
+            name = "cache_params" if "cache_params" in output else "past_key_values"
+            rest = [
+                model(tokens[:, start:stop], use_cache=True, **{name: cache}) for start, stop in ((65, 66), (66, 70))
+            ]
+        runs.append([output.logits, *states, *(step.logits for step in rest), *states_in(cache)])
+        enable_fast_selective_scan()
+    assert len(runs[0]) > 4
+    assert_all_close(runs[1], runs[0], SINGLE_ROUND_OFF if dtype == torch.float32 else HALF_ROUND_OFF)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -139,20 +284,39 @@ def test_same_dtypes(dtype):
         expected = modeling.mamba_selective_scan(u, delta, A, B, C, **arguments)
         enable_fast_selective_scan()
         actual = modeling.mamba_selective_scan(u, delta, A, B, C, **arguments)
-        for left, right in zip(actual, expected, strict=True):
-            assert (left.dtype, left.shape) == (right.dtype, right.shape)
-            assert (left - right).abs().max() <= 2e-2 * right.abs().max()
+        assert_all_close(actual, expected, HALF_ROUND_OFF)
 
 
-def test_idempotent_and_reversible(stock_functions):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_same_dtypes_of_the_chunk_scan(dtype):
+    A = -torch.rand(6)
+    x, dt = torch.rand(2, 11, 6, 3, dtype=dtype), torch.rand(2, 11, 6, dtype=dtype)
+    B, C = (torch.rand(2, 11, 2, 4, dtype=dtype) for _ in range(2))
+    for D in (None, torch.rand(6), torch.rand(6, dtype=dtype)):
+        for state in (None, torch.rand(2, 6, 3, 4, dtype=dtype)):
+            arguments = {"D": D, "dt_softplus": True, "initial_states": state, "return_final_states": True}
+            disable_fast_selective_scan()
+            expected = modeling2.mamba2_chunk_scan(x, dt, A, B, C, 8, **arguments)
+            enable_fast_selective_scan()
+            actual = modeling2.mamba2_chunk_scan(x, dt, A, B, C, 8, **arguments)
+            assert_all_close(actual, expected, HALF_ROUND_OFF)
+            assert actual[0].is_contiguous()
+
+
+def test_idempotent_and_reversible():
+    originals = functions_of_all_files()
     assert enable_fast_selective_scan() is True
-    first = modeling.mamba_selective_scan
-    assert first is not stock_functions["mamba_selective_scan"]
+    first = functions_of_all_files()
+    scans = [(family, jobs[0].name) for family, jobs in stock._FAMILIES.items()]
+    assert all(first[scan] is not originals[scan] for scan in scans)
     assert enable_fast_selective_scan() is True
-    assert stock._torch_path(modeling.mamba_selective_scan) is stock._torch_path(first)
+    assert all(
+        kernels.torch_path(function) is kernels.torch_path(first[key])
+        for key, function in functions_of_all_files().items()
+    )
     assert disable_fast_selective_scan() is False
     assert disable_fast_selective_scan() is False
-    assert {name: getattr(modeling, name) for name in FUNCTIONS} == stock_functions
+    assert functions_of_all_files() == originals
 
 
 def test_no_warning_about_a_slow_path(monkeypatch):
@@ -174,13 +338,18 @@ def test_explicit_mambapy_is_obeyed(fast_calls, monkeypatch):
     assert len(fast_calls) == 2
 
 
-def test_packed_sequences_are_left_to_stock(fast_calls):
-    cube = torch.zeros(1, 4, 4)
-    arguments, options = (cube, cube, torch.zeros(4, 4), cube, cube), {"seq_idx": torch.zeros(1, 4)}
+@pytest.mark.parametrize("kind", ["selective", "ssd"])
+def test_packed_sequences_are_left_to_stock(kind, fast_calls):
+    cube, four = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, 4)
+    options = {"seq_idx": torch.zeros(1, 4)}
     answers = []
-    for _ in range(2):  # an error in some versions of transformers, the plain loop in others
+    for _ in range(2):  # an error in some versions of transformers, the plain code in others
         try:
-            answers.append(str(modeling.mamba_selective_scan(*arguments, **options).shape))
+            if kind == "selective":
+                result = modeling.mamba_selective_scan(cube, cube, torch.zeros(4, 4), cube, cube, **options)
+            else:
+                result = modeling2.mamba2_chunk_scan(four, cube, torch.zeros(4), four, four, chunk_size=4, **options)
+            answers.append(str(result.shape))
         except ValueError as error:
             answers.append(str(error))
         enable_fast_selective_scan()
@@ -188,16 +357,16 @@ def test_packed_sequences_are_left_to_stock(fast_calls):
     assert not fast_calls
 
 
-def test_broken_kernel_is_passed_over(monkeypatch, fast_calls):
-    model = make_model()
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_broken_kernel_is_passed_over(family, monkeypatch, fast_calls):
+    model = make_model(family)
     expected = logits_and_gradients(model)
-    _, interface, update = fake_mamba_ssm(monkeypatch)
-    bind_fakes(monkeypatch, interface, update)
-    with pytest.raises(RuntimeError, match="selective_scan_cuda"):
+    _, modules = fake_mamba_ssm(monkeypatch)
+    bind_fakes(monkeypatch, modules)
+    with pytest.raises(RuntimeError, match="is not installed"):
         model(make_tokens())
     assert enable_fast_selective_scan() is True
-    for left, right in zip(logits_and_gradients(model), expected, strict=True):
-        assert (left - right).abs().max() <= SINGLE_ROUND_OFF * max(1.0, right.abs().max().item())
+    assert_all_close(logits_and_gradients(model), expected)
     assert len(fast_calls) == 2
     tokens = make_tokens(9)
     generated = model.eval().generate(
@@ -205,28 +374,39 @@ def test_broken_kernel_is_passed_over(monkeypatch, fast_calls):
     )
     assert generated.shape == (2, 12)
     disable_fast_selective_scan()
-    with pytest.raises(RuntimeError, match="selective_scan_cuda"):
+    with pytest.raises(RuntimeError, match="is not installed"):
         model(make_tokens())
 
 
-def test_working_kernel_is_left_alone(monkeypatch, fast_calls):
-    calls, interface, update = fake_mamba_ssm(monkeypatch, works_on=("cpu",))
-    bind_fakes(monkeypatch, interface, update)
-    monkeypatch.setattr(stock, "_device_types", lambda: ["cpu"])
+@pytest.mark.parametrize(
+    ("family", "kernel_calls"),
+    [
+        ("mamba", ["mamba_inner_fn", "selective_scan_fn"]),
+        ("mamba2", ["mamba_split_conv1d_scan_combined", "mamba_chunk_scan_combined"]),
+    ],
+)
+def test_working_kernel_is_left_alone(family, kernel_calls, monkeypatch, fast_calls):
+    calls, modules = fake_mamba_ssm(monkeypatch, works_on=("cpu",))
+    bind_fakes(monkeypatch, modules)
+    monkeypatch.setattr(kernels, "device_types", lambda: ["cpu"])
     assert enable_fast_selective_scan() is False
+    assert {"selective_state_update", *kernel_calls} <= set(calls)  # every one was tried
     calls.clear()
-    make_model()(make_tokens())
-    assert calls == ["fused", "scan"] * 2
+    make_model(family)(make_tokens())
+    assert calls == kernel_calls * 2
     assert not fast_calls
 
 
 def test_kernel_of_another_device_only(monkeypatch):
-    _, interface, update = fake_mamba_ssm(monkeypatch, works_on=("meta",))
-    bind_fakes(monkeypatch, interface, update)
-    monkeypatch.setattr(stock, "_device_types", lambda: ["cpu", "meta"])
+    _, modules = fake_mamba_ssm(monkeypatch, works_on=("meta",))
+    bind_fakes(monkeypatch, modules)
+    monkeypatch.setattr(kernels, "device_types", lambda: ["cpu", "meta"])
+    interface, combined = (modules[f"mamba_ssm.{kernel.module}"] for kernel in (kernels.INNER, kernels.CHUNK_SCAN))
     monkeypatch.setattr(interface, "selective_scan_fn", lambda u, *args, **kwargs: _fail_on_cpu(u))
-    assert enable_fast_selective_scan() is False  # the accelerator has its kernel
-    make_model()(make_tokens())  # and tensors on the CPU still run
+    monkeypatch.setattr(combined, "mamba_chunk_scan_combined", lambda x, *args, **kwargs: _fail_on_cpu(x))
+    assert enable_fast_selective_scan() is False  # the accelerator has its kernels
+    for family in ("mamba", "mamba2"):
+        make_model(family)(make_tokens())  # and tensors on the CPU still run
 
 
 def _fail_on_cpu(u):
@@ -236,6 +416,7 @@ def _fail_on_cpu(u):
 
 
 def test_unknown_transformers_is_left_alone(monkeypatch, stock_functions):
+    monkeypatch.setattr(stock, "_FAMILIES", {"mamba": stock._MAMBA, "no_such_model": stock._MAMBA})
     monkeypatch.delattr(modeling, "mamba_inner_fn")
     assert enable_fast_selective_scan() is False
     assert modeling.mamba_selective_scan is stock_functions["mamba_selective_scan"]
@@ -265,7 +446,7 @@ def _as_kernelizable(func):
 def test_hub_kernel_mechanism(monkeypatch, fast_calls, stock_functions):
     wrapped = _as_kernelizable(stock_functions["mamba_selective_scan"])
     monkeypatch.setattr(modeling, "mamba_selective_scan", wrapped)
-    assert stock._torch_path(wrapped) is stock._torch_path(stock_functions["mamba_selective_scan"])
+    assert kernels.torch_path(wrapped) is kernels.torch_path(stock_functions["mamba_selective_scan"])
     assert enable_fast_selective_scan() is True
     model = make_model()
     model(make_tokens())
@@ -274,7 +455,7 @@ def test_hub_kernel_mechanism(monkeypatch, fast_calls, stock_functions):
 
     def hub_kernel(*args, **kwargs):
         hub_calls.append(args)
-        return stock._torch_path(stock_functions["mamba_selective_scan"])(*args, **kwargs)
+        return kernels.torch_path(stock_functions["mamba_selective_scan"])(*args, **kwargs)
 
     wrapped.forward = hub_kernel  # what kernelize() does
     model(make_tokens())
@@ -284,9 +465,10 @@ def test_hub_kernel_mechanism(monkeypatch, fast_calls, stock_functions):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a:UserWarning")  # about transformers' own code
-def test_compilers_see_the_stock_code(fast_calls):
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_compilers_see_the_stock_code(family, fast_calls):
     enable_fast_selective_scan()
-    model = make_model(num_hidden_layers=1).eval()
+    model = make_model(family, num_hidden_layers=1).eval()
     tokens = make_tokens(6)
     expected = model(tokens, use_cache=False).logits
     fast_calls.clear()

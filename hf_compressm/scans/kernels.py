@@ -1,0 +1,143 @@
+"""Which of mamba-ssm's kernels work here, found out by calling them on a few zeros.
+
+That a kernel can be imported says little: mamba-ssm may be installed without its CUDA extension, and a Triton kernel
+takes no CPU tensors. A kernel works on a device type if a tiny call of it succeeds there.
+
+Sizes of the calls: 8 channels, states and steps for Mamba-1; 8 heads of 16 channels, 16 states and steps for Mamba-2,
+below which Triton's matrix products do not go.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function of mamba-ssm: where it lives, and a tiny call of it, `probe(function, device)`."""
+
+    module: str
+    function: str
+    probe: Callable[[Callable, str], Any]
+
+
+def working_devices(kernel: Kernel) -> frozenset[str]:
+    """The device types on which a tiny call of a mamba-ssm function succeeds."""
+    if not is_kernel_installed():
+        return frozenset()
+    try:
+        function = getattr(importlib.import_module(f"mamba_ssm.{kernel.module}"), kernel.function)
+    except Exception:  # a package that is half there fails in many ways; transformers treats them all alike
+        return frozenset()
+    working = set()
+    for device in device_types():
+        try:
+            with torch.no_grad():
+                kernel.probe(function, device)
+            working.add(device)
+        except Exception as error:  # a kernel may raise anything, assertions included
+            logger.info(f"mamba-ssm's {kernel.function} does not work on {device}: {type(error).__name__}: {error}")
+    return frozenset(working)
+
+
+def device_types() -> list[str]:
+    """The device types to try kernels on: the CPU, then the accelerator if there is one."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
+def is_kernel_installed() -> bool:
+    """Whether mamba-ssm can be imported, which is when transformers binds to it."""
+    try:
+        importlib.import_module("mamba_ssm")
+    except Exception:  # as above: whatever fails, there is no kernel
+        return False
+    return True
+
+
+def is_kernelized(stock: Callable) -> bool:
+    """Whether the kernels package has put a Hub kernel in the place of a function; it does so per instance."""
+    return isinstance(stock, nn.Module) and "forward" in vars(stock)
+
+
+def torch_path(stock: Callable) -> Callable:
+    """The plain PyTorch function under transformers' and the kernels package's wrappers; `stock` where it has none."""
+    if isinstance(stock, nn.Module):  # the kernels package turns a function into a module that closes over it
+        forward = type(stock).forward
+        stock = inspect.getclosurevars(forward).nonlocals.get("func", stock)
+    return inspect.unwrap(stock)
+
+
+def _probe_selective_scan(kernel: Callable, device: str) -> None:
+    """One call of `selective_scan_fn`."""
+    square, cube = _zeros(device, (8, 8), (1, 8, 8))
+    kernel(cube, cube, square, cube, cube, delta_softplus=True)
+
+
+def _probe_inner(kernel: Callable, device: str) -> None:
+    """One call of `mamba_inner_fn`, with step sizes of rank 1."""
+    projected, conv, x_proj, dt_proj = _zeros(device, (1, 16, 8), (8, 1, 4), (17, 8), (8, 1))
+    square, row = _zeros(device, (8, 8), (8,))
+    weights = (conv, row, x_proj, dt_proj, square, None, square)
+    kernel(projected, *weights, None, None, row, delta_bias=row, delta_softplus=True)
+
+
+def _probe_channel_update(kernel: Callable, device: str) -> None:
+    """One call of `selective_state_update` as Mamba-1 makes it."""
+    state, square, row = _zeros(device, (1, 8, 8), (8, 8), (1, 8))
+    kernel(state, row, row, square, row, row, dt_softplus=True)
+
+
+def _probe_chunk_scan(kernel: Callable, device: str) -> None:
+    """One call of `mamba_chunk_scan_combined`."""
+    x, dt, vectors, heads = _zeros(device, (1, 16, 8, 16), (1, 16, 8), (1, 16, 1, 16), (8,))
+    kernel(x, dt, heads, vectors, vectors, chunk_size=16, D=heads, dt_bias=heads, dt_softplus=True)
+
+
+def _probe_split_scan(kernel: Callable, device: str) -> None:
+    """One call of `mamba_split_conv1d_scan_combined`: gate, x, B, C and dt side by side are 296 columns."""
+    projected, conv, conv_bias, heads = _zeros(device, (1, 16, 296), (160, 4), (160,), (8,))
+    norm, out_proj = _zeros(device, (128,), (128, 128))
+    kernel(
+        projected,
+        conv,
+        conv_bias,
+        heads,
+        heads,
+        D=heads,
+        chunk_size=16,
+        rmsnorm_weight=norm,
+        outproj_weight=out_proj,
+        headdim=16,
+        norm_before_gate=False,
+    )
+
+
+def _probe_head_update(kernel: Callable, device: str) -> None:
+    """One call of `selective_state_update` as Mamba-2 makes it."""
+    state, x, A, vector = _zeros(device, (1, 8, 16, 16), (1, 8, 16), (8, 16, 16), (1, 1, 16))
+    kernel(state, x, x, A, vector, vector, dt_softplus=True)
+
+
+def _zeros(device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """A float32 tensor of zeros for each shape."""
+    return [torch.zeros(shape, device=device) for shape in shapes]
+
+
+SELECTIVE_SCAN = Kernel("ops.selective_scan_interface", "selective_scan_fn", _probe_selective_scan)
+INNER = Kernel("ops.selective_scan_interface", "mamba_inner_fn", _probe_inner)
+CHANNEL_UPDATE = Kernel("ops.triton.selective_state_update", "selective_state_update", _probe_channel_update)
+CHUNK_SCAN = Kernel("ops.triton.ssd_combined", "mamba_chunk_scan_combined", _probe_chunk_scan)
+SPLIT_SCAN = Kernel("ops.triton.ssd_combined", "mamba_split_conv1d_scan_combined", _probe_split_scan)
+HEAD_UPDATE = Kernel("ops.triton.selective_state_update", "selective_state_update", _probe_head_update)
