@@ -12,6 +12,12 @@ from hf_compressm.compression import (
 )
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.models import (
+    CompreSSMamba2Config,
+    CompreSSMamba2ForCausalLM,
+    CompreSSMamba2Model,
+    CompreSSMambaConfig,
+    CompreSSMambaForCausalLM,
+    CompreSSMambaModel,
     LRUConfig,
     LRUForCausalLM,
     LRUForSequenceClassification,
@@ -29,6 +35,12 @@ __version__ = "0.1.0"
 __all__ = [
     "CompreSSMCallback",
     "CompreSSMConfig",
+    "CompreSSMamba2Config",
+    "CompreSSMamba2ForCausalLM",
+    "CompreSSMamba2Model",
+    "CompreSSMambaConfig",
+    "CompreSSMambaForCausalLM",
+    "CompreSSMambaModel",
     "CompressionPlan",
     "CompressionResult",
     "LRUConfig",

@@ -1,15 +1,30 @@
-"""S5 and LRU in the shape of Hugging Face models, registered with the Auto classes under `s5` and `lru`."""
+"""Models in the shape of Hugging Face's: S5, LRU, and Mamba and Mamba-2 with a state size per layer.
+
+Registered with the Auto classes under `s5`, `lru`, `compressm_mamba` and `compressm_mamba2`.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from .adopting import adopt, own_class, own_config_class
+from .configuration_compressm_mamba import CompreSSMambaConfig
+from .configuration_compressm_mamba2 import CompreSSMamba2Config
 from .configuration_diagonal_ssm import DiagonalSSMConfig
 from .configuration_lru import LRUConfig
 from .configuration_s5 import S5Config
+from .modeling_compressm_mamba import CompreSSMambaForCausalLM, CompreSSMambaModel
+from .modeling_compressm_mamba2 import CompreSSMamba2ForCausalLM, CompreSSMamba2Mixer, CompreSSMamba2Model
 from .modeling_lru import LRUForCausalLM, LRUForSequenceClassification, LRULayer, LRUModel
 from .modeling_s5 import S5ForCausalLM, S5ForSequenceClassification, S5Layer, S5Model
 
 
 __all__ = [
+    "CompreSSMamba2Config",
+    "CompreSSMamba2ForCausalLM",
+    "CompreSSMamba2Mixer",
+    "CompreSSMamba2Model",
+    "CompreSSMambaConfig",
+    "CompreSSMambaForCausalLM",
+    "CompreSSMambaModel",
     "DiagonalSSMConfig",
     "LRUConfig",
     "LRUForCausalLM",
@@ -21,17 +36,21 @@ __all__ = [
     "S5ForSequenceClassification",
     "S5Layer",
     "S5Model",
+    "adopt",
+    "own_class",
+    "own_config_class",
 ]
 
 # `register_for_auto_class` makes `save_pretrained` copy the code beside the weights.
-for _config_class, _model_classes in (
-    (S5Config, (S5Model, S5ForSequenceClassification, S5ForCausalLM)),
-    (LRUConfig, (LRUModel, LRUForSequenceClassification, LRUForCausalLM)),
-):
+for _config_class in (S5Config, LRUConfig, CompreSSMambaConfig, CompreSSMamba2Config):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     _config_class.register_for_auto_class()
-    for _auto_class, _model_class in zip(
-        (AutoModel, AutoModelForSequenceClassification, AutoModelForCausalLM), _model_classes, strict=True
-    ):
-        _auto_class.register(_config_class, _model_class, exist_ok=True)
+
+for _auto_class, _model_classes in (
+    (AutoModel, (S5Model, LRUModel, CompreSSMambaModel, CompreSSMamba2Model)),
+    (AutoModelForCausalLM, (S5ForCausalLM, LRUForCausalLM, CompreSSMambaForCausalLM, CompreSSMamba2ForCausalLM)),
+    (AutoModelForSequenceClassification, (S5ForSequenceClassification, LRUForSequenceClassification)),
+):
+    for _model_class in _model_classes:
+        _auto_class.register(_model_class.config_class, _model_class, exist_ok=True)
         _model_class.register_for_auto_class(_auto_class.__name__)

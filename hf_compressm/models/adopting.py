@@ -1,0 +1,127 @@
+"""Moving a live stock Mamba or Mamba-2 into this package's class, in place and without touching a tensor.
+
+Stock and own classes hold the same modules, parameters and buffers, so that changing the class of the objects is all
+there is to do: parameters keep their identity, and with it optimizer, hooks and everybody's references.
+"""
+
+from torch import nn
+from transformers import Mamba2Config, Mamba2ForCausalLM, Mamba2Model, MambaConfig, MambaForCausalLM, MambaModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Block, Mamba2Mixer
+
+from .configuration_compressm_mamba import CompreSSMambaConfig
+from .configuration_compressm_mamba2 import CompreSSMamba2Config
+from .modeling_compressm_mamba import CompreSSMambaForCausalLM, CompreSSMambaModel
+from .modeling_compressm_mamba2 import (
+    CompreSSMamba2Block,
+    CompreSSMamba2ForCausalLM,
+    CompreSSMamba2Mixer,
+    CompreSSMamba2Model,
+)
+
+
+_MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
+    MambaModel: CompreSSMambaModel,
+    MambaForCausalLM: CompreSSMambaForCausalLM,
+    Mamba2Model: CompreSSMamba2Model,
+    Mamba2ForCausalLM: CompreSSMamba2ForCausalLM,
+}
+_PARTS: dict[type, type] = {
+    MambaBlock: MambaBlock,  # the own Mamba is made of stock blocks
+    MambaMixer: MambaMixer,
+    Mamba2Block: CompreSSMamba2Block,
+    Mamba2Mixer: CompreSSMamba2Mixer,
+}
+_CONFIGS: dict[type, type] = {MambaConfig: CompreSSMambaConfig, Mamba2Config: CompreSSMamba2Config}
+_CLASSES: dict[type, type] = {**_MODELS, **_PARTS}
+# What an own mixer has and a stock mixer must get.
+_PROJECTIONS = ("B_proj", "C_proj")
+
+
+def own_class(stock_class: type) -> type | None:
+    """Returns this package's class for a stock model, block or mixer class, itself for an own one, None for others."""
+    return stock_class if stock_class in _CLASSES.values() else _CLASSES.get(stock_class)
+
+
+def own_config_class(stock_class: type) -> type | None:
+    """Returns this package's class for a stock configuration class, itself for an own one, None for others."""
+    return stock_class if stock_class in _CONFIGS.values() else _CONFIGS.get(stock_class)
+
+
+def adopt(model: nn.Module) -> None:
+    """Turns a stock Mamba or Mamba-2, live and perhaps in training, into this package's class, in place.
+
+    The model, its backbone and its Mamba-2 blocks and mixers change their class, and so does the one configuration
+    that they share. No tensor moves; hooks, buffers, mode and generation configuration stay. The sizes are still
+    those of the stock model: what may now differ between layers is for the caller to change. A model of an own class
+    is left as it is. Everything is checked before anything changes.
+
+    Args:
+        model: Exactly a `MambaModel`, `MambaForCausalLM`, `Mamba2Model` or `Mamba2ForCausalLM`.
+
+    Raises:
+        ValueError: When the model is none of these, or a part of it is not what the class would have made.
+    """
+    if type(model) in _MODELS.values():
+        return
+    if type(model) not in _MODELS:
+        known = ", ".join(stock.__name__ for stock in _MODELS)
+        raise ValueError(
+            f"The model is a {type(model).__name__}, which has no counterpart here: only {known} can be adopted, "
+            "exactly these classes. Pass the model inside a wrapper, or keep the stock class with `compat='stock'`."
+        )
+    parts = {name: part for name, part in model.named_modules() if type(part) in _CLASSES}
+    found = [getattr(part, "config", None) for part in model.modules()]
+    configs = list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
+    _check_parts(model, parts)
+    _check_configs(model, configs)
+    for config in configs:
+        config.__class__ = _CONFIGS[type(config)]
+        if isinstance(config, CompreSSMamba2Config):
+            config.conv_state_size = None
+    for part in parts.values():
+        part.__class__ = _CLASSES[type(part)]
+        if isinstance(part, PreTrainedModel):  # which has a copy of its own of the class's
+            part._no_split_modules = set(type(part)._no_split_modules)
+        if isinstance(part, CompreSSMamba2Mixer):
+            part.conv_state_size = part.ssm_state_size
+            for name in _PROJECTIONS:
+                part.register_parameter(name, None)
+
+
+def _check_parts(model: nn.Module, parts: dict[str, nn.Module]) -> None:
+    """Raise `ValueError` unless every layer has a block and mixer of exactly the stock classes, called as such."""
+    own_model = _MODELS[type(model)]
+    backbone = getattr(model, "backbone", model)
+    for index, block in enumerate(backbone.layers):
+        for part in (block, getattr(block, "mixer", None)):
+            if type(part) not in _PARTS:
+                raise ValueError(
+                    f"Layer {index} has a {type(part).__name__}, which {own_model.__name__} has not: undo what was "
+                    "put around or in the place of the layer before the model is adopted."
+                )
+    for name, part in parts.items():
+        if _CLASSES[type(part)] is type(part):
+            continue
+        if isinstance(part, Mamba2Mixer) and "forward" in vars(part):
+            raise ValueError(
+                f"{name} has a `forward` of its own, as accelerate's offload hooks give it, which would go on running "
+                "the stock layer. Load the model without `device_map`, or call "
+                "`accelerate.hooks.remove_hook_from_submodules(model)` first."
+            )
+        taken = [attribute for attribute in _PROJECTIONS if hasattr(part, attribute)]
+        if taken:
+            raise ValueError(f"{name or type(part).__name__} already has {taken[0]}, a name that its new class needs.")
+
+
+def _check_configs(model: nn.Module, configs: list[PreTrainedConfig]) -> None:
+    """Raise `ValueError` unless every configuration in the model is exactly the stock one of its family."""
+    expected = {stock for stock, own in _CONFIGS.items() if own is _MODELS[type(model)].config_class}
+    for config in configs:
+        if type(config) not in expected:
+            raise ValueError(
+                f"The model's configuration is a {type(config).__name__}; a {type(model).__name__} that is to be "
+                f"adopted needs exactly {', '.join(stock.__name__ for stock in expected)}."
+            )

@@ -1,0 +1,60 @@
+"""Mamba with a state size per layer: transformers' own blocks, each built from its own layer's configuration.
+
+With one size for all layers it is the stock model, parameter names included.
+"""
+
+from torch import nn
+from transformers.models.mamba.modeling_mamba import MambaBlock, MambaForCausalLM, MambaModel, MambaRMSNorm
+
+from .configuration_compressm_mamba import CompreSSMambaConfig
+from .exporting_compressm_mamba import ExportedWithCode
+
+
+_EXPORTED_CLASSES = {
+    "AutoModel": "modeling_compressm_mamba.CompreSSMambaModel",
+    "AutoModelForCausalLM": "modeling_compressm_mamba.CompreSSMambaForCausalLM",
+}
+
+
+class CompreSSMambaModel(ExportedWithCode, MambaModel):
+    """Embeddings and stack of Mamba blocks, each with the state size of its layer.
+
+    Args:
+        config: A configuration; `config.per_layer_config[i]` is that of layer i.
+
+    Raises:
+        ValueError: When a size of the configuration is out of range.
+    """
+
+    config_class = CompreSSMambaConfig
+    _exported_classes = _EXPORTED_CLASSES
+
+    def __init__(self, config: CompreSSMambaConfig):
+        config.validate_architecture()
+        # Past MambaModel.__init__, which would build every layer from the one global size.
+        super(MambaModel, self).__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            MambaBlock(layer_config, layer_idx=layer_idx)
+            for layer_idx, layer_config in enumerate(config.per_layer_config)
+        )
+        self.gradient_checkpointing = False
+        self.norm_f = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self._register_load_state_dict_pre_hook(self.load_hook)
+        self.post_init()
+
+
+class CompreSSMambaForCausalLM(ExportedWithCode, MambaForCausalLM):
+    """Backbone of [`CompreSSMambaModel`] and language-modelling head."""
+
+    config_class = CompreSSMambaConfig
+    _exported_classes = _EXPORTED_CLASSES
+
+    def __init__(self, config: CompreSSMambaConfig):
+        super(MambaForCausalLM, self).__init__(config)  # past the stock one, which would build the stock backbone
+        self.backbone = CompreSSMambaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+__all__ = ["CompreSSMambaForCausalLM", "CompreSSMambaModel"]
