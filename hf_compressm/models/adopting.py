@@ -99,8 +99,8 @@ def _check_parts(model: nn.Module, parts: dict[str, nn.Module]) -> None:
         for part in (block, getattr(block, "mixer", None)):
             if type(part) not in _PARTS:
                 raise ValueError(
-                    f"Layer {index} has a module of class {type(part).__name__}, where {own_model.__name__} has none: undo "
-                    "what was put around the layer, or in its place, before the model is adopted."
+                    f"Layer {index} has a module of class {type(part).__name__}, where {own_model.__name__} has "
+                    "none: undo what was put around the layer, or in its place, before the model is adopted."
                 )
     for name, part in parts.items():
         if _CLASSES[type(part)] is type(part):
