@@ -14,12 +14,10 @@ Glossary (A in continuous time, discretised by dt):
 | z          | gate                                                                 | as x                            |
 | h          | state                                                                | (batch, heads, head_dim, N)     |
 | drive      | dt_t x_t, what the input vector B_t is multiplied with               | as x                            |
-| log_decay  | dt_t A, the logarithm of the factor on the state at step t           | (batch, length, heads)          |
-| cumulative | sum of log_decay from the start of the chunk to step t inclusive     | (batch, chunks, heads, T)       |
 | T          | steps per chunk                                                      |                                 |
 
 Inside a chunk the outputs are one masked T x T matrix product per head, as in attention; only the states at the chunk
-boundaries, one per T steps, are computed one after the other.
+boundaries, one per T steps, are computed one after the other: `ssd_chunks.py`.
 """
 
 from __future__ import annotations
@@ -31,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ssd_chunks import chunked_scan
 
-CHUNK_SIZE = 64  # steps per chunk of the scan
+
 STATES_CHUNK_SIZE = 16  # steps per chunk of `ssd_states`, which keeps the states of a whole chunk
 NO_LIMIT = (0.0, math.inf)
 
@@ -50,15 +49,15 @@ def ssd_scan(
     dt_limit: tuple[float, float] = NO_LIMIT,
     initial_states: Tensor | None = None,
     return_final_states: bool = False,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the recurrence of Mamba-2, as mamba-ssm's `mamba_chunk_scan_combined` does.
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t, out_t = y_t * silu(z_t), where dt is first
     shifted by `dt_bias`, passed through softplus if asked, and clamped to `dt_limit`. Head j reads B and C of group
-    j // (heads / groups). dt_t A must not be positive. Computed in float32 (float64 if an input is float64). Time
-    O(batch * length * heads * head_dim * (N + T)), memory O(batch * length * heads * (T + head_dim * N / T)) with T
-    steps per chunk. Differentiable with respect to every tensor argument.
+    j // (heads / groups). Computed in float32 (float64 if an input is float64). Time
+    O(batch * length * heads * head_dim * (N + T)), memory beyond the arguments O(batch * length * heads *
+    head_dim * (1 + N / T)) with T steps per chunk. Differentiable once with respect to every tensor argument.
 
     Args:
         x: Input, (batch, length, heads, head_dim), length at least 1.
@@ -73,7 +72,7 @@ def ssd_scan(
         dt_limit: Smallest and largest step size, applied last.
         initial_states: State before the first step, (batch, heads, head_dim, N); zero if None.
         return_final_states: Also return the state after the last step.
-        chunk_size: T, at least 1; changes the speed and nothing else.
+        chunk_size: T, at least 1; changes the speed and nothing else. None chooses by N.
 
     Returns:
         out (batch, length, heads, head_dim) in the dtype of x; with `return_final_states` also the last state (batch,
@@ -92,7 +91,8 @@ def ssd_scan(
         inputs = x.to(dtype)
         state = _initial_state(inputs, B, initial_states)
         drive, log_decay = inputs * steps[..., None], steps * A.to(dtype)
-        y, last_state = _chunked_scan(drive, log_decay, B.to(dtype), C.to(dtype), state, min(chunk_size, x.shape[1]))
+        chunk_size = min(chunk_size or _choose_chunk_size(B.shape[-1]), x.shape[1])
+        y, last_state = chunked_scan(drive, log_decay, B.to(dtype), C.to(dtype), state, chunk_size)
         out = _feed_through_and_gate(y, inputs, D, z).to(x.dtype).contiguous()
     return (out, last_state) if return_final_states else out
 
@@ -210,62 +210,13 @@ def ssd_states(
         yield filled
 
 
-def _chunked_scan(
-    drive: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, steps: int
-) -> tuple[Tensor, Tensor]:
-    """The bare recurrence in chunks of `steps` steps: y (batch, length, heads, head_dim) and the last state."""
-    batch, length, heads, head_dim = drive.shape
-    groups, state_size = B.shape[2:]
-    drive, log_decay, B, C = (_into_chunks(tensor, steps) for tensor in (drive, log_decay, B, C))
-    log_decay = log_decay.transpose(2, 3)  # (batch, chunks, heads, T)
-    cumulative, mask = _decays_within_chunks(log_decay)
-    drive = drive.transpose(2, 3).contiguous()  # (batch, chunks, heads, T, head_dim)
-    B, C = B.transpose(2, 3).contiguous(), C.transpose(2, 3).contiguous()  # (batch, chunks, groups, T, N)
-    scores = torch.matmul(C, B.mT)[:, :, :, None] * mask.unflatten(2, (groups, -1))
-    y = torch.matmul(scores.flatten(2, 3), drive)  # (batch, chunks, heads, T, head_dim)
+def _choose_chunk_size(state_size: int) -> int:
+    """Steps per chunk: many make the T x T products dear, few the N x head_dim states at the boundaries.
 
-    to_end = torch.exp(cumulative[..., -1:] - cumulative)
-    written = (drive * to_end[..., None]).mT.reshape(batch, -1, groups, heads // groups * head_dim, steps)
-    written = torch.matmul(written, B)  # (batch, chunks, groups, heads / groups * head_dim, N)
-    before, state = _boundary_states(
-        torch.exp(cumulative[..., -1, None, None]), written.view(batch, -1, heads, head_dim, state_size), state
-    )
-    read = torch.matmul(C, before.reshape(batch, -1, groups, heads // groups * head_dim, state_size).mT)
-    read = read.unflatten(-1, (-1, head_dim)).transpose(3, 4)  # (batch, chunks, groups, heads / groups, T, head_dim)
-    y = y + read.flatten(2, 3) * torch.exp(cumulative)[..., None]
-    return y.transpose(2, 3).reshape(batch, -1, heads, head_dim)[:, :length], state
-
-
-def _into_chunks(tensor: Tensor, steps: int) -> Tensor:
-    """(batch, length, ...) -> (batch, chunks, steps, ...), with zeros at the end: no input, no decay."""
-    missing = -tensor.shape[1] % steps
-    if missing:
-        tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing))
-    return tensor.unflatten(1, (-1, steps))
-
-
-def _decays_within_chunks(log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """Cumulative sums (..., T), and exp(sum of log_decay after s up to t) for s <= t, 0 elsewhere, (..., T, T).
-
-    Differences of cumulative sums lose what is small beside what is large, so the sums are in float64, and a factor
-    that is 0 in the dtype of `log_decay` anyway is not let grow beyond it.
+    Measured, forward plus backward, seconds of one core, 8 heads of 64, batch 8, length 512: N=16: 0.067 (T=16), 0.074
+    (32), 0.090 (64). N=64: 0.176, 0.114, 0.123. N=128: 0.161 (32), 0.148 (64), 0.178 (128).
     """
-    dtype = log_decay.dtype
-    smallest = math.log(torch.finfo(dtype).smallest_normal) + math.log(torch.finfo(dtype).eps) - 1
-    cumulative = torch.cumsum(log_decay.clamp(min=smallest).double(), dim=-1)
-    steps = log_decay.shape[-1]
-    later = torch.ones(steps, steps, dtype=torch.bool, device=log_decay.device).triu(1)
-    exponents = (cumulative[..., :, None] - cumulative[..., None, :]).to(dtype)
-    return cumulative.to(dtype), torch.exp(exponents.masked_fill(later, -math.inf))
-
-
-def _boundary_states(decay: Tensor, written: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The states before each chunk, (batch, chunks, heads, head_dim, N), and after the last one."""
-    before = []
-    for decay_of_chunk, written_of_chunk in zip(decay.unbind(1), written.unbind(1), strict=True):
-        before.append(state)
-        state = torch.addcmul(written_of_chunk, decay_of_chunk, state)
-    return torch.stack(before, dim=1), state
+    return 32 if state_size <= 64 else 64
 
 
 def _initial_state(x: Tensor, B: Tensor, initial_states: Tensor | None) -> Tensor:
@@ -309,10 +260,10 @@ def _check_arguments(
     dt_bias: Tensor | None,
     initial_states: Tensor | None,
     dt_limit: tuple[float, float],
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> None:
     """Raise a ValueError that names the offending value and what is expected."""
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it is a number of steps and must be at least 1.")
     if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit is {dt_limit}; expected the smallest and the largest step size.")

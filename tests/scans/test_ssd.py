@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import hf_compressm.scans.ssd_chunks as ssd_chunks
 from hf_compressm.scans import ssd_scan, ssd_scan_reference, ssd_states
 
 
@@ -18,9 +19,10 @@ CASES = {
     # name: (batch, length, heads, head_dim, groups, N)
     "length 1": (2, 1, 2, 3, 1, 5),
     "length 2": (2, 2, 2, 3, 1, 5),
-    "below a chunk": (2, 63, 2, 3, 1, 5),
-    "one chunk": (2, 64, 2, 3, 1, 5),
-    "above a chunk": (2, 65, 2, 3, 1, 5),
+    "below a chunk": (2, 31, 2, 3, 1, 5),
+    "one chunk": (2, 32, 2, 3, 1, 5),
+    "above a chunk": (2, 33, 2, 3, 1, 5),
+    "longer chunks": (1, 133, 2, 3, 1, 65),
     "odd": (3, 133, 6, 5, 3, 7),
     "batch 1": (1, 70, 4, 2, 2, 3),
     "N 1": (2, 70, 4, 3, 2, 1),
@@ -84,8 +86,10 @@ def poisoned_empty(monkeypatch):
         monkeypatch.setattr(owner, name, poisoned)
 
 
+@pytest.mark.parametrize("block_entries", [1, 1 << 18])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_reference(case, poisoned_empty):
+def test_equals_reference(case, block_entries, poisoned_empty, monkeypatch):
+    monkeypatch.setattr(ssd_chunks, "BLOCK_ENTRIES", block_entries)
     arguments = make(*CASES[case])
     actual = outputs_and_gradients(ssd_scan, arguments)
     assert_all_close(actual, outputs_and_gradients(ssd_scan_reference, arguments))
@@ -160,6 +164,50 @@ def test_slow_decay_beside_fast_decay_in_float32(largest):
     single = {name: tensor.float() for name, tensor in exact.items()}
     expected = ssd_scan_reference(**{name: tensor.double() for name, tensor in single.items()})
     assert (ssd_scan(**single) - expected).abs().max() <= SINGLE_ROUND_OFF * expected.abs().max()
+
+
+@pytest.mark.parametrize("fastest", [16.0, 128.0, 1e4])
+def test_gradients_in_float32(fastest):
+    exact = make(2, 200, 4, 3, 2, 5)
+    with torch.no_grad():
+        exact["A"].copy_(-torch.linspace(1, fastest, 4))
+    single = {name: tensor.detach().float().requires_grad_() for name, tensor in exact.items()}
+    expected = outputs_and_gradients(ssd_scan_reference, exact)
+    actual = outputs_and_gradients(ssd_scan, single)
+    for name, right in expected.items():
+        assert (actual[name] - right).abs().max() <= SINGLE_ROUND_OFF * right.abs().max(), name
+
+
+def test_gradient_of_one_output_alone():
+    arguments = make(2, 70, 4, 3, 2, 5)
+    inputs = [arguments[name] for name in ("x", "dt", "A", "B", "initial_states")]
+    for pick in (0, 1):
+        results = [
+            scan(**arguments, dt_softplus=True, return_final_states=True)[pick].sum()
+            for scan in (ssd_scan, ssd_scan_reference)
+        ]
+        gradients = [torch.autograd.grad(result, inputs) for result in results]
+        for left, right in zip(*gradients, strict=True):
+            assert (left - right).abs().max() <= ROUND_OFF * max(1.0, right.abs().max().item())
+
+
+def test_a_growing_state_is_exact_too():
+    arguments = make(2, 70, 4, 3, 2, 5)
+    with torch.no_grad():
+        arguments["A"].copy_(torch.linspace(-0.1, 0.1, 4))
+    actual = outputs_and_gradients(ssd_scan, arguments)
+    assert_all_close(actual, outputs_and_gradients(ssd_scan_reference, arguments))
+
+
+def test_memory_does_not_grow_with_the_chunk():
+    arguments = make(1, 256, 4, 8, 1, 16)
+    largest = []
+    for chunk_size in (None, 64, 128):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.numel()) or t, lambda t: t):
+            ssd_scan(**arguments, chunk_size=chunk_size)
+        largest.append(max(saved))
+    assert largest == [256 * 4 * 8] * 3  # as large as the input; no T x T matrix, no state per step
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
