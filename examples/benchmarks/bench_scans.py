@@ -1,14 +1,16 @@
 """How fast the scans are, each as a ratio against its peer in the same run.
 
-Two comparisons, forward plus backward, float32, best of several:
+Three comparisons, forward plus backward, float32, best of several:
 
 - one training step of stock `MambaForCausalLM` (2 layers) with and without `enable_fast_selective_scan`;
+- the scan of one Mamba-2 layer alone: `ssd_scan` against the PyTorch code of stock `Mamba2ForCausalLM`;
 - one layer of the size of a small S5 or LRU model: `diagonal_scan` against s5-pytorch's layer, at two shapes.
 
 Ratios hold better than seconds on a busy machine. The stock loop at 128 states takes minutes per step: it is run once,
-without a warm-up, or left out with `--skip-stock-128`.
+without a warm-up, or left out with `--skip-stock-128`. Older versions of transformers (5.17) take a quarter of a minute
+and more for the stock Mamba-2 scan, and several gigabytes.
 
-    python examples/benchmarks/bench_scans.py --state-sizes 16 128 --repeats 5
+    python examples/benchmarks/bench_scans.py --state-sizes 16 128 --ssd-state-sizes 16 64 128 --repeats 5
 """
 
 from __future__ import annotations
@@ -22,9 +24,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import Mamba2Config, MambaConfig, MambaForCausalLM
+from transformers.models.mamba2 import modeling_mamba2
 
-from hf_compressm.scans import diagonal_scan, disable_fast_selective_scan, enable_fast_selective_scan, selective_scan
+from hf_compressm.scans import (
+    diagonal_scan,
+    disable_fast_selective_scan,
+    enable_fast_selective_scan,
+    selective_scan,
+    ssd_scan,
+)
 
 
 LAYER_SHAPES = {"long and thin": (256, 8, 50, 784), "wide": (384, 128, 8, 1024)}  # (N, H, batch, length)
@@ -71,6 +80,24 @@ def selective_layer(state_size: int) -> Callable[[], None]:
         selective_scan(u, delta, A, B, C, z=z, delta_softplus=True).sum().backward()
 
     return step
+
+
+def ssd_layer(state_size: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The scan of a Mamba-2 layer, stock and ours: batch 8, length 512, 8 heads of 64 channels, one group."""
+    torch.manual_seed(0)
+    x, dt = torch.randn(8, 512, 8, 64, requires_grad=True), torch.randn(8, 512, 8, requires_grad=True)
+    A, D, bias = (-torch.arange(1.0, 9)).requires_grad_(), torch.ones(8, requires_grad=True), torch.full((8,), -4.0)
+    B, C = (torch.randn(8, 512, 1, state_size, requires_grad=True) for _ in range(2))
+    chunk_size = Mamba2Config().chunk_size
+    options = {"D": D, "dt_bias": bias.requires_grad_(), "dt_softplus": True}
+
+    def stock() -> None:
+        modeling_mamba2.mamba2_chunk_scan(x, dt, A, B, C, chunk_size=chunk_size, **options).sum().backward()
+
+    def ours() -> None:
+        ssd_scan(x, dt, A, B, C, **options).sum().backward()
+
+    return stock, ours
 
 
 class DiagonalLayer(nn.Module):
@@ -125,6 +152,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--state-sizes", type=int, nargs="*", default=[16, 128], help="state sizes of the Mamba models"
     )
+    parser.add_argument(
+        "--ssd-state-sizes", type=int, nargs="*", default=[16, 64, 128], help="state sizes of the Mamba-2 layers"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the best counts")
     parser.add_argument("--skip-stock-128", action="store_true", help="leave out the stock loop from 128 states on")
     parser.add_argument("--skip-layers", action="store_true", help="leave out the comparison with s5-pytorch")
@@ -148,6 +178,12 @@ def main() -> None:
             peer, ours = layer_steps(*shape)
             work = "s5-pytorch layer, {}: N={} H={} batch {} length {}".format(name, *shape)
             print_row(work, best_seconds(peer, arguments.repeats), best_seconds(ours, arguments.repeats))
+    for state_size in arguments.ssd_state_sizes:
+        stock, ours = ssd_layer(state_size)
+        peer_seconds = best_seconds(stock, min(3, arguments.repeats))
+        print_row(
+            f"stock Mamba-2 scan, one layer, N={state_size}", peer_seconds, best_seconds(ours, arguments.repeats)
+        )
     for state_size in arguments.state_sizes:
         print_row(
             f"selective scan alone, N={state_size}", None, best_seconds(selective_layer(state_size), arguments.repeats)
