@@ -6,9 +6,9 @@ Three comparisons, forward plus backward, float32, best of several:
 - the scan of one Mamba-2 layer alone: `ssd_scan` against the PyTorch code of stock `Mamba2ForCausalLM`;
 - one layer of the size of a small S5 or LRU model: `diagonal_scan` against s5-pytorch's layer, at two shapes.
 
-Ratios hold better than seconds on a busy machine. The stock loop at 128 states takes minutes per step: it is run once,
-without a warm-up, or left out with `--skip-stock-128`. Older versions of transformers (5.17) take a quarter of a minute
-and more for the stock Mamba-2 scan, and several gigabytes.
+Ratios hold better than seconds on a busy machine. The stock loop at 128 states takes minutes per step: it is run
+once, without a warm-up, or left out with `--skip-stock-128`. Older versions of transformers (5.17) take a quarter of a
+minute and more for the stock Mamba-2 scan, and several gigabytes.
 
     python examples/benchmarks/bench_scans.py --state-sizes 16 128 --ssd-state-sizes 16 64 128 --repeats 5
 """
