@@ -79,6 +79,7 @@ def adopt(model: nn.Module) -> None:
     _check_configs(model, configs)
     for config in configs:
         config.__class__ = _CONFIGS[type(config)]
+        vars(config).pop("model_type", None)  # which a loaded configuration repeats on the instance
         if isinstance(config, CompreSSMamba2Config):
             config.conv_state_size = None
     for part in parts.values():

@@ -71,6 +71,7 @@ class CompreSSMambaConfig(MambaConfig):
     per_layer_fields: ClassVar[frozenset[str]] = frozenset({"state_size"})
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("model_type", None)  # that of a stock checkpoint would hide the class's
         super().__post_init__(**kwargs)
         self.validate_architecture()
 

@@ -45,6 +45,7 @@ class CompreSSMamba2Config(Mamba2Config):
     conv_state_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("model_type", None)  # that of a stock checkpoint would hide the class's
         super().__post_init__(**kwargs)
         self.validate_architecture()
 

@@ -68,6 +68,22 @@ def test_an_adopted_model_is_saved_and_loaded_as_itself(family, part, tmp_path):
 
 
 @families
+def test_a_model_from_a_stock_checkpoint_is_adopted_or_loaded(family, tmp_path):
+    stock, x = family.stock(), tokens()
+    stock.save_pretrained(tmp_path)
+    adopted = family.stock_causal.from_pretrained(tmp_path)
+    adopt(adopted)
+    loaded = family.causal_class.from_pretrained(tmp_path)
+    for model in (adopted, loaded):
+        assert model.config.model_type == family.config_class.model_type
+        assert_close(model(x).logits, stock(x).logits, rtol=0, atol=0)
+        model.save_pretrained(tmp_path / "own")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "own")
+        assert type(again) is family.causal_class
+        assert_close(again(x).logits, stock(x).logits, rtol=0, atol=0)
+
+
+@families
 def test_nothing_but_classes_changes(family):
     model, x = family.stock().train(), tokens()
     model.backbone.layers[0].eval()

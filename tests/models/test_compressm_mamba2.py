@@ -196,5 +196,22 @@ def test_fewer_channels_than_states_are_refused(fields, sizes, layer):
         MAMBA2.model_class(config)
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo looks at .grad of everything it meets
+def test_a_projected_model_compiles_as_one_graph():
+    model, x = MAMBA2.causal_model(**PROJECTED), tokens()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert_close(compiled(x).logits, model(x).logits, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_autocast_trains_a_projected_model_as_it_does_the_stock_one():
+    model, x = MAMBA2.causal_model(**PROJECTED).train(), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x, labels=x).loss
+    loss.backward()
+    assert_close(loss, model(x, labels=x).loss, rtol=0.05, atol=0)
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_the_printed_model_shows_its_sizes():
     assert "state_size=3, conv_state_size=5" in str(MAMBA2.causal_model())
