@@ -2,7 +2,7 @@
 
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -11,7 +11,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from hf_compressm.adapters import SSMLayer
 from hf_compressm.batches import sample_batches
 from hf_compressm.compression import check_settings, compress, recorded_cuts
 from hf_compressm.config import CompreSSMConfig
@@ -67,10 +66,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._trainer = _calling_trainer() or self._trainer
         _refuse_engines(args, self._trainer() if self._trainer else None)
         model = kwargs["model"]
-        layers, criteria = check_settings(model, self.config, calibrated=True)
-        self._needs_data = any(
-            name in layer.adapter.data_criteria for layer, name in zip(layers, criteria, strict=True)
-        )
+        choices = check_settings(model, self.config, calibrated=True)
+        self._needs_data = any(choice.needs_data for choice in choices)
         self._steps = cut_steps(self.config, state.max_steps)
         self.events = []
         self._last_cut = _last_cut_before(model, state.global_step)
@@ -167,10 +164,6 @@ def _calling_trainer() -> "weakref.ref[Trainer] | None":
             return weakref.ref(candidate)
         frame = frame.f_back
     return None
-
-
-def _any_needs_data(layers: Sequence[SSMLayer], criteria: Sequence[str]) -> bool:
-    return any(name in layer.adapter.data_criteria for layer, name in zip(layers, criteria, strict=True))
 
 
 def _refuse_engines(args: TrainingArguments, trainer: Trainer | None) -> None:

@@ -17,6 +17,7 @@ _CHOICES = {
     "criterion": ("auto", "hankel", "empirical", "surrogate", "interpolative"),
     "keep": ("largest", "smallest", "random"),
     "realization": ("real", "complex"),
+    "compat": ("stock", "best"),
     "trigger": ("schedule",),
     "optimizer_state": ("carry", "reset"),
     "on_nonfinite": ("skip", "raise"),
@@ -66,7 +67,13 @@ class CompreSSMConfig:
     keep: str = _setting("largest", "Which states stay: largest, or for ablations smallest or random.")
     realization: str = _setting("real", "Balance the real system that S5/LRU compute, or the complex one (paper).")
     per_layer: bool | None = _setting(
-        None, "A size per layer (default for S5/LRU), or one for all, the largest that any layer asks for."
+        None,
+        "A size per layer (default for S5/LRU and under compat=best), or one for all, the largest that any asks for.",
+    )
+    compat: str = _setting(
+        "stock",
+        "Plain transformers must load the result (stock), or Mamba and Mamba-2 language models may move into a class "
+        "of this package, saved as custom code, for sizes per layer and less damage (best).",
     )
     round_to: int = _setting(1, "New sizes are multiples of this.")
     min_state_size: int = _setting(1, "No layer gets smaller than this.")

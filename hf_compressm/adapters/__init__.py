@@ -7,15 +7,19 @@ from hf_compressm.adapters.base import (
     LayerCut,
     Measurement,
     MomentTerm,
+    ParameterAddition,
     ParameterChange,
     SSMLayer,
     Statistics,
 )
 from hf_compressm.adapters.calibration import collect_statistics
+from hf_compressm.adapters.falcon_mamba import NormalizedMambaAdapter
 from hf_compressm.adapters.lru import LRUAdapter
 from hf_compressm.adapters.mamba import MambaAdapter
+from hf_compressm.adapters.mamba2 import Mamba2Adapter
 from hf_compressm.adapters.registry import find_layers, register, registered_families
 from hf_compressm.adapters.s5 import S5Adapter
+from hf_compressm.adapters.zamba import ZambaAdapter
 
 
 __all__ = [
@@ -24,13 +28,17 @@ __all__ = [
     "CutMethod",
     "LRUAdapter",
     "LayerCut",
+    "Mamba2Adapter",
     "MambaAdapter",
     "Measurement",
     "MomentTerm",
+    "NormalizedMambaAdapter",
+    "ParameterAddition",
     "ParameterChange",
     "S5Adapter",
     "SSMLayer",
     "Statistics",
+    "ZambaAdapter",
     "collect_statistics",
     "find_layers",
     "register",

@@ -22,12 +22,14 @@ class CutMethod:
         keep: `"largest"`; for ablations `"smallest"` or `"random"`.
         realization: `"real"` or `"complex"` balancing of LTI layers.
         seed: of the random ablation.
+        project: whether the model's class lets a layer project B and C after its convolution.
     """
 
     criterion: str
     keep: str = "largest"
     realization: str = "real"
     seed: int = 0
+    project: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,9 @@ class MomentTerm:
 
     Attributes:
         source: the old parameter.
-        matrix: float64 `(new, old)` acting along `dim`; second moments take its squared entries.
+        matrix: acting along `dim`: float64 `(new, old)`, or `(groups, new, old)` with one matrix per entry of axis 0,
+            where second moments take squared entries; a plain number where the whole moment is scaled; or int64
+            `(new,)`, the old entries that stay.
         dim: axis of the moment that is mapped.
     """
 
@@ -64,8 +68,25 @@ class ParameterChange:
 
 
 @dataclass(frozen=True, eq=False)
+class ParameterAddition:
+    """A parameter that a layer gets with its first cut.
+
+    Attributes:
+        name: dotted name in the model.
+        module: its owner, whose class has room for it under the last part of the name.
+        value: the tensor, float64.
+        beside: a present parameter whose dtype, device, `requires_grad` and optimizer group it takes.
+    """
+
+    name: str
+    module: nn.Module
+    value: Tensor
+    beside: nn.Parameter
+
+
+@dataclass(frozen=True, eq=False)
 class AttributeChange:
-    """A plain attribute that follows a cut, such as `mixer.ssm_state_size` or `x_proj.out_features`."""
+    """An attribute or buffer that follows a cut, such as `mixer.ssm_state_size` or `x_proj.out_features`."""
 
     module: nn.Module
     name: str
@@ -83,6 +104,8 @@ class LayerCut:
         error_bound: upper bound of the H-infinity error, for LTI layers cut by their closed-form Gramians; else None.
         energy_kept: share of the HSV sum that stays.
         note: what the user should know, such as a fallback that was taken.
+        additions: parameters that appear.
+        config_fields: further fields of the layer's config, besides the state size.
     """
 
     changes: tuple[ParameterChange, ...]
@@ -91,6 +114,8 @@ class LayerCut:
     error_bound: float | None
     energy_kept: float
     note: str = ""
+    additions: tuple[ParameterAddition, ...] = ()
+    config_fields: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,14 +188,14 @@ class Adapter(ABC):
 
     Attributes:
         family: name in plans, tables and error messages.
-        module_type: class of the layer.
+        module_type: class of the layer, or its dotted path where importing it would be slow or might fail.
         size_field: the model config's field with the state size.
-        per_layer: whether the family's model classes hold a size per layer.
+        per_layer: whether all of the family's model classes hold a size per layer.
         criteria: supported criteria; the first is the default, the first that needs no data stands in without it.
     """
 
     family: str
-    module_type: type[nn.Module]
+    module_type: type[nn.Module] | str
     size_field: str
     per_layer: bool
     criteria: tuple[str, ...]

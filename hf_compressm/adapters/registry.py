@@ -5,7 +5,7 @@ from torch import nn
 from hf_compressm.adapters.base import Adapter, SSMLayer
 
 
-_ADAPTERS: dict[type[nn.Module], Adapter] = {}
+_ADAPTERS: dict[str, Adapter] = {}
 
 
 def register(adapter: Adapter) -> None:
@@ -14,10 +14,11 @@ def register(adapter: Adapter) -> None:
     Raises:
         ValueError: if its module type is taken by another family.
     """
-    present = _ADAPTERS.get(adapter.module_type)
+    path = _path(adapter.module_type)
+    present = _ADAPTERS.get(path)
     if present is not None and present.family != adapter.family:
-        raise ValueError(f"{adapter.module_type.__name__} already belongs to the family {present.family!r}.")
-    _ADAPTERS[adapter.module_type] = adapter
+        raise ValueError(f"{path} already belongs to the family {present.family!r}.")
+    _ADAPTERS[path] = adapter
 
 
 def registered_families() -> list[str]:
@@ -33,12 +34,21 @@ def find_layers(model: nn.Module) -> list[SSMLayer]:
     """
     layers: list[SSMLayer] = []
     for name, module in model.named_modules():
-        adapter = next((_ADAPTERS[kind] for kind in type(module).__mro__ if kind in _ADAPTERS), None)
+        paths = map(_path, type(module).__mro__)
+        adapter = next((_ADAPTERS[path] for path in paths if path in _ADAPTERS), None)
         if adapter is not None:
-            layers.append(SSMLayer(name, module, adapter, getattr(module, "layer_idx", len(layers))))
+            index = getattr(module, "layer_idx", None)
+            layers.append(SSMLayer(name, module, adapter, len(layers) if index is None else index))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no SSM layer of a known family ({', '.join(registered_families())}). "
             "See CONTRIBUTING.md for adding a family."
         )
     return layers
+
+
+def _path(module_type: type | str) -> str:
+    """Dotted path of a class; the key, so that no family has to be imported to be known."""
+    if isinstance(module_type, str):
+        return module_type
+    return f"{module_type.__module__}.{module_type.__qualname__}"

@@ -2,8 +2,9 @@
 
 from hf_compressm.compression.applying import analyze, apply_plan, compress
 from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan
-from hf_compressm.compression.planning import check_settings, plan_compression
+from hf_compressm.compression.planning import plan_compression
 from hf_compressm.compression.record import record_cut, recorded_cuts
+from hf_compressm.compression.settings import check_settings
 
 
 __all__ = [

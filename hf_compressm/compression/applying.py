@@ -7,20 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from hf_compressm.adapters import LayerCut
+from hf_compressm.adapters import LayerCut, find_layers
 from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan, fingerprint
 from hf_compressm.compression.planning import plan_compression
 from hf_compressm.compression.record import record_cut
 from hf_compressm.config import CompreSSMConfig
+from hf_compressm.models import adopt, adopt_config, own_class, own_config_class
 from hf_compressm.surgery import (
     NonFiniteError,
     commit_optimizer,
     commit_replacements,
+    prepare_additions,
     prepare_optimizer,
     prepare_replacements,
     write_sizes,
+    write_sizes_of_mamba_ssm,
+    write_sizes_per_layer,
 )
 
 
@@ -67,9 +72,15 @@ def apply_plan(
     parameters_before = _count_parameters(model)
     cuts = _fresh_cuts(plan)
     replacements = prepare_replacements(model, [change for _, cut in cuts for change in cut.changes])
-    optimizer_plan = prepare_optimizer(optimizer, model, replacements, optimizer_state) if optimizer else None
-    new_config = _rewritten_config(model, plan, step) if cuts else None
-    commit_replacements(replacements, [attribute for _, cut in cuts for attribute in cut.attributes])
+    additions = prepare_additions([addition for _, cut in cuts for addition in cut.additions])
+    optimizer_plan = None
+    if optimizer:
+        optimizer_plan = prepare_optimizer(optimizer, model, replacements, optimizer_state, additions)
+    adopts = _needs_own_class(model, plan)
+    new_config = _rewritten_config(model, plan, step, adopts) if cuts else None
+    if adopts:
+        adopt(model)
+    commit_replacements(replacements, [attribute for _, cut in cuts for attribute in cut.attributes], additions)
     if optimizer_plan is not None:
         commit_optimizer(optimizer_plan)
     if new_config is not None:
@@ -118,17 +129,34 @@ def compress(
     return replace(result, seconds=time.perf_counter() - start)
 
 
-def _rewritten_config(model: nn.Module, plan: CompressionPlan, step: int | None) -> Any:
+def _needs_own_class(model: nn.Module, plan: CompressionPlan) -> bool:
+    """Whether a stock model has to become one of this package's classes: for sizes per layer, or a projection."""
+    if own_class(type(model)) in (None, type(model)):
+        return False
+    new = {item.name: item.new_state_size for item in plan.layers}
+    sizes = {new.get(layer.name, layer.state_size) for layer in find_layers(model)}
+    return len(sizes) > 1 or any(item.cut is not None and item.cut.additions for item in plan.layers)
+
+
+def _rewritten_config(model: nn.Module, plan: CompressionPlan, step: int | None, adopts: bool) -> Any:
     """A copy of the model's config with the new sizes and the cut on record; None for a model without config."""
-    if not hasattr(model, "config"):
+    config = copy.deepcopy(getattr(model, "config", None))
+    if hasattr(config, "ssm_cfg"):
+        write_sizes_of_mamba_ssm(config, max(item.new_state_size for item in plan.layers))
+        return config
+    if not isinstance(config, PreTrainedConfig):
         return None
-    config = copy.deepcopy(model.config)
-    sizes: dict[str, dict[int, int]] = {}
+    if adopts:
+        adopt_config(config)
+    sizes: dict[str, dict[int, int | None]] = {}
+    has_room = True
     for item in plan.layers:
-        if item.layer is not None:
-            sizes.setdefault(item.layer.adapter.size_field, {})[item.layer.index] = item.new_state_size
-    for field, by_index in sizes.items():
-        write_sizes(config, field, by_index)
+        layer, cut = item.layer, item.cut
+        if layer is not None and cut is not None:
+            for field, size in {layer.adapter.size_field: item.new_state_size, **cut.config_fields}.items():
+                sizes.setdefault(field, {})[layer.index] = size
+            has_room = has_room and (layer.adapter.per_layer or own_config_class(type(config)) is type(config))
+    (write_sizes_per_layer if has_room else write_sizes)(config, sizes)
     record_cut(config, plan, step)
     return config
 

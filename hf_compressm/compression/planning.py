@@ -3,15 +3,15 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_compressm.adapters import CutMethod, Measurement, SSMLayer, collect_statistics, find_layers
+from hf_compressm.adapters import Measurement, SSMLayer, collect_statistics
 from hf_compressm.compression.plan import CompressionPlan, LayerPlan, fingerprint
+from hf_compressm.compression.settings import LayerChoice, check_settings
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.numerics.ranks import count_by_error, count_by_tolerance, passes_gate, round_size
 
@@ -33,82 +33,17 @@ def plan_compression(
         ValueError: for a model without SSM layers, settings that do not fit it, missing calibration or a batch that
             the model rejects; for NaN or Inf only under `on_nonfinite="raise"`.
     """
-    layers, criteria = check_settings(model, config, calibrated=calibration is not None)
-    methods = [CutMethod(name, config.keep, config.realization, config.sampling_seed) for name in criteria]
-    statistics = collect_statistics(model, layers, criteria, calibration)
+    choices = check_settings(model, config, calibrated=calibration is not None)
+    layers = [choice.layer for choice in choices]
+    statistics = collect_statistics(model, layers, [choice.method.criterion for choice in choices], calibration)
     measurements = [
-        layer.adapter.measure(layer, method, seen)
-        for layer, method, seen in zip(layers, methods, statistics, strict=True)
+        choice.layer.adapter.measure(choice.layer, choice.method, seen)
+        for choice, seen in zip(choices, statistics, strict=True)
     ]
     _raise_on_problems(layers, measurements, config)
-    sizes = _choose_sizes(layers, methods, measurements, config)
-    plans = [_plan_layer(*parts) for parts in zip(layers, methods, measurements, sizes, strict=True)]
-    return CompressionPlan(tuple(_one_size_or_none(layers, plans, config)))
-
-
-def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) -> tuple[list[SSMLayer], list[str]]:
-    """The layers that the settings pick and the criterion of each.
-
-    Args:
-        model: any module.
-        config: settings.
-        calibrated: whether calibration data will be there.
-
-    Raises:
-        ValueError: for a model without SSM layers, or settings that do not fit it.
-    """
-    layers = _chosen_layers(model, config)
-    _check_against_model(layers, config)
-    return layers, [layer.adapter.criterion(config.criterion, calibrated, config.realization) for layer in layers]
-
-
-def _chosen_layers(model: nn.Module, config: CompreSSMConfig) -> list[SSMLayer]:
-    """Layers that `layers` and `ignore_layers` leave."""
-    found = find_layers(model)
-    chosen = [
-        layer
-        for layer in found
-        if (config.layers is None or _matches(layer.name, config.layers))
-        and not _matches(layer.name, config.ignore_layers or [])
-    ]
-    if not chosen:
-        names = ", ".join(layer.name for layer in found)
-        raise ValueError(
-            f"layers={config.layers} and ignore_layers={config.ignore_layers} leave no layer; there are {names}."
-        )
-    for layer in found:
-        if layer not in chosen:
-            logger.info(f"{layer.name} is left alone (layers / ignore_layers).")
-    uniform = [layer for layer in chosen if not _per_layer(layer, config)]
-    if uniform and len(chosen) < len(found):
-        raise ValueError(
-            f"layers / ignore_layers pick {len(chosen)} of {len(found)} layers, but these {uniform[0].adapter.family} "
-            "models have one state size for all. Drop layers / ignore_layers, or use per_layer=True where it applies."
-        )
-    return chosen
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) or name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def _check_against_model(layers: Sequence[SSMLayer], config: CompreSSMConfig) -> None:
-    largest = max(layer.state_size for layer in layers)
-    if config.target_state_size is not None and config.target_state_size > largest:
-        raise ValueError(
-            f"target_state_size={config.target_state_size} is above the present state size {largest}; "
-            f"choose a whole number from 1 to {largest}."
-        )
-    for layer in layers:
-        if config.per_layer and not layer.adapter.per_layer:
-            raise ValueError(
-                f"per_layer=True needs a model class with a size per layer; the class of {layer.name} "
-                f"({layer.adapter.family}) has a single {layer.adapter.size_field}. Use per_layer=False."
-            )
-
-
-def _per_layer(layer: SSMLayer, config: CompreSSMConfig) -> bool:
-    return layer.adapter.per_layer if config.per_layer is None else config.per_layer
+    sizes = _choose_sizes(choices, measurements, config)
+    plans = [_plan_layer(*parts) for parts in zip(choices, measurements, sizes, strict=True)]
+    return CompressionPlan(tuple(_one_size_or_none(choices, plans)))
 
 
 def _raise_on_problems(
@@ -126,27 +61,25 @@ def _raise_on_problems(
 
 
 def _choose_sizes(
-    layers: Sequence[SSMLayer],
-    methods: Sequence[CutMethod],
-    measurements: Sequence[Measurement],
-    config: CompreSSMConfig,
+    choices: Sequence[LayerChoice], measurements: Sequence[Measurement], config: CompreSSMConfig
 ) -> list[int]:
     """New state size of every layer, by the rank rule; layers of a family with one size share the largest."""
-    wanted = [_wanted_size(*parts, config) for parts in zip(layers, methods, measurements, strict=True)]
-    for family in {layer.adapter.family for layer in layers if not _per_layer(layer, config)}:
-        members = [i for i, layer in enumerate(layers) if layer.adapter.family == family]
+    wanted = [_wanted_size(*parts, config) for parts in zip(choices, measurements, strict=True)]
+    for family in {choice.layer.adapter.family for choice in choices if not choice.per_layer}:
+        members = [i for i, choice in enumerate(choices) if choice.layer.adapter.family == family]
         largest = max(wanted[i] for i in members)
         for i in members:
-            wanted[i] = min(largest, layers[i].state_size)
+            wanted[i] = min(largest, choices[i].layer.state_size)
     gated = config.rank_rule in ("tolerance", "max_error")
+    present = [choice.layer.state_size for choice in choices]
     return [
-        size if not gated or passes_gate(layer.state_size, size, config.min_reduction) else layer.state_size
-        for layer, size in zip(layers, wanted, strict=True)
+        size if not gated or passes_gate(before, size, config.min_reduction) else before
+        for before, size in zip(present, wanted, strict=True)
     ]
 
 
-def _wanted_size(layer: SSMLayer, method: CutMethod, measurement: Measurement, config: CompreSSMConfig) -> int:
-    size = layer.state_size
+def _wanted_size(choice: LayerChoice, measurement: Measurement, config: CompreSSMConfig) -> int:
+    layer, size = choice.layer, choice.layer.state_size
     if measurement.problem:
         return size
     sigma = measurement.hankel_singular_values
@@ -163,12 +96,13 @@ def _wanted_size(layer: SSMLayer, method: CutMethod, measurement: Measurement, c
         wanted = min(config.target_state_size or size, size)
     multiple = math.lcm(config.round_to, layer.adapter.granularity(layer.module))
     new_size = round_size(wanted, size, multiple, config.min_state_size)
-    while new_size < size and layer.adapter.values_kept(layer, method, measurement, new_size) < count:
+    while new_size < size and layer.adapter.values_kept(layer, choice.method, measurement, new_size) < count:
         new_size = round_size(new_size + 1, size, multiple, config.min_state_size)
     return new_size
 
 
-def _plan_layer(layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerPlan:
+def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> LayerPlan:
+    layer, method = choice.layer, choice.method
     plan = LayerPlan(
         name=layer.name,
         family=layer.adapter.family,
@@ -203,14 +137,12 @@ def _plan_layer(layer: SSMLayer, method: CutMethod, measurement: Measurement, si
     )
 
 
-def _one_size_or_none(
-    layers: Sequence[SSMLayer], plans: Sequence[LayerPlan], config: CompreSSMConfig
-) -> list[LayerPlan]:
+def _one_size_or_none(choices: Sequence[LayerChoice], plans: Sequence[LayerPlan]) -> list[LayerPlan]:
     """Where all layers of a family share one size, a layer that cannot be cut keeps the others from it too."""
     stuck = {
         plan.family: plan.name
-        for layer, plan in zip(layers, plans, strict=True)
-        if plan.status == "skipped" and not _per_layer(layer, config)
+        for choice, plan in zip(choices, plans, strict=True)
+        if plan.status == "skipped" and not choice.per_layer
     }
     return [
         _kept(plan, f"{stuck[plan.family]} cannot be cut, and all layers share one size")

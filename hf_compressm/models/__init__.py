@@ -5,7 +5,7 @@ Registered with the Auto classes under `s5`, `lru`, `compressm_mamba` and `compr
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .adopting import adopt, own_class, own_config_class
+from .adopting import adopt, adopt_config, own_class, own_config_class
 from .configuration_compressm_mamba import CompreSSMambaConfig
 from .configuration_compressm_mamba2 import CompreSSMamba2Config
 from .configuration_diagonal_ssm import DiagonalSSMConfig
@@ -37,6 +37,7 @@ __all__ = [
     "S5Layer",
     "S5Model",
     "adopt",
+    "adopt_config",
     "own_class",
     "own_config_class",
 ]

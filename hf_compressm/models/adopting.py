@@ -78,10 +78,7 @@ def adopt(model: nn.Module) -> None:
     _check_parts(model, parts)
     _check_configs(model, configs)
     for config in configs:
-        config.__class__ = _CONFIGS[type(config)]
-        vars(config).pop("model_type", None)  # which a loaded configuration repeats on the instance
-        if isinstance(config, CompreSSMamba2Config):
-            config.conv_state_size = None
+        adopt_config(config)
     for part in parts.values():
         part.__class__ = _CLASSES[type(part)]
         if isinstance(part, PreTrainedModel):  # which has a copy of its own of the class's
@@ -90,6 +87,16 @@ def adopt(model: nn.Module) -> None:
             part.conv_state_size = part.ssm_state_size
             for name in _PROJECTIONS:
                 part.register_parameter(name, None)
+
+
+def adopt_config(config: PreTrainedConfig) -> None:
+    """Turns the configuration of a stock Mamba or Mamba-2 into this package's class, in place; leaves others alone."""
+    if type(config) not in _CONFIGS:
+        return
+    config.__class__ = _CONFIGS[type(config)]
+    vars(config).pop("model_type", None)  # which a loaded configuration repeats on the instance
+    if isinstance(config, CompreSSMamba2Config):
+        config.conv_state_size = None
 
 
 def _check_parts(model: nn.Module, parts: dict[str, nn.Module]) -> None:

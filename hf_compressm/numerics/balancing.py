@@ -168,7 +168,7 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
 def factor(P: Tensor) -> Tensor:
     """Factor L of a positive semidefinite `P = L L^H`; negative round-off in the eigenvalues is clipped."""
     values, vectors = torch.linalg.eigh((P + P.mH) / 2)
-    return vectors * values.clamp_min(0).sqrt()
+    return vectors * values.clamp_min(0).sqrt()[..., None, :]
 
 
 def _project(balancing: Balancing, states: Tensor) -> BalancedTruncation | None:

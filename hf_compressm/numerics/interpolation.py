@@ -1,4 +1,4 @@
-"""Selecting states of a selective layer (Mamba) and reading the dropped ones out of the kept ones.
+"""Selecting states of a selective layer (Mamba) and reading the dropped ones out of the kept, where that folds.
 
 | symbol | meaning | shape |
 |---|---|---|
@@ -15,17 +15,16 @@ A selected diagonal state evolves exactly as before, so only its read-out needs 
 import torch
 from torch import Tensor
 
+from hf_compressm.numerics.balancing import factor
+
 
 PIVOT_TOLERANCE = 1e-10
 """A state whose residual variance is below this share of its own is a combination of the kept ones."""
 
 
 def empirical_hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
-    """`sqrt(eig(P Q))` of two measured covariances by the square-root method, float64 `(N,)`, descending."""
-    values_P, vectors_P = torch.linalg.eigh(P.double())
-    values_Q, vectors_Q = torch.linalg.eigh(Q.double())
-    L_P, L_Q = vectors_P * values_P.clamp_min(0).sqrt(), vectors_Q * values_Q.clamp_min(0).sqrt()
-    return torch.linalg.svdvals(L_Q.mT @ L_P)
+    """`sqrt(eig(P Q))` of two measured covariances by the square-root method, float64 `(..., N)`, descending."""
+    return torch.linalg.svdvals(factor(Q.double()).mT @ factor(P.double()))
 
 
 def pivoted_selection(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,6 +61,33 @@ def pivoted_selection(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
         losses.append(weighted.trace() if free.any() else 0 * total)  # nothing is lost once every state is kept
     errors = relative_errors(torch.stack(losses))
     return torch.tensor(order), errors
+
+
+def elimination_order(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy order of states that are dropped without repair: the last one's loss is the least, and so on backwards.
+
+    Dropping the set D loses `sum_{i, j in D} P_ij Q_ij` of the mean square output: what states share counts, where a
+    ranking by the energies `P_ii Q_ii` takes them one by one. O(N^2) for the whole order.
+
+    Args:
+        P: `(N, N)`, symmetric positive semidefinite.
+        Q: `(N, N)`, likewise.
+
+    Returns:
+        The order, int64 `(N,)`, most wanted first, and the predicted relative output error after keeping the first k
+        states, float64 `(N + 1,)`, for k = 0 .. N.
+    """
+    shared = P.double() * Q.double()
+    with_dropped = torch.zeros_like(shared[0])  # sum of a state's row over the dropped ones
+    dropped, order, losses = torch.zeros(shared.shape[0], dtype=torch.bool), [], [torch.zeros_like(shared[0, 0])]
+    for _ in range(shared.shape[0]):
+        added = shared.diagonal() + 2 * with_dropped
+        state = int(torch.where(dropped, torch.inf, added).argmin())
+        dropped[state] = True
+        with_dropped += shared[:, state]
+        order.append(state)
+        losses.append(losses[-1] + added[state])
+    return torch.tensor(order[::-1]), relative_errors(torch.stack(losses[::-1]))
 
 
 def relative_errors(losses: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ on selective models; kept for comparison, since averages lose what makes the lay
 import torch
 from torch import Tensor
 
+from hf_compressm.numerics.balancing import factor
+
 
 def surrogate_gramians(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Closed-form Gramians of every channel's averaged system, float64 `(channels, N, N)` each."""
@@ -23,11 +25,7 @@ def surrogate_gramians(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]
 
 def surrogate_hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
     """HSVs of every channel's averaged system, descending, summed over the channels, float64 `(N,)`."""
-    values_P, vectors_P = torch.linalg.eigh(P)
-    values_Q, vectors_Q = torch.linalg.eigh(Q)
-    L_P = vectors_P * values_P.clamp_min(0).sqrt()[:, None, :]
-    L_Q = vectors_Q * values_Q.clamp_min(0).sqrt()[:, None, :]
-    return torch.linalg.svdvals(L_Q.mT @ L_P).sum(dim=0)
+    return torch.linalg.svdvals(factor(Q).mT @ factor(P)).sum(dim=0)
 
 
 def surrogate_scores(P: Tensor, Q: Tensor) -> Tensor:

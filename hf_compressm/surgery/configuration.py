@@ -1,40 +1,67 @@
-"""Writing new state sizes and the record of cuts into a model's config."""
+"""Writing new state sizes into a model's config."""
 
 from collections.abc import Mapping
 from typing import Any
 
-
-def read_sizes(config: Any, field: str) -> list[int]:
-    """State size of every layer as the config has it."""
-    return [int(getattr(layer, field)) for layer in config.per_layer_config]
+from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 
-def write_sizes(config: Any, field: str, sizes: Mapping[int, int]) -> None:
-    """Set the state sizes of some layers; one common size is written plainly, others go to `per_layer_config`.
+logger = logging.get_logger(__name__)
+
+Sizes = Mapping[str, Mapping[int, int | None]]
+"""Value by layer index, of every field of the config that holds one."""
+
+
+def write_sizes(config: PreTrainedConfig, sizes: Sizes) -> None:
+    """Set the one size of a family whose classes have a single one, such as `mamba_d_state`.
 
     Args:
         config: a transformers config.
-        field: its field for the state size.
-        sizes: new size by layer index.
+        sizes: by field and layer index; the layers of a field agree.
     """
-    every = read_sizes(config, field)
-    for index, size in sizes.items():
-        every[index] = int(size)
-    others = _other_overrides(config, field)
+    for field, by_index in sizes.items():
+        if hasattr(config, field):
+            setattr(config, field, max(size for size in by_index.values() if size is not None))
+        else:
+            logger.warning(
+                f"{type(config).__name__} has no {field}: the new state sizes are in the layers and in the record "
+                "config.compressm, but building the model from this config again will not find them."
+            )
+
+
+def write_sizes_per_layer(config: PreTrainedConfig, sizes: Sizes) -> None:
+    """Set the sizes of some layers; what is common to all layers is written plainly, the rest to `per_layer_config`.
+
+    Args:
+        config: a transformers config whose models have a size per layer.
+        sizes: by field and layer index; layers that are not named keep theirs.
+    """
+    every = {field: [getattr(layer, field) for layer in config.per_layer_config] for field in sizes}
+    for field, by_index in sizes.items():
+        for index, size in by_index.items():
+            every[field][index] = size
+    overrides: dict[int | str, dict[str, Any]] = {**_other_overrides(config, sizes)}
     config.per_layer_config = None
-    setattr(config, field, max(every))
-    overrides = {index: dict(values) for index, values in others.items()}
-    for index, size in enumerate(every):
-        if size != max(every):
-            overrides.setdefault(index, {})[field] = size
+    for field, values in every.items():
+        common = None if None in values else max(values)
+        setattr(config, field, common)
+        for index, value in enumerate(values):
+            if value != common:
+                overrides.setdefault(index, {})[field] = value
     if overrides:
         config.per_layer_config = overrides
 
 
-def _other_overrides(config: Any, field: str) -> dict[int, dict[str, Any]]:
+def write_sizes_of_mamba_ssm(config: Any, size: int) -> None:
+    """Set the state size in the config of mamba-ssm's own language model."""
+    config.ssm_cfg = {**(config.ssm_cfg or {}), "d_state": size}
+
+
+def _other_overrides(config: PreTrainedConfig, sizes: Sizes) -> dict[int, dict[str, Any]]:
     """What `per_layer_config` says of other fields."""
     if not config.is_heterogeneous:
         return {}
     written = config.to_dict().get("per_layer_config", {})
-    kept = {int(index): {k: v for k, v in values.items() if k != field} for index, values in written.items()}
+    kept = {int(index): {k: v for k, v in values.items() if k not in sizes} for index, values in written.items()}
     return {index: values for index, values in kept.items() if values}

@@ -11,7 +11,7 @@ An optimizer with any other state is reset for the changed parameters, with a wa
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_compressm.adapters.base import MomentTerm
-from hf_compressm.surgery.parameters import NonFiniteError, Replacement
+from hf_compressm.surgery.parameters import Addition, NonFiniteError, Replacement, parameter_order
 
 
 logger = logging.get_logger(__name__)
@@ -41,7 +41,11 @@ class OptimizerPlan:
 
 
 def prepare_optimizer(
-    optimizer: Any, model: nn.Module, replacements: Sequence[Replacement], policy: str = "carry"
+    optimizer: Any,
+    model: nn.Module,
+    replacements: Sequence[Replacement],
+    policy: str = "carry",
+    additions: Sequence[Addition] = (),
 ) -> OptimizerPlan:
     """Work out what the optimizer looks like after the cut, without touching it.
 
@@ -50,6 +54,8 @@ def prepare_optimizer(
         model: the model, still with its old parameters.
         replacements: the parameters about to be replaced.
         policy: `"carry"` or `"reset"`.
+        additions: the parameters about to appear; each joins the group of the parameter it belongs beside, in the
+            place where an optimizer made after the cut has it, and has no moments yet.
 
     Raises:
         ValueError: if the optimizer is not this model's, holds a parameter that the model does not have, or a moment
@@ -65,7 +71,8 @@ def prepare_optimizer(
             f"{type(inner).__name__} holds {len(strangers)} parameter(s) that the model does not have, the first of "
             f"shape {strangers[0]}. Pass the optimizer that trains this very model, created after its last change."
         )
-    groups = [[new_of.get(id(parameter), parameter) for parameter in group["params"]] for group in inner.param_groups]
+    groups = [_with_additions(group["params"], model, additions) for group in inner.param_groups]
+    groups = [[new_of.get(id(parameter), parameter) for parameter in group] for group in groups]
     states: dict[nn.Parameter, dict[str, Any]] = {}
     unknown: dict[str, str] = {}
     for item in replacements:
@@ -95,6 +102,22 @@ def commit_optimizer(plan: OptimizerPlan) -> None:
         plan.optimizer.state.pop(parameter, None)
     for new, state in plan.states.items():
         plan.optimizer.state[new] = state
+
+
+def _with_additions(
+    group: Sequence[nn.Parameter], model: nn.Module, additions: Sequence[Addition]
+) -> list[nn.Parameter]:
+    """A group's parameters and the new ones that belong into it, each before the first that comes after it."""
+    members = list(group)
+    held = {id(parameter) for parameter in group}
+    order = parameter_order(model, additions) if additions else {}
+    for addition in additions:
+        if id(addition.wanted.beside) not in held:
+            continue
+        place = order[id(addition.new)]
+        later = (index for index, parameter in enumerate(members) if order[id(parameter)] > place)
+        members.insert(next(later, len(members)), addition.new)
+    return members
 
 
 def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
@@ -159,15 +182,24 @@ def _mapped_factor(key: str, value: Tensor, item: Replacement, optimizer: torch.
     """A factor that lacks the cut axis is an average over it and stays; the other one is mapped."""
     dims = list(range(item.change.parameter.dim()))
     dims.pop(-1 if key in ROW_FACTORS else -2)
-    axis = item.change.moments[0].dim
-    if axis not in dims:
+    first = item.change.moments[0]
+    if first.matrix.dim() > 0 and first.dim not in dims:
         return value.clone()
-    terms = [MomentTerm(term.source, term.matrix, dims.index(term.dim)) for term in item.change.moments]
+    places = [dims.index(term.dim) if term.dim in dims else 0 for term in item.change.moments]  # 0: a plain number
+    terms = [replace(term, dim=place) for term, place in zip(item.change.moments, places, strict=True)]
     return _mapped(key, terms, optimizer, squared=True)
 
 
 def _apply(term: MomentTerm, moment: Tensor, dim: int, squared: bool) -> Tensor:
-    """Apply the term's matrix along one axis, in float64."""
-    matrix = term.matrix.to(moment.device)
+    """Apply the term's map along one axis, in float64."""
+    matrix, moment = term.matrix.to(moment.device), moment.double()
+    if not matrix.is_floating_point():
+        return moment.index_select(dim, matrix)
     matrix = matrix.square() if squared else matrix
-    return torch.tensordot(matrix, moment.double(), dims=([1], [dim])).movedim(0, dim)
+    if matrix.dim() == 0:
+        return matrix * moment
+    if matrix.dim() == 2:
+        return torch.tensordot(matrix, moment, dims=([1], [dim])).movedim(0, dim)
+    grouped = moment.movedim(dim, 1)  # (groups, old, ...)
+    mapped = matrix @ grouped.flatten(2) if grouped.dim() > 2 else (matrix @ grouped[..., None])[..., 0]
+    return mapped.reshape(*mapped.shape[:2], *grouped.shape[2:]).movedim(1, dim)

@@ -1,4 +1,4 @@
-"""Replacing parameters of a live model, all or nothing."""
+"""Replacing and adding parameters of a live model, all or nothing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_compressm.adapters.base import AttributeChange, ParameterChange
+from hf_compressm.adapters.base import AttributeChange, ParameterAddition, ParameterChange
 
 
 _HOOK_FIELDS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -29,6 +29,24 @@ class Replacement:
     change: ParameterChange
     new: nn.Parameter
     owners: tuple[tuple[nn.Module, str], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """One parameter about to appear.
+
+    Attributes:
+        wanted: what the adapter asked for.
+        new: the parameter, in the dtype and on the device of the one it belongs beside.
+    """
+
+    wanted: ParameterAddition
+    new: nn.Parameter
+
+    @property
+    def attribute(self) -> str:
+        """Its name in its module."""
+        return self.wanted.name.rpartition(".")[2]
 
 
 def prepare_replacements(model: nn.Module, changes: Sequence[ParameterChange]) -> list[Replacement]:
@@ -55,21 +73,57 @@ def prepare_replacements(model: nn.Module, changes: Sequence[ParameterChange]) -
         if id(change.parameter) not in owners:
             raise ValueError(f"{change.name} is no longer the parameter that was planned for. Make a new plan.")
         new = _new_parameter(change)
-        if not bool(torch.isfinite(new).all()):
-            raise NonFiniteError(
-                f"The new {change.name} is not finite in {new.dtype}. Cut less, or hold this layer in float32."
-            )
+        _check_finite(change.name, new)
         replacements.append(Replacement(change, new, tuple(owners[id(change.parameter)])))
     return replacements
 
 
-def commit_replacements(replacements: Sequence[Replacement], attributes: Sequence[AttributeChange]) -> None:
+def prepare_additions(additions: Sequence[ParameterAddition]) -> list[Addition]:
+    """Build the parameters that appear, without touching the model.
+
+    Raises:
+        ValueError: if a new value is not finite.
+    """
+    prepared = []
+    for wanted in additions:
+        beside = wanted.beside
+        value = wanted.value.to(device=beside.device, dtype=beside.dtype).contiguous()
+        _check_finite(wanted.name, value)
+        prepared.append(Addition(wanted, nn.Parameter(value, requires_grad=beside.requires_grad)))
+    return prepared
+
+
+def parameter_order(model: nn.Module, additions: Sequence[Addition]) -> dict[int, int]:
+    """Place of every parameter, by its id, among those of the model as it will be with the additions."""
+    order: dict[int, int] = {}
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        own += [addition.new for addition in additions if addition.wanted.module is module]
+        for parameter in own:
+            order.setdefault(id(parameter), len(order))
+    return order
+
+
+def commit_replacements(
+    replacements: Sequence[Replacement],
+    attributes: Sequence[AttributeChange],
+    additions: Sequence[Addition] = (),
+) -> None:
     """Put the new parameters and attributes in place; nothing here can fail half-way."""
     for replacement in replacements:
         for module, name in replacement.owners:
             module._parameters[name] = replacement.new
+    for addition in additions:
+        addition.wanted.module._parameters[addition.attribute] = addition.new
     for attribute in attributes:
         setattr(attribute.module, attribute.name, attribute.value)
+
+
+def _check_finite(name: str, value: torch.Tensor) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise NonFiniteError(
+            f"The new {name} is not finite in {value.dtype}. Cut less, or hold this layer in float32."
+        )
 
 
 def _new_parameter(change: ParameterChange) -> nn.Parameter:
