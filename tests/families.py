@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM
 
 from hf_compressm.models import (
     LRUConfig,
@@ -15,6 +15,7 @@ from hf_compressm.models import (
     S5ForCausalLM,
     S5ForSequenceClassification,
 )
+from tests.stock_configs import SIZE_FIELDS, stock_settings
 
 
 VOCAB_SIZE = 13
@@ -23,7 +24,7 @@ NUM_LABELS = 4
 STATE_SIZE = 8
 HIDDEN_SIZE = 6
 LAYERS = 2
-SLOW_TO_MOVE = ("nu_log", "theta", "gamma_log", "Lambda_re", "Lambda_im", "log_step", "A_log")
+SLOW_TO_MOVE = ("dt_bias", "nu_log", "theta", "gamma_log", "Lambda_re", "Lambda_im", "log_step", "A_log")
 """Parameters that a perturbation moves little: the layer stays stable."""
 
 
@@ -62,7 +63,14 @@ class Family:
     def is_language_model(self) -> bool:
         return self.batch is token_batch
 
+    @property
+    def is_stock(self) -> bool:
+        return self.family in SIZE_FIELDS
+
     def config(self, **kwargs: Any) -> Any:
+        if self.is_stock:
+            state_size = kwargs.pop("state_size", STATE_SIZE)
+            return self.config_class(**{**stock_settings(self.family, state_size), **self.variant, **kwargs})
         sizes = {"hidden_size": HIDDEN_SIZE, "state_size": STATE_SIZE, "num_hidden_layers": LAYERS}
         inputs = (
             {"vocab_size": VOCAB_SIZE}
@@ -83,15 +91,35 @@ class Family:
         return [{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
 
 
-MAMBA = Family(
-    "mamba",
-    "mamba",
-    MambaForCausalLM,
-    MambaConfig,
-    {"expand": 2, "time_step_rank": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
-    criteria=("interpolative", "surrogate"),
-    per_layer=False,
+def stock_family(model_type: str, prefix: str, name: str = "", **variant: Any) -> Family:
+    """A row for a family of transformers."""
+    selective = model_type in ("mamba", "zamba")
+    normalized = model_type in ("falcon_mamba", "jamba")
+    return Family(
+        name or model_type,
+        model_type,
+        getattr(transformers, f"{prefix}ForCausalLM"),
+        getattr(transformers, f"{prefix}Config"),
+        variant,
+        size_field=SIZE_FIELDS[model_type],
+        criteria=("interpolative", "surrogate") if selective else ("interpolative",) if normalized else ("empirical",),
+        per_layer=False,
+    )
+
+
+MAMBA = stock_family("mamba", "Mamba", hidden_size=6, time_step_rank=2)
+FALCON_MAMBA = stock_family("falcon_mamba", "FalconMamba")
+JAMBA = stock_family("jamba", "Jamba")
+ZAMBA = stock_family("zamba", "Zamba")
+MAMBA2 = stock_family("mamba2", "Mamba2")
+MAMBA2_PLAIN = stock_family(
+    "mamba2", "Mamba2", "mamba2-tied", n_groups=1, use_conv_bias=False, tie_word_embeddings=True
 )
+BAMBA = stock_family("bamba", "Bamba")
+ZAMBA2 = stock_family("zamba2", "Zamba2")
+FALCON_H1 = stock_family("falcon_h1", "FalconH1")
+GRANITE = stock_family("granitemoehybrid", "GraniteMoeHybrid")
+NEMOTRON_H = stock_family("nemotron_h", "NemotronH")
 S5 = Family("s5", "s5", S5ForCausalLM, S5Config, granularity=2)
 S5_COMPLEX = Family("s5-complex", "s5", S5ForCausalLM, S5Config, {"conj_sym": False})
 S5_CLASSIFIER = Family(
@@ -108,7 +136,20 @@ S5_BIDIRECTIONAL = Family(
 )
 LRU = Family("lru", "lru", LRUForCausalLM, LRUConfig)
 
-FAMILIES = (MAMBA, S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU)
+MAMBA_FAMILIES = (
+    MAMBA,
+    FALCON_MAMBA,
+    JAMBA,
+    ZAMBA,
+    MAMBA2,
+    MAMBA2_PLAIN,
+    BAMBA,
+    ZAMBA2,
+    FALCON_H1,
+    GRANITE,
+    NEMOTRON_H,
+)
+FAMILIES = (*MAMBA_FAMILIES, S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU)
 LINEAR = tuple(family for family in FAMILIES if family.is_linear)
 LANGUAGE_MODELS = tuple(family for family in FAMILIES if family.is_language_model)
 
@@ -118,9 +159,11 @@ def family_id(value: Any) -> str | None:
 
 
 def perturbed(model: nn.Module, scale: float = 0.3) -> nn.Module:
-    """Move every parameter and float buffer, those of the eigenvalues a little."""
+    """Move every parameter and saved float buffer, those of the eigenvalues a little."""
+    saved = model.state_dict()
     with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+        for name, tensor in [*model.named_parameters(), *buffers]:
             if tensor.is_floating_point():
                 noise = torch.rand_like(tensor) if "running_var" in name else torch.randn_like(tensor)
                 tensor.add_(noise, alpha=0.05 if name.rpartition(".")[2] in SLOW_TO_MOVE else scale)

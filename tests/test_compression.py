@@ -46,6 +46,10 @@ def cut(model: nn.Module, family: Family, size: int = 4, **settings: object):
     return compress(model, config, family.calibration(dtype=dtype))
 
 
+def name_of(layer: nn.Module, model: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is layer)
+
+
 def relative(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
@@ -64,9 +68,10 @@ def test_a_cut_sets_every_size_and_the_record(family: Family) -> None:
     assert getattr(model.config, family.size_field) == 4
     assert not model.config.is_heterogeneous
     for layer in ssm_layers(model).values():
-        if family is MAMBA:
-            assert (layer.ssm_state_size, layer.A_log.shape[1], layer.x_proj.out_features) == (4, 4, 2 + 2 * 4)
-            assert layer.x_proj.weight.shape[0] == layer.x_proj.out_features
+        if family.is_stock:
+            fresh = dict(family.build(state_size=4).get_submodule(name_of(layer, model)).named_parameters())
+            assert layer.ssm_state_size == 4
+            assert {n: p.shape for n, p in layer.named_parameters()} == {n: p.shape for n, p in fresh.items()}
         else:
             assert (layer.state_size, layer.slots) == (4, 4 // family.granularity)
     record = json.loads(json.dumps(model.config.compressm, allow_nan=False))

@@ -41,7 +41,7 @@ def write_sizes_per_layer(config: PreTrainedConfig, sizes: Sizes) -> None:
     for field, by_index in sizes.items():
         for index, size in by_index.items():
             every[field][index] = size
-    overrides: dict[int | str, dict[str, Any]] = {**_other_overrides(config, sizes)}
+    overrides = _other_overrides(config, sizes)
     config.per_layer_config = None
     for field, values in every.items():
         common = None if None in values else max(values)
@@ -58,10 +58,12 @@ def write_sizes_of_mamba_ssm(config: Any, size: int) -> None:
     config.ssm_cfg = {**(config.ssm_cfg or {}), "d_state": size}
 
 
-def _other_overrides(config: PreTrainedConfig, sizes: Sizes) -> dict[int, dict[str, Any]]:
+def _other_overrides(config: PreTrainedConfig, sizes: Sizes) -> dict[int | str, dict[str, Any]]:
     """What `per_layer_config` says of other fields."""
     if not config.is_heterogeneous:
         return {}
     written = config.to_dict().get("per_layer_config", {})
-    kept = {int(index): {k: v for k, v in values.items() if k not in sizes} for index, values in written.items()}
+    kept: dict[int | str, dict[str, Any]] = {
+        int(index): {k: v for k, v in values.items() if k not in sizes} for index, values in written.items()
+    }
     return {index: values for index, values in kept.items() if values}

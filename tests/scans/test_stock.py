@@ -13,88 +13,23 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_compressm.scans.kernels as kernels
 import hf_compressm.scans.stock as stock
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
+from tests.stock_configs import OWN, stock_settings
 
 
 SINGLE_ROUND_OFF = 1e-5  # float32, relative to the largest entry
 HALF_ROUND_OFF = 2e-2  # bfloat16 has 8 bits, and the stock code rounds step sizes to it
 
-ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
-HEADS = {"mamba_d_state": 5, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 2}
-LAYERS = ["linear_attention", "full_attention"]
-EXPERTS = {"num_experts": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
-FAMILIES = {
-    # model type: (what its configuration needs beyond COMMON, calls of the scan per forward pass)
-    "mamba": ({"state_size": 5}, 2),
-    "falcon_mamba": ({"state_size": 5}, 2),
-    "jamba": (
-        {
-            **ATTENTION,
-            **EXPERTS,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "mamba_d_state": 5,
-            "mamba_dt_rank": 4,
-        },
-        1,
-    ),
-    "zamba": (  # two heads per layer, one scan for each
-        {
-            **ATTENTION,
-            "num_key_value_heads": 2,
-            "layers_block_type": ["hybrid", "hybrid"],
-            "mamba_d_state": 5,
-            "mamba_dt_rank": 4,
-            "n_mamba_heads": 2,
-        },
-        4,
-    ),
-    "mamba2": ({"state_size": 5, "num_heads": 4, "head_dim": 8, "n_groups": 2}, 2),
-    "bamba": ({**ATTENTION, **HEADS, "attn_layer_indices": [1]}, 1),
-    "zamba2": (
-        {
-            **ATTENTION,
-            "num_key_value_heads": 2,
-            "layers_block_type": ["mamba", "hybrid"],
-            "mamba_d_state": 5,
-            "n_mamba_heads": 4,
-            "mamba_headdim": 8,
-            "mamba_ngroups": 2,
-            "num_mem_blocks": 1,
-        },
-        2,
-    ),
-    "falcon_h1": ({**ATTENTION, **HEADS, "mamba_d_ssm": 32}, 2),
-    "granitemoehybrid": (
-        {
-            **ATTENTION,
-            **HEADS,
-            "layer_types": LAYERS,
-            "shared_intermediate_size": 24,
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
-        },
-        1,
-    ),
-    "nemotron_h": (
-        {
-            **ATTENTION,
-            "layers_block_type": ["mamba", "attention"],
-            "head_dim": 8,
-            "ssm_state_size": 5,
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 8,
-            "n_groups": 2,
-        },
-        1,
-    ),
-}
-COMMON = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "pad_token_id": 1,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
+SCANS = {  # calls of the scan per forward pass: one per SSM layer, and in Zamba one per head of it
+    "mamba": 2,
+    "falcon_mamba": 2,
+    "jamba": 2,
+    "zamba": 4,
+    "mamba2": 2,
+    "bamba": 2,
+    "zamba2": 2,
+    "falcon_h1": 2,
+    "granitemoehybrid": 2,
+    "nemotron_h": 2,
 }
 BOUND = {  # our kernel: the modeling file and the name by which it calls it
     kernels.SELECTIVE_SCAN: (modeling, "mamba_selective_scan"),
@@ -146,7 +81,7 @@ def fast_calls(monkeypatch):
 
 def make_model(family="mamba", **options):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family][0], **options})
+    config = AutoConfig.for_model(family, **{**stock_settings(family, 5), **options})
     return AutoModelForCausalLM.from_config(config).train()
 
 
@@ -227,20 +162,20 @@ def bind_fakes(monkeypatch, modules):
 
 
 def test_every_family_has_a_case():
-    assert list(FAMILIES) == list(stock._FAMILIES)
+    assert list(OWN) == list(stock._FAMILIES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SCANS)
 def test_same_logits_and_gradients(family, fast_calls):
     model = make_model(family)
     expected = logits_and_gradients(model)
     assert enable_fast_selective_scan() is True
     actual = logits_and_gradients(model)
-    assert len(fast_calls) == FAMILIES[family][1]
+    assert len(fast_calls) == SCANS[family]
     assert_all_close(actual, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SCANS)
 def test_same_generation(family, fast_calls):
     model = make_model(family).eval()
     tokens, options = make_tokens(9), {"max_new_tokens": 12, "do_sample": False}
@@ -249,11 +184,11 @@ def test_same_generation(family, fast_calls):
     expected = model.generate(tokens, **options)
     enable_fast_selective_scan()
     assert torch.equal(model.generate(tokens, **options), expected)
-    assert len(fast_calls) == FAMILIES[family][1]  # the prompt; single steps use the update
+    assert len(fast_calls) == SCANS[family]  # the prompt; single steps use the update
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SCANS)
 def test_same_caches(family, dtype):
     model = make_model(family).eval().to(dtype)
     tokens = make_tokens(70)

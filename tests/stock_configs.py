@@ -1,0 +1,84 @@
+"""Tiny configurations of the Mamba families of transformers, by model type: two SSM layers, with attention in hybrids."""
+
+from typing import Any
+
+
+ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+HEADS = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 2}
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "pad_token_id": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+SIZE_FIELDS = {
+    "mamba": "state_size",
+    "falcon_mamba": "state_size",
+    "jamba": "mamba_d_state",
+    "zamba": "mamba_d_state",
+    "mamba2": "state_size",
+    "bamba": "mamba_d_state",
+    "zamba2": "mamba_d_state",
+    "falcon_h1": "mamba_d_state",
+    "granitemoehybrid": "mamba_d_state",
+    "nemotron_h": "ssm_state_size",
+}
+OWN: dict[str, dict[str, Any]] = {
+    "mamba": {},
+    "falcon_mamba": {},
+    "jamba": {
+        **ATTENTION,
+        "num_experts": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_hidden_layers": 3,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "mamba_dt_rank": 4,
+    },
+    "zamba": {
+        **ATTENTION,
+        "num_key_value_heads": 2,
+        "layers_block_type": ["hybrid", "hybrid"],
+        "mamba_dt_rank": 4,
+        "n_mamba_heads": 2,
+    },
+    "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 2},
+    "bamba": {**ATTENTION, **HEADS, "num_hidden_layers": 3, "attn_layer_indices": [1]},
+    "zamba2": {
+        **ATTENTION,
+        "num_key_value_heads": 2,
+        "layers_block_type": ["mamba", "hybrid"],
+        "n_mamba_heads": 4,
+        "mamba_headdim": 8,
+        "mamba_ngroups": 2,
+        "num_mem_blocks": 1,
+    },
+    "falcon_h1": {**ATTENTION, **HEADS, "mamba_d_ssm": 32},
+    "granitemoehybrid": {
+        **ATTENTION,
+        **HEADS,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "shared_intermediate_size": 24,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    },
+    "nemotron_h": {
+        **ATTENTION,
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "attention", "mamba"],
+        "head_dim": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+    },
+}
+
+
+def stock_settings(family: str, state_size: int) -> dict[str, Any]:
+    """Keyword arguments of a family's configuration."""
+    return {**COMMON, **OWN[family], SIZE_FIELDS[family]: state_size}
