@@ -64,6 +64,11 @@ class Family:
         return self.batch is token_batch
 
     @property
+    def widest(self) -> torch.dtype:
+        """transformers' mixtures of experts have no float64."""
+        return torch.float32 if self.family in ("jamba", "granitemoehybrid") else torch.float64
+
+    @property
     def is_stock(self) -> bool:
         return self.family in SIZE_FIELDS
 
@@ -175,6 +180,13 @@ def ssm_layers(model: nn.Module) -> dict[str, Any]:
     return {
         name: module for name, module in model.named_modules() if any(hasattr(module, x) for x in ("A_log", "B_re"))
     }
+
+
+def owner_of_a_cut_parameter(layer: nn.Module) -> tuple[nn.Module, str]:
+    """Module and name of a parameter that every cut of a layer replaces."""
+    if hasattr(layer, "B_re"):
+        return layer, "B_re"
+    return (layer, "A_log") if layer.A_log.dim() > 1 else (layer.conv1d, "weight")
 
 
 def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

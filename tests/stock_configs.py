@@ -1,4 +1,4 @@
-"""Tiny configurations of the Mamba families of transformers, by model type: two SSM layers, with attention in hybrids."""
+"""Tiny configurations of transformers' Mamba families, by model type: two SSM layers, in hybrids also attention."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "shared_intermediate_size": 24,
         "num_local_experts": 2,
-        "num_experts_per_tok": 1,
+        "num_experts_per_tok": 2,
     },
     "nemotron_h": {
         **ATTENTION,

@@ -24,6 +24,7 @@ from tests.families import (
     Family,
     family_id,
     outputs,
+    owner_of_a_cut_parameter,
     same,
     snapshot,
     ssm_layers,
@@ -44,6 +45,11 @@ def cut(model: nn.Module, family: Family, size: int = 4, **settings: object):
     dtype = next(model.parameters()).dtype
     config = CompreSSMConfig(**{"target_state_size": size, **settings})
     return compress(model, config, family.calibration(dtype=dtype))
+
+
+def owner_and_name(layer: nn.Module) -> str:
+    owner, name = owner_of_a_cut_parameter(layer)
+    return name if owner is layer else f"conv1d.{name}"
 
 
 def name_of(layer: nn.Module, model: nn.Module) -> str:
@@ -189,6 +195,8 @@ def test_padding_slots_have_the_size_asked_for_and_learn(family: Family) -> None
 @every_family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_parameters_keep_their_dtype_and_the_model_runs(family: Family, dtype: torch.dtype) -> None:
+    if torch.promote_types(dtype, family.widest) != family.widest:
+        pytest.skip("transformers' experts have no float64")
     model = family.build(dtype)
     assert cut(model, family).changed
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -251,17 +259,15 @@ def test_the_old_tensors_are_freed_once_the_result_is_all_that_is_left(family: F
     model = family.build()
     optimizer = torch.optim.AdamW(model.parameters())
     train_step(model, optimizer, family.batch())
-    old = {
-        name: p for name, p in model.named_parameters() if name.rpartition(".")[0].endswith(("ssm", "mixer", "x_proj"))
-    }
+    old = {f"{name}.{part}": p for name, layer in ssm_layers(model).items() for part, p in layer.named_parameters()}
     moments = [weakref.ref(optimizer.state[p]["exp_avg"]) for p in old.values()]
     references = {name: weakref.ref(parameter) for name, parameter in old.items()}
     del old
     result = compress(model, CompreSSMConfig(fraction=0.5), family.calibration(), optimizer)
     gc.collect()
-    cut_names = {"A_log", "weight"} if family is MAMBA else {"B_re", "C_im"}
-    gone = [name for name, reference in references.items() if reference() is None]
-    assert {name.rpartition(".")[2] for name in gone} >= cut_names
+    gone = {name for name, reference in references.items() if reference() is None}
+    cut_names = {f"{name}.{owner_and_name(layer)}" for name, layer in ssm_layers(model).items()}
+    assert gone >= cut_names
     alive = {id(parameter) for parameter in model.parameters()}
     assert all(reference() is None or id(reference()) in alive for reference in references.values())
     held = {id(state["exp_avg"]) for state in optimizer.state.values()}
@@ -284,15 +290,19 @@ def test_a_second_name_of_a_cut_parameter_follows(family: Family) -> None:
     model = family.build()
     layer = next(iter(ssm_layers(model).values()))
     watcher = nn.Module()
-    watcher.seen = next(parameter for name, parameter in layer.named_parameters() if name in ("A_log", "B_re"))
+    owner, name = owner_of_a_cut_parameter(layer)
+    watcher.seen = getattr(owner, name)
     model.watcher = watcher
     cut(model, family)
-    assert watcher.seen is (layer.A_log if family is MAMBA else layer.B_re)
+    assert watcher.seen is getattr(owner, name)
+    assert "seen" in dict(watcher.named_parameters())
 
 
 @language_model
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_embeddings_stay_tied(family: Family, tied: bool) -> None:
+    if tied and family.family == "nemotron_h":
+        pytest.skip("transformers does not tie the embeddings of NemotronH")
     model = family.build(tie_word_embeddings=tied)
     cut(model, family)
     assert (model.get_input_embeddings().weight is model.lm_head.weight) is tied

@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_compressm import CompreSSMConfig, analyze, plan_compression
 from tests.families import (
+    BAMBA,
     FAMILIES,
     LAYERS,
     LINEAR,
@@ -317,7 +318,7 @@ def test_patterns_that_match_nothing_are_refused(family: Family) -> None:
 
 
 def test_a_size_per_layer_is_refused_where_the_class_has_one() -> None:
-    refused(MAMBA, {"per_layer": True}, MAMBA.calibration(), r"per_layer=True.*mixer.*per_layer=False")
+    refused(BAMBA, {"per_layer": True}, BAMBA.calibration(), r"per_layer=True.*BambaForCausalLM.*per_layer=False")
 
 
 def test_picking_layers_is_refused_where_the_class_has_one_size() -> None:
@@ -364,7 +365,7 @@ def test_a_non_finite_calibration_batch_skips_the_layers() -> None:
 
 
 def test_a_model_without_state_space_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Sequential.*lru, mamba, s5"):
+    with pytest.raises(ValueError, match=r"Sequential.*falcon_mamba.*mamba2.*zamba2.*CONTRIBUTING"):
         analyze(nn.Sequential(nn.Linear(2, 2)))
 
 
@@ -393,18 +394,18 @@ def test_random_order_depends_on_the_seed_and_on_no_generator(family: Family) ->
 
 @every_family
 def test_keeping_the_largest_is_predicted_best(family: Family) -> None:
-    model = family.build(torch.float64, state_size=16)
+    model = family.build(family.widest, state_size=16)
     for criterion in family.criteria:
         found = {}
         for keep in ("largest", "smallest", "random"):
             config = CompreSSMConfig(target_state_size=8, keep=keep, criterion=criterion)
-            plan = plan_compression(model, config, family.calibration(dtype=torch.float64))
+            plan = plan_compression(model, config, family.calibration(dtype=family.widest))
             found[keep] = [
                 (sum(getattr(layer, x) for layer in plan.layers)) for x in ("predicted_error", "energy_kept")
             ]
         assert found["largest"][0] < min(found["smallest"][0], found["random"][0])
         if family.is_linear:  # of a selection, the energy is that of the size alone
-            assert found["largest"][1] > found["random"][1] > found["smallest"][1]
+            assert found["largest"][1] > max(found["random"][1], found["smallest"][1])
 
 
 def test_a_plan_does_not_keep_a_copy_of_the_model_alive_in_its_dict() -> None:

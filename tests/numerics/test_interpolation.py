@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_compressm.numerics.interpolation import (
+    elimination_order,
     empirical_hankel_singular_values,
     interpolation_matrix,
     pivoted_selection,
@@ -248,3 +249,23 @@ def test_empirical_energy_is_the_output_energy_and_its_tail_a_floor_of_every_sel
     for count in range(P.shape[0]):
         floor = math.sqrt(float(squares[count:].sum()) / total)
         assert float(errors[count]) >= floor - ROUND_OFF
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_elimination_loses_what_it_says_and_no_more_than_the_energy_ranking_on_average(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    factors = torch.randn(2, 9, 14, generator=generator, dtype=torch.float64)
+    P, Q = factors[0] @ factors[0].T, factors[1] @ factors[1].T
+    order, errors = elimination_order(P, Q)
+    assert sorted(order.tolist()) == list(range(9))
+    energy = (P.diagonal() * Q.diagonal()).argsort(descending=True)
+    greedy, ranked = [], []
+    for kept in range(1, 10):
+        greedy.append(selection_error(P, Q, order[:kept]))
+        ranked.append(selection_error(P, Q, energy[:kept]))
+        assert errors[kept] <= greedy[-1] + ROUND_OFF  # made monotone
+    assert errors[0] == 1
+    assert errors[9] == 0
+    assert sum(greedy) <= sum(ranked) + ROUND_OFF
+    best = min(selection_error(P, Q, torch.tensor([i for i in range(9) if i != dropped])) for dropped in range(9))
+    assert greedy[7] == pytest.approx(best)
