@@ -91,7 +91,8 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
-        self.sizes.append(kwargs["model"].config.state_size)
+        layer = next(iter(ssm_layers(kwargs["model"]).values()))
+        self.sizes.append(getattr(layer, "ssm_state_size", None) or layer.state_size)
         self.before = {name: p.detach().clone() for name, p in kwargs["model"].named_parameters()}
         held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
         assert held == {id(p) for p in kwargs["model"].parameters()}
@@ -205,7 +206,7 @@ def test_a_gate_that_blocks_everything_leaves_the_run_bit_equal(
 def test_ways_to_train(family: Family, kwargs: dict, tmp_path: Path) -> None:
     trainer = trainer_of(family, tmp_path, max_steps=4, **kwargs)
     trainer.train()
-    assert trainer.getattr(model.config, family.size_field) == 4
+    assert trainer.model.config.state_size == 4
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
 
 
@@ -235,7 +236,7 @@ def test_a_callback_added_later_cuts_and_logs(tmp_path: Path) -> None:
     trainer = trainer_of(LRU, tmp_path, None, save_strategy="steps", save_steps=3)
     trainer.add_callback(CompreSSMCallback(HALVE))
     trainer.train()
-    assert trainer.getattr(model.config, family.size_field) == 4
+    assert trainer.model.config.state_size == 4
     assert any("compressm/cut" in entry for entry in trainer.state.log_history)
 
 
@@ -243,7 +244,7 @@ def test_a_checkpoint_from_before_the_callback_is_resumed_with_it(tmp_path: Path
     trainer_of(LRU, tmp_path, None, save_strategy="steps", save_steps=1, max_steps=1).train()
     trainer = trainer_of(LRU, tmp_path)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert trainer.getattr(model.config, family.size_field) == 4
+    assert trainer.model.config.state_size == 4
 
 
 def test_the_state_of_the_callback_is_restored(tmp_path: Path) -> None:
