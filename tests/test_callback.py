@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
-from tests.families import FAMILIES, LRU, MAMBA, S5_CLASSIFIER, Family, family_id, same
+from tests.families import FAMILIES, LRU, MAMBA, S5_CLASSIFIER, Family, family_id, same, ssm_layers
 
 
 class Examples(Dataset):
@@ -120,7 +120,7 @@ def test_a_cut_comes_at_the_start_of_the_next_step(family: Family, tmp_path: Pat
     saved = {
         int(path.name[11:]): json.loads((path / "config.json").read_text()) for path in tmp_path.glob("checkpoint-*")
     }
-    assert [saved[step]["state_size"] for step in range(1, 7)] == watch.sizes
+    assert [saved[step][family.size_field] for step in range(1, 7)] == watch.sizes
     assert "compressm" not in saved[2]
     assert [cut["step"] for cut in saved[3]["compressm"]["cuts"]] == [2]
     logged = [entry for entry in trainer.state.log_history if "compressm/cut" in entry]
