@@ -25,6 +25,8 @@ from tests.families import (
     Family,
     family_id,
     outputs,
+    same,
+    snapshot,
     ssm_layers,
     token_batch,
     train_step,
@@ -211,3 +213,36 @@ def test_best_where_there_is_no_own_class_is_the_stock_cut() -> None:
     compress(model, CompreSSMConfig(target_state_size=4, compat="best"), BAMBA.calibration())
     assert type(model) is BAMBA.model_class
     assert model.config.mamba_d_state == 4
+
+
+@projecting
+def test_a_model_that_cannot_move_is_left_as_it_was(family: Family) -> None:
+    model = family.build()
+    mixer = next(iter(ssm_layers(model).values()))
+    mixer.forward = mixer.forward  # as accelerate's offload hooks do it
+    before, optimizer = snapshot(model), torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"mixer.*forward"):
+        compress(model, CompreSSMConfig(target_state_size=4, compat="best"), family.calibration(), optimizer)
+    assert same(snapshot(model), before)
+    assert type(model) is family.model_class
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+def test_projections_beside_frozen_weights_are_frozen_and_outside_the_optimizer() -> None:
+    model = MAMBA2.build()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mixer" not in name)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    held = [id(parameter) for parameter in optimizer.param_groups[0]["params"]]
+    compress(model, CompreSSMConfig(target_state_size=4, compat="best"), MAMBA2.calibration(), optimizer)
+    layer = next(iter(ssm_layers(model).values()))
+    assert not layer.B_proj.requires_grad
+    assert [id(parameter) for parameter in optimizer.param_groups[0]["params"]] == held
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_projections_have_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
+    model = MAMBA2.build(dtype)
+    compress(model, CompreSSMConfig(target_state_size=4, compat="best"), MAMBA2.calibration())
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert torch.isfinite(outputs(model, MAMBA2.batch())).all()

@@ -369,6 +369,12 @@ def test_a_model_without_state_space_layers_is_refused() -> None:
         analyze(nn.Sequential(nn.Linear(2, 2)))
 
 
+def test_a_hybrid_without_state_space_layers_is_refused() -> None:
+    model = BAMBA.build(attn_layer_indices=[0, 1, 2])
+    with pytest.raises(ValueError, match=r"BambaForCausalLM has no SSM layer.*nemotron_h"):
+        analyze(model, calibration=BAMBA.calibration())
+
+
 @every_family
 def test_one_state_cannot_shrink(family: Family) -> None:
     if family.granularity > 1:

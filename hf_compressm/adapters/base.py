@@ -56,7 +56,7 @@ class ParameterChange:
     Attributes:
         name: dotted name in the model.
         parameter: the present parameter.
-        value: the new tensor, float64.
+        value: the new tensor, float64; in the parameter's own dtype where entries are only selected.
         moments: the terms whose sum is the new moment. Moments are averages of gradients, so they are mapped by the
             adjoint of the change of basis: where the old state is `h = T h_r`, the gradient is `T^H g`.
     """

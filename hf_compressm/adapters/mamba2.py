@@ -156,7 +156,7 @@ class Mamba2Adapter(SelectiveAdapter):
             ParameterChange(
                 parameter_name(layer, name),
                 parameter,
-                float64(parameter)[rows],
+                parameter.detach()[rows.to(parameter.device)],
                 (MomentTerm(parameter, rows, dim=0),),
             )
             for name, (parameter, rows) in found.items()
