@@ -78,21 +78,27 @@ def image_task(args: argparse.Namespace) -> tuple[PreTrainedModel, Callable[[], 
 
 def text_task(args: argparse.Namespace) -> tuple[PreTrainedModel, Callable[[], Batch], list[Batch]]:
     """A two-layer byte-level Mamba, a source of random training batches, and the held-out batches."""
-    files = [args.train_file] if args.train_file else None
-    text = "\n".join(run_clm.read_texts(run_clm.DataArguments(train_file=files)))
-    tokens = torch.tensor(list(text.encode()))
+    tokens = read_tokens(args.train_file)
     split = int(0.9 * len(tokens))
     size = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2}
     model = MambaForCausalLM(MambaConfig(state_size=args.state_size, **size))
-
-    def cut_out(source: Tensor, count: int, generator: torch.Generator | None = None) -> Batch:
-        starts = torch.randint(0, len(source) - 256, (count,), generator=generator)
-        rows = torch.stack([source[start : start + 256] for start in starts])
-        return {"input_ids": rows, "labels": rows}
-
     generator = torch.Generator().manual_seed(1)
-    held_out = [cut_out(tokens[split:], 16, generator) for _ in range(8)]
-    return model, lambda: cut_out(tokens[:split], args.batch_size), held_out
+    held_out = [cut_text(tokens[split:], 16, generator=generator) for _ in range(8)]
+    return model, lambda: cut_text(tokens[:split], args.batch_size), held_out
+
+
+def read_tokens(train_file: str | None) -> Tensor:
+    """The bytes of a text file, or of Python's standard library."""
+    files = [train_file] if train_file else None
+    text = "\n".join(run_clm.read_texts(run_clm.DataArguments(train_file=files)))
+    return torch.tensor(list(text.encode()))
+
+
+def cut_text(source: Tensor, count: int, length: int = 256, generator: torch.Generator | None = None) -> Batch:
+    """A batch of random pieces of a text."""
+    starts = torch.randint(0, len(source) - length, (count,), generator=generator)
+    rows = torch.stack([source[start : start + length] for start in starts])
+    return {"input_ids": rows, "labels": rows}
 
 
 def train(model: PreTrainedModel, batch: Callable[[], Batch], steps: int, learning_rate: float) -> None:
