@@ -108,13 +108,13 @@ class Mamba2Adapter(SelectiveAdapter):
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
         """Empirical HSVs, and the order in which states, or balanced states, are kept."""
         measured = super().measure(layer, method, statistics)
-        if measured.problem or not self._projects(layer, method):
+        if measured.problem or statistics is None or not self._projects(layer, method):
             return measured
-        selection: Selection = measured.detail
-        sigma = interpolation.empirical_hankel_singular_values(selection.P, selection.Q)  # (groups, N)
+        P, Q = statistics.mean("P"), statistics.mean("Q")
+        sigma = interpolation.empirical_hankel_singular_values(P, Q)  # (groups, N)
         order = torch.arange(sigma.shape[1])[kept_order(sigma.shape[1], method, layer)]
         tails = torch.stack([projection_errors(one).square() * one.square().sum() for one in sigma]).sum(dim=0)
-        detail = Selection(order.expand_as(sigma), selection.P, selection.Q, reads_out=False)
+        detail = Selection(order.expand_as(sigma), P, Q, reads_out=False)
         return Measurement(measured.hankel_singular_values, interpolation.relative_errors(tails), detail=detail)
 
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:

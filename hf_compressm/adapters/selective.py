@@ -7,6 +7,7 @@
 | g | loudness: gain from a channel's scan output to the layer's output | `(length, batch, groups, channels)` |
 | P | `E[g^2 h h^T]` over tokens and channels | `(groups, N, N)` |
 | Q | `E[C_t C_t^T]` | `(groups, N, N)` |
+| M | `E[g^2 (C_t h) (C_t h)^T]`, entry by entry: what states that are simply dropped cost | `(groups, N, N)` |
 
 A layer has one state size, but every group keeps states of its own. The layer's spectrum is the sum over the groups of
 their k-th values, so that its first r entries are the energy that r states per group keep.
@@ -52,8 +53,8 @@ class Selection:
     """What `cut` needs of a measurement."""
 
     orders: Tensor  # (groups, N), most wanted first
-    P: Tensor  # (groups, N, N)
-    Q: Tensor  # (groups, N, N)
+    P: Tensor  # (groups, N, N); M where the dropped states are simply gone
+    Q: Tensor  # (groups, N, N); then ones
     reads_out: bool  # whether the dropped states are read out of the kept ones, or simply gone
     samples: Mapping[str, Tensor] = field(default_factory=dict)  # B and C, (tokens, groups, N)
 
@@ -77,6 +78,9 @@ class CovarianceStatistics(Statistics):
             for states in signals.states:
                 weighted = states * signals.gain[start : start + states.shape[0], ..., None]
                 self.add("P", _second_moment(weighted.movedim(2, 0)))
+                if not self.adapter.reads_out:
+                    read = signals.C[:, start : start + states.shape[0]].transpose(0, 1).unsqueeze(3)
+                    self.add("M", _second_moment((weighted * read).movedim(2, 0)))
                 start += states.shape[0]
             self.add("Q", _second_moment((signals.C * signals.mask[..., None, None]).movedim(2, 0)))
         if self.adapter.sampled_tokens:
@@ -141,8 +145,12 @@ class SelectiveAdapter(Adapter):
         sigma = interpolation.empirical_hankel_singular_values(P, Q).sum(dim=0)
         if not float(sigma[0]) > 0:
             return unmeasurable(layer, "no output energy")
-        rank = interpolation.pivoted_selection if self.reads_out else interpolation.elimination_order
-        ranked = [rank(*pair) for pair in zip(P, Q, strict=True)]
+        if self.reads_out:
+            ranked = [interpolation.pivoted_selection(*pair) for pair in zip(P, Q, strict=True)]
+        else:
+            P = statistics.mean("M")
+            Q = torch.ones_like(P)  # `tr(Q P)` over the dropped states is what they cost together
+            ranked = [interpolation.elimination_order(M) for M in P]
         energies = torch.einsum("gij,gji->g", P, Q)
         losses = torch.stack([errors.square() for _, errors in ranked]) * energies[:, None]
         orders = torch.stack([order[kept_order(order.numel(), method, layer)] for order, _ in ranked])

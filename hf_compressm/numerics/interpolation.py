@@ -63,28 +63,27 @@ def pivoted_selection(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(order), errors
 
 
-def elimination_order(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+def elimination_order(M: Tensor) -> tuple[Tensor, Tensor]:
     """Greedy order of states that are dropped without repair: the last one's loss is the least, and so on backwards.
 
-    Dropping the set D loses `sum_{i, j in D} P_ij Q_ij` of the mean square output: what states share counts, where a
-    ranking by the energies `P_ii Q_ii` takes them one by one. O(N^2) for the whole order.
+    Dropping the set D loses `sum_{i, j in D} M_ij` of the mean square output: what states share counts, where a
+    ranking by the energies `M_ii` takes them one by one. O(N^2) for the whole order.
 
     Args:
-        P: `(N, N)`, symmetric positive semidefinite.
-        Q: `(N, N)`, likewise.
+        M: `(N, N)`, second moment of the states' contributions to the output, `E[g^2 (C_i h_i) (C_j h_j)]`.
 
     Returns:
-        The order, int64 `(N,)`, most wanted first, and the predicted relative output error after keeping the first k
-        states, float64 `(N + 1,)`, for k = 0 .. N.
+        The order, int64 `(N,)`, most wanted first, and the relative output error after keeping the first k states,
+        float64 `(N + 1,)`, for k = 0 .. N, made monotone.
     """
-    shared = P.double() * Q.double()
-    with_dropped = torch.zeros_like(shared[0])  # sum of a state's row over the dropped ones
-    dropped, order, losses = torch.zeros(shared.shape[0], dtype=torch.bool), [], [torch.zeros_like(shared[0, 0])]
-    for _ in range(shared.shape[0]):
-        added = shared.diagonal() + 2 * with_dropped
+    M = M.double()
+    with_dropped = torch.zeros_like(M[0])  # sum of a state's row over the dropped ones
+    dropped, order, losses = torch.zeros(M.shape[0], dtype=torch.bool), [], [torch.zeros_like(M[0, 0])]
+    for _ in range(M.shape[0]):
+        added = M.diagonal() + 2 * with_dropped
         state = int(torch.where(dropped, torch.inf, added).argmin())
         dropped[state] = True
-        with_dropped += shared[:, state]
+        with_dropped += M[:, state]
         order.append(state)
         losses.append(losses[-1] + added[state])
     return torch.tensor(order[::-1]), relative_errors(torch.stack(losses[::-1]))
