@@ -5,7 +5,7 @@ Registered with the Auto classes under `s5`, `lru`, `compressm_mamba` and `compr
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .adopting import adopt, adopt_config, own_class, own_config_class
+from .adopting import adopt, adopt_config, own_class, own_config_class, release, stock_class
 from .configuration_compressm_mamba import CompreSSMambaConfig
 from .configuration_compressm_mamba2 import CompreSSMamba2Config
 from .configuration_diagonal_ssm import DiagonalSSMConfig
@@ -40,6 +40,8 @@ __all__ = [
     "adopt_config",
     "own_class",
     "own_config_class",
+    "release",
+    "stock_class",
 ]
 
 # `register_for_auto_class` makes `save_pretrained` copy the code beside the weights.

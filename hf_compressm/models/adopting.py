@@ -45,6 +45,11 @@ def own_class(stock_class: type) -> type | None:
     return stock_class if stock_class in _CLASSES.values() else _CLASSES.get(stock_class)
 
 
+def stock_class(model_class: type) -> type:
+    """Returns the stock model class of an own one, and any other class itself."""
+    return next((stock for stock, own in _MODELS.items() if own is model_class), model_class)
+
+
 def own_config_class(stock_class: type) -> type | None:
     """Returns this package's class for a stock configuration class, itself for an own one, None for others."""
     return stock_class if stock_class in _CONFIGS.values() else _CONFIGS.get(stock_class)
@@ -87,6 +92,38 @@ def adopt(model: nn.Module) -> None:
             part.conv_state_size = part.ssm_state_size
             for name in _PROJECTIONS:
                 part.register_parameter(name, None)
+
+
+def release(model: nn.Module) -> None:
+    """Turns a model of an own class back into the stock one, in place: the inverse of `adopt`.
+
+    For going back to a checkpoint from before the first cut that needed the own class. No tensor moves: sizes that a
+    stock model cannot have, and projections, are for the caller to change. A stock model is left as it is.
+    """
+    stock_of = {own: stock for stock, own in _CLASSES.items()}
+    if type(model) not in _MODELS.values():
+        return
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    for config in configs.values():
+        release_config(config)
+    for part in model.modules():
+        if isinstance(part, CompreSSMamba2Mixer):
+            del part.conv_state_size
+            for name in _PROJECTIONS:
+                if part._parameters[name] is None:
+                    del part._parameters[name]
+        if type(part) in stock_of:
+            part.__class__ = stock_of[type(part)]
+            if isinstance(part, PreTrainedModel):
+                part._no_split_modules = set(type(part)._no_split_modules)
+
+
+def release_config(config: PreTrainedConfig) -> None:
+    """Turns the configuration of an own class back into the stock one, in place; leaves others alone."""
+    for stock, own in _CONFIGS.items():
+        if type(config) is own:
+            config.__class__ = stock
+            vars(config).pop("conv_state_size", None)
 
 
 def adopt_config(config: PreTrainedConfig) -> None:

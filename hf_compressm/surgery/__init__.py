@@ -1,22 +1,31 @@
 """The only code that replaces parameters of a model, of its optimizer, and sizes in its config."""
 
+from hf_compressm.surgery.caches import refuse_stale_caches
 from hf_compressm.surgery.configuration import write_sizes, write_sizes_of_mamba_ssm, write_sizes_per_layer
-from hf_compressm.surgery.optimizer import commit_optimizer, prepare_optimizer
+from hf_compressm.surgery.optimizer import commit_optimizer, misfit, prepare_optimizer, unwrap
 from hf_compressm.surgery.parameters import (
     NonFiniteError,
     commit_replacements,
     prepare_additions,
     prepare_replacements,
 )
+from hf_compressm.surgery.reshaping import reshape_model, skeleton
+from hf_compressm.surgery.snapshot import Snapshot
 
 
 __all__ = [
     "NonFiniteError",
+    "Snapshot",
     "commit_optimizer",
     "commit_replacements",
+    "misfit",
     "prepare_additions",
     "prepare_optimizer",
     "prepare_replacements",
+    "refuse_stale_caches",
+    "reshape_model",
+    "skeleton",
+    "unwrap",
     "write_sizes",
     "write_sizes_of_mamba_ssm",
     "write_sizes_per_layer",

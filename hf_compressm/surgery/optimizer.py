@@ -46,6 +46,7 @@ def prepare_optimizer(
     replacements: Sequence[Replacement],
     policy: str = "carry",
     additions: Sequence[Addition] = (),
+    removals: Sequence[nn.Parameter] = (),
 ) -> OptimizerPlan:
     """Work out what the optimizer looks like after the cut, without touching it.
 
@@ -56,12 +57,13 @@ def prepare_optimizer(
         policy: `"carry"` or `"reset"`.
         additions: the parameters about to appear; each joins the group of the parameter it belongs beside, in the
             place where an optimizer made after the cut has it, and has no moments yet.
+        removals: the parameters about to go.
 
     Raises:
         ValueError: if the optimizer is not this model's, holds a parameter that the model does not have, or a moment
             is not finite.
     """
-    inner = _unwrap(optimizer)
+    inner = unwrap(optimizer)
     new_of = {id(item.change.parameter): item.new for item in replacements}
     known = {id(parameter) for parameter in model.parameters()}
     held = [parameter for group in inner.param_groups for parameter in group["params"]]
@@ -72,7 +74,8 @@ def prepare_optimizer(
             f"shape {strangers[0]}. Pass the optimizer that trains this very model, created after its last change."
         )
     groups = [_with_additions(group["params"], model, additions) for group in inner.param_groups]
-    groups = [[new_of.get(id(parameter), parameter) for parameter in group] for group in groups]
+    gone = {id(parameter) for parameter in removals}
+    groups = [[new_of.get(id(p), p) for p in group if id(p) not in gone] for group in groups]
     states: dict[nn.Parameter, dict[str, Any]] = {}
     unknown: dict[str, str] = {}
     for item in replacements:
@@ -91,7 +94,7 @@ def prepare_optimizer(
             f"{type(inner).__name__} keeps state that cannot be carried over a cut ({key!r} of {name}); "
             f"it is reset for {len(unknown)} parameter(s)."
         )
-    return OptimizerPlan(inner, groups, states, [item.change.parameter for item in replacements])
+    return OptimizerPlan(inner, groups, states, [*(item.change.parameter for item in replacements), *removals])
 
 
 def commit_optimizer(plan: OptimizerPlan) -> None:
@@ -102,6 +105,20 @@ def commit_optimizer(plan: OptimizerPlan) -> None:
         plan.optimizer.state.pop(parameter, None)
     for new, state in plan.states.items():
         plan.optimizer.state[new] = state
+
+
+def misfit(optimizer: torch.optim.Optimizer) -> str:
+    """The first moment whose shape its parameter does not have, in words; "" if there is none.
+
+    `Optimizer.load_state_dict` compares numbers of parameters and never shapes. State that no rule of this file knows
+    is not looked at.
+    """
+    known = FIRST_MOMENTS | SECOND_MOMENTS | ROW_FACTORS | COLUMN_FACTORS
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key in known and isinstance(value, Tensor) and not _is_covered(key, value, parameter):
+                return f"{key!r} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
+    return ""
 
 
 def _with_additions(
@@ -120,7 +137,7 @@ def _with_additions(
     return members
 
 
-def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
+def unwrap(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's wrapper."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer

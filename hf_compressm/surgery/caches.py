@@ -1,0 +1,33 @@
+"""A cache that was filled before a cut does not fit the layer after it, and is refused in so many words."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from hf_compressm.adapters.base import SSMLayer
+
+
+def refuse_stale_caches(layer: SSMLayer | None) -> None:
+    """Make a layer of a stock class look at the cache that it is given before each call, once for each layer.
+
+    The hook is of this process alone: it is not saved, and a model that is loaded has no cache from before its cut.
+    """
+    if layer is None or any(hook is _check_cache for hook in layer.module._forward_pre_hooks.values()):
+        return
+    layer.module.register_forward_pre_hook(_check_cache, with_kwargs=True)
+
+
+def _check_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` if a cache among the arguments holds another number of states than the layer has."""
+    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    size = getattr(module, "ssm_state_size", None)
+    index = getattr(module, "layer_idx", None)
+    if cache is None or size is None or index is None or index >= len(cache.layers):
+        return
+    for state in getattr(cache.layers[index], "recurrent_states", {}).values():
+        if isinstance(state, Tensor) and state.shape[-1] != size:
+            raise ValueError(
+                f"The cache holds {state.shape[-1]} states for layer {index}, which now has {size}: it was filled "
+                "before the layer was cut. Start again without this cache."
+            )

@@ -1,0 +1,57 @@
+"""Taking a cut back: everything that it may change, held by reference.
+
+A cut replaces tensors and never writes into them, so that nothing needs to be copied: what is put back is bit for bit
+what was there, and all that a snapshot costs is that the replaced tensors stay in memory as long as it does.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_compressm.surgery.optimizer import unwrap
+
+
+class Snapshot:
+    """A model's structure, its configurations and its optimizer's state as they are now.
+
+    Args:
+        model: any module.
+        optimizer: the optimizer that trains it, if any; a torch optimizer or accelerate's wrapper.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
+        """Take it."""
+        holders = [*model.modules(), *_configs(model)]
+        self._classes = [(holder, type(holder)) for holder in holders]
+        self._contents = [(vars(holder), dict(vars(holder))) for holder in holders]
+        for module in model.modules():  # parameters, buffers and hooks are in dicts of their own
+            self._contents += [(value, dict(value)) for value in vars(module).values() if isinstance(value, dict)]
+        self._groups: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
+        if optimizer is not None:
+            inner = unwrap(optimizer)
+            self._groups = [(group, list(group["params"])) for group in inner.param_groups]
+            self._contents += [(state, dict(state)) for state in (inner.state, *inner.state.values())]
+
+    def restore(self) -> None:
+        """Put everything back; holds as long as no tensor was written into since."""
+        for holder, original in self._classes:
+            if type(holder) is not original:
+                holder.__class__ = original
+        for present, contents in self._contents:
+            present.clear()
+            present.update(contents)
+        for group, parameters in self._groups:
+            group["params"] = parameters
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor that it holds."""
+        for _, contents in self._contents:
+            yield from (value for value in contents.values() if isinstance(value, torch.Tensor))
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The distinct configurations of a model and its parts."""
+    found = (getattr(part, "config", None) for part in model.modules())
+    return list({id(config): config for config in found if hasattr(config, "__dict__")}.values())
