@@ -12,12 +12,12 @@ from hf_compressm.adapters.base import (
     SSMLayer,
     Statistics,
 )
-from hf_compressm.adapters.calibration import collect_statistics
+from hf_compressm.adapters.calibration import collect_statistics, undisturbed
 from hf_compressm.adapters.falcon_mamba import NormalizedMambaAdapter
 from hf_compressm.adapters.lru import LRUAdapter
 from hf_compressm.adapters.mamba import MambaAdapter
 from hf_compressm.adapters.mamba2 import Mamba2Adapter
-from hf_compressm.adapters.registry import find_layers, register, registered_families
+from hf_compressm.adapters.registry import find_layers, register, registered_families, size_fields
 from hf_compressm.adapters.s5 import S5Adapter
 from hf_compressm.adapters.zamba import ZambaAdapter
 
@@ -43,4 +43,6 @@ __all__ = [
     "find_layers",
     "register",
     "registered_families",
+    "size_fields",
+    "undisturbed",
 ]

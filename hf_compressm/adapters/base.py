@@ -129,6 +129,7 @@ class Measurement:
         problem: why the layer cannot be cut (non-finite, unstable, no energy), or "".
         detail: what the adapter needs again to cut.
         note: what the user should know.
+        scores: float64 `(groups, n)`, what each of the present states passes on by itself; empty where unmeasured.
     """
 
     hankel_singular_values: Tensor
@@ -136,6 +137,7 @@ class Measurement:
     problem: str = ""
     detail: Any = None
     note: str = ""
+    scores: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,7 @@ def collect_statistics(
     if not watched:
         return collected
     count = 0
-    with _watching(watched), _undisturbed(model), torch.no_grad():
+    with _watching(watched), undisturbed(model), torch.no_grad():
         for count, batch in enumerate(calibration or (), start=1):
             _run(model, batch, count)
     if count == 0:
@@ -75,7 +75,7 @@ def _watching(watched: Sequence[tuple[SSMLayer, Statistics]]) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module's own mode, the config and torch's generators restored after.
 
     transformers' classifiers write `config.problem_type` when they first see labels.

@@ -130,7 +130,8 @@ class LinearAdapter(Adapter):
         sigma = balancing.hankel_singular_values
         if not float(sigma[0]) > 0:
             return Measurement(sigma, free, "no output energy")
-        return Measurement(sigma, _relative_errors(balancing), detail=balancing)
+        scores = balancing.state_scores()[None]
+        return Measurement(sigma, _relative_errors(balancing), detail=balancing, scores=scores)
 
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
         """Truncate to the slots that `size` states need, and write the result in the layer's parametrisation."""

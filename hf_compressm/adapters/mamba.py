@@ -143,13 +143,14 @@ class MambaAdapter(SelectiveAdapter):
         sigma = torch.stack([surrogate.surrogate_hankel_singular_values(P, Q) for P, Q in gramians]).sum(dim=0)
         if not float(sigma[0]) > 0:
             return unmeasurable(layer, "no output energy")
-        orders = [surrogate.surrogate_scores(P, Q).argsort(descending=True, stable=True) for P, Q in gramians]
+        scores = torch.stack([surrogate.surrogate_scores(P, Q) for P, Q in gramians])
+        orders = [group.argsort(descending=True, stable=True) for group in scores]
         orders = [order[kept_order(order.numel(), method, layer)] for order in orders]
         losses = [surrogate.surrogate_losses(*pair, order) for pair, order in zip(gramians, orders, strict=True)]
         errors = interpolation.relative_errors(torch.stack(losses).sum(dim=0))
         shared = torch.stack([(P * Q).sum(dim=0) for P, Q in gramians])  # what two states lose together
         selection = Selection(torch.stack(orders), shared, torch.ones_like(shared), reads_out=False)
-        return Measurement(sigma, errors, detail=selection)
+        return Measurement(sigma, errors, detail=selection, scores=scores)
 
     def changes(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> tuple[ParameterChange, ...]:
         """New `A_log` and `x_proj.weight`, and how their moments follow.

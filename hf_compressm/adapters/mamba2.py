@@ -13,7 +13,7 @@ loss costs least without repair. A layer whose class projects B and C after the 
 by balanced projection, the optimum; see `numerics.projection`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -115,7 +115,8 @@ class Mamba2Adapter(SelectiveAdapter):
         order = torch.arange(sigma.shape[1])[kept_order(sigma.shape[1], method, layer)]
         tails = torch.stack([projection_errors(one).square() * one.square().sum() for one in sigma]).sum(dim=0)
         detail = Selection(order.expand_as(sigma), P, Q, reads_out=False)
-        return Measurement(measured.hankel_singular_values, interpolation.relative_errors(tails), detail=detail)
+        errors = interpolation.relative_errors(tails)
+        return replace(measured, errors=errors, detail=detail)
 
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
         """Select `size` states of every group, or project on as many."""

@@ -26,6 +26,11 @@ def registered_families() -> list[str]:
     return sorted({adapter.family for adapter in _ADAPTERS.values()})
 
 
+def size_fields() -> list[str]:
+    """The configuration fields in which the known families keep their state sizes, sorted."""
+    return sorted({adapter.size_field for adapter in _ADAPTERS.values()})
+
+
 def find_layers(model: nn.Module) -> list[SSMLayer]:
     """All SSM layers of a model, in order; attention and MLP layers are left alone.
 

@@ -156,7 +156,8 @@ class SelectiveAdapter(Adapter):
         orders = torch.stack([order[kept_order(order.numel(), method, layer)] for order, _ in ranked])
         errors = interpolation.relative_errors(losses.sum(dim=0))
         samples = {name: torch.cat(parts) for name, parts in getattr(statistics, "samples", {}).items() if parts}
-        return Measurement(sigma, errors, detail=Selection(orders, P, Q, self.reads_out, samples))
+        scores = P.diagonal(dim1=1, dim2=2) * Q.diagonal(dim1=1, dim2=2)
+        return Measurement(sigma, errors, detail=Selection(orders, P, Q, self.reads_out, samples), scores=scores)
 
     def problem(self, layer: SSMLayer, statistics: Statistics | None) -> str:
         """Why a layer cannot be measured, or ""."""

@@ -3,7 +3,8 @@
 from hf_compressm.compression.applying import analyze, apply_plan, compress
 from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan
 from hf_compressm.compression.planning import plan_compression
-from hf_compressm.compression.record import record_cut, recorded_cuts
+from hf_compressm.compression.ranking import Scores, rank_stability, state_scores
+from hf_compressm.compression.record import check_record, record_cut, recorded_cuts
 from hf_compressm.compression.settings import check_settings
 
 
@@ -11,11 +12,15 @@ __all__ = [
     "CompressionPlan",
     "CompressionResult",
     "LayerPlan",
+    "Scores",
     "analyze",
     "apply_plan",
+    "check_record",
     "check_settings",
     "compress",
     "plan_compression",
+    "rank_stability",
     "record_cut",
     "recorded_cuts",
+    "state_scores",
 ]

@@ -18,11 +18,13 @@ from hf_compressm.config import CompreSSMConfig
 from hf_compressm.models import adopt, adopt_config, own_class, own_config_class
 from hf_compressm.surgery import (
     NonFiniteError,
+    Snapshot,
     commit_optimizer,
     commit_replacements,
     prepare_additions,
     prepare_optimizer,
     prepare_replacements,
+    refuse_stale_caches,
     write_sizes,
     write_sizes_of_mamba_ssm,
     write_sizes_per_layer,
@@ -78,14 +80,21 @@ def apply_plan(
         optimizer_plan = prepare_optimizer(optimizer, model, replacements, optimizer_state, additions)
     adopts = _needs_own_class(model, plan)
     new_config = _rewritten_config(model, plan, step, adopts) if cuts else None
-    if adopts:
-        adopt(model)
-    commit_replacements(replacements, [attribute for _, cut in cuts for attribute in cut.attributes], additions)
-    if optimizer_plan is not None:
-        commit_optimizer(optimizer_plan)
-    if new_config is not None:
-        vars(model.config).clear()
-        vars(model.config).update(vars(new_config))
+    before = Snapshot(model, optimizer or None)
+    try:
+        if adopts:
+            adopt(model)
+        commit_replacements(replacements, [attribute for _, cut in cuts for attribute in cut.attributes], additions)
+        if optimizer_plan is not None:
+            commit_optimizer(optimizer_plan)
+        if new_config is not None:
+            vars(model.config).clear()
+            vars(model.config).update(vars(new_config))
+        for item, _ in cuts:
+            refuse_stale_caches(item.layer)
+    except BaseException:  # an interruption too must not leave half a cut
+        before.restore()
+        raise
     return CompressionResult(
         plan=plan.without_tensors(),
         changed=bool(cuts),
@@ -103,6 +112,7 @@ def compress(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     optimizer: Any = None,
     step: int | None = None,
+    reduction_share: float = 1.0,
 ) -> CompressionResult:
     """Plan and apply one cut: after training, or in a training loop of one's own.
 
@@ -112,13 +122,14 @@ def compress(
         calibration: iterable of model-input dicts, needed by selective layers.
         optimizer: the optimizer that trains the model, if any; its state is carried over.
         step: optimizer step to note in the config's record.
+        reduction_share: as in `plan_compression`.
 
     Raises:
         ValueError: as `plan_compression` and `apply_plan`; the model is then as before. New parameters or moments that
             are not finite raise only under `on_nonfinite="raise"`; otherwise no layer is cut.
     """
     start = time.perf_counter()
-    plan = plan_compression(model, config, calibration)
+    plan = plan_compression(model, config, calibration, reduction_share)
     try:
         result = apply_plan(model, plan, optimizer, config.optimizer_state, step)
     except NonFiniteError as error:

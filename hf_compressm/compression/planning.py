@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_compressm.adapters import Measurement, SSMLayer, collect_statistics
+from hf_compressm.adapters import Measurement, collect_statistics
 from hf_compressm.compression.plan import CompressionPlan, LayerPlan, fingerprint
 from hf_compressm.compression.settings import LayerChoice, check_settings
 from hf_compressm.config import CompreSSMConfig
@@ -20,7 +20,10 @@ logger = logging.get_logger(__name__)
 
 
 def plan_compression(
-    model: nn.Module, config: CompreSSMConfig, calibration: Iterable[Mapping[str, Any]] | None = None
+    model: nn.Module,
+    config: CompreSSMConfig,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    reduction_share: float = 1.0,
 ) -> CompressionPlan:
     """Measure, choose sizes and work out every new tensor, without touching the model.
 
@@ -28,10 +31,26 @@ def plan_compression(
         model: any module with SSM layers of a known family.
         config: settings.
         calibration: iterable of model-input dicts, needed by selective layers and by `criterion="empirical"`.
+        reduction_share: share of the states that the rank rule would drop which this cut drops; below 1 it is gentler.
 
     Raises:
         ValueError: for a model without SSM layers, settings that do not fit it, missing calibration or a batch that
             the model rejects; for NaN or Inf only under `on_nonfinite="raise"`.
+    """
+    choices, measurements = measure_layers(model, config, calibration)
+    _raise_on_problems(choices, measurements, config)
+    sizes = _choose_sizes(choices, measurements, config, reduction_share)
+    plans = [_plan_layer(*parts) for parts in zip(choices, measurements, sizes, strict=True)]
+    return CompressionPlan(tuple(_one_size_or_none(choices, plans)))
+
+
+def measure_layers(
+    model: nn.Module, config: CompreSSMConfig, calibration: Iterable[Mapping[str, Any]] | None
+) -> tuple[list[LayerChoice], list[Measurement]]:
+    """The layers that the settings pick, and what each shows on the calibration data; touches nothing.
+
+    Raises:
+        ValueError: as `plan_compression`, but for NaN and Inf.
     """
     choices = check_settings(model, config, calibrated=calibration is not None)
     layers = [choice.layer for choice in choices]
@@ -40,16 +59,14 @@ def plan_compression(
         choice.layer.adapter.measure(choice.layer, choice.method, seen)
         for choice, seen in zip(choices, statistics, strict=True)
     ]
-    _raise_on_problems(layers, measurements, config)
-    sizes = _choose_sizes(choices, measurements, config)
-    plans = [_plan_layer(*parts) for parts in zip(choices, measurements, sizes, strict=True)]
-    return CompressionPlan(tuple(_one_size_or_none(choices, plans)))
+    return choices, measurements
 
 
 def _raise_on_problems(
-    layers: Sequence[SSMLayer], measurements: Sequence[Measurement], config: CompreSSMConfig
+    choices: Sequence[LayerChoice], measurements: Sequence[Measurement], config: CompreSSMConfig
 ) -> None:
-    for layer, measurement in zip(layers, measurements, strict=True):
+    for choice, measurement in zip(choices, measurements, strict=True):
+        layer = choice.layer
         if not measurement.problem:
             continue
         if config.on_nonfinite == "raise" and "non-finite" in measurement.problem:
@@ -61,10 +78,15 @@ def _raise_on_problems(
 
 
 def _choose_sizes(
-    choices: Sequence[LayerChoice], measurements: Sequence[Measurement], config: CompreSSMConfig
+    choices: Sequence[LayerChoice],
+    measurements: Sequence[Measurement],
+    config: CompreSSMConfig,
+    reduction_share: float,
 ) -> list[int]:
     """New state size of every layer, by the rank rule; layers of a family with one size share the largest."""
     wanted = [_wanted_size(*parts, config) for parts in zip(choices, measurements, strict=True)]
+    if reduction_share < 1:
+        wanted = [_gentler(*parts, config, reduction_share) for parts in zip(choices, wanted, strict=True)]
     for family in {choice.layer.adapter.family for choice in choices if not choice.per_layer}:
         members = [i for i, choice in enumerate(choices) if choice.layer.adapter.family == family]
         largest = max(wanted[i] for i in members)
@@ -99,6 +121,13 @@ def _wanted_size(choice: LayerChoice, measurement: Measurement, config: CompreSS
     while new_size < size and layer.adapter.values_kept(layer, choice.method, measurement, new_size) < count:
         new_size = round_size(new_size + 1, size, multiple, config.min_state_size)
     return new_size
+
+
+def _gentler(choice: LayerChoice, wanted: int, config: CompreSSMConfig, reduction_share: float) -> int:
+    """A size that takes only a share of the reduction."""
+    layer, size = choice.layer, choice.layer.state_size
+    multiple = math.lcm(config.round_to, layer.adapter.granularity(layer.module))
+    return round_size(size - reduction_share * (size - wanted), size, multiple, config.min_state_size)
 
 
 def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> LayerPlan:

@@ -1,12 +1,18 @@
 """The record of cuts that travels in `model.config.compressm`."""
 
 import copy
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from hf_compressm.compression.plan import CompressionPlan
 
 
 SCHEMA_VERSION = 1
+LONGEST_RECORD = 10_000
+"""Cuts, and layers of a cut; what has more was not written here."""
+LONGEST_NAME = 500
+_SIZES = ("state_sizes_before", "state_sizes_after")
 
 
 def record_cut(config: Any, plan: CompressionPlan, step: int | None = None) -> None:
@@ -19,7 +25,11 @@ def record_cut(config: Any, plan: CompressionPlan, step: int | None = None) -> N
         config: a transformers config; its other fields stay.
         plan: that is being applied.
         step: optimizer step after which it happened, None outside training.
+
+    Raises:
+        ValueError: if there is a record that this version cannot read.
     """
+    check_record(getattr(config, "compressm", None))
     sizes = {layer.name: layer.new_state_size for layer in plan.layers}
     record = copy.deepcopy(getattr(config, "compressm", None)) or {
         "schema_version": SCHEMA_VERSION,
@@ -43,5 +53,73 @@ def record_cut(config: Any, plan: CompressionPlan, step: int | None = None) -> N
 
 
 def recorded_cuts(config: Any) -> list[dict[str, Any]]:
-    """The cuts that a config's record tells of, oldest first; empty without one."""
-    return list((getattr(config, "compressm", None) or {}).get("cuts", []))
+    """The cuts that a config's record tells of, oldest first; empty without one.
+
+    Raises:
+        ValueError: if the record is not one that this version can read.
+    """
+    record = getattr(config, "compressm", None)
+    check_record(record)
+    return list((record or {}).get("cuts", []))
+
+
+def check_record(record: Any) -> None:
+    """Make sure that a record, which may come from a stranger, is what it should be and nothing else.
+
+    Raises:
+        ValueError: naming the entry and the value.
+    """
+    if record is None:
+        return
+    _demand(isinstance(record, Mapping), "config.compressm", record, "an object")
+    version = record.get("schema_version")
+    _demand(_is_whole(version), "config.compressm.schema_version", version, "a whole number")
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"config.compressm has schema_version {version}; this package reads up to {SCHEMA_VERSION}. "
+            "Upgrade hf_compressm."
+        )
+    _demand(isinstance(record.get("method"), str), "config.compressm.method", record.get("method"), "a text")
+    for name in _SIZES:
+        _check_table(f"config.compressm.{name}", record.get(name), _is_size, "state sizes of at least 1")
+    cuts = record.get("cuts")
+    _demand(isinstance(cuts, list) and len(cuts) <= LONGEST_RECORD, "config.compressm.cuts", cuts, "a list of cuts")
+    for number, cut in enumerate(cuts):
+        place = f"config.compressm.cuts[{number}]"
+        _demand(isinstance(cut, Mapping), place, cut, "an object")
+        step = cut.get("step")
+        _demand(step is None or (_is_whole(step) and step >= 0), f"{place}.step", step, "a step, or null")
+        _check_table(f"{place}.state_sizes", cut.get("state_sizes"), _is_size, "state sizes of at least 1")
+        _check_table(f"{place}.criterion", cut.get("criterion"), _is_name, "names")
+        _check_table(f"{place}.predicted_error", cut.get("predicted_error"), _is_number, "numbers")
+
+
+def _check_table(place: str, table: Any, is_fine: Any, kind: str) -> None:
+    """Raise `ValueError` unless a table has layer names on the left, and on the right what `is_fine` says."""
+    fine = isinstance(table, Mapping) and len(table) <= LONGEST_RECORD
+    fine = fine and all(_is_name(name) and is_fine(value) for name, value in table.items())
+    _demand(fine, place, table, f"an object of layer names and {kind}")
+
+
+def _demand(fine: bool, place: str, value: Any, wanted: str) -> None:
+    if not fine:
+        text = repr(value)
+        text = text if len(text) <= 80 else text[:77] + "..."
+        raise ValueError(f"{place} must be {wanted}, got {text}. Remove the record, or restore the file.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return _is_whole(value) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_name(value: Any) -> bool:
+    """Dotted names of modules, and of criteria: nothing that a page or a path could take for its own."""
+    return isinstance(value, str) and len(value) <= LONGEST_NAME and all(c.isalnum() or c in "._-" for c in value)

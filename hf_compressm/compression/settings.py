@@ -8,6 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_compressm.adapters import CutMethod, SSMLayer, find_layers
+from hf_compressm.compression.record import check_record
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.models import own_class
 
@@ -44,8 +45,10 @@ def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) 
         calibrated: whether calibration data will be there.
 
     Raises:
-        ValueError: for a model without SSM layers, or settings that do not fit it.
+        ValueError: for a model without SSM layers, settings that do not fit it, or a record of cuts in its config that
+            this version cannot read.
     """
+    check_record(getattr(getattr(model, "config", None), "compressm", None))
     found = find_layers(model)
     layers = _matching_layers(found, config)
     _check_target(layers, config)

@@ -46,6 +46,13 @@ class Balancing:
     left: Tensor
     measured: bool = False
 
+    def state_scores(self) -> Tensor:
+        """What each present state passes on by itself, `sqrt(P_ii Q_ii)`, float64 `(N,)`: the HSV of it alone."""
+        P = self.right.abs().square().sum(dim=1)
+        Q = self.left.abs().square().sum(dim=0)
+        order = self.system.order
+        return (P.view(-1, order).sum(dim=0) * Q.view(-1, order).sum(dim=0)).sqrt()
+
 
 @dataclass(frozen=True, eq=False)
 class BalancedTruncation:

@@ -1,0 +1,55 @@
+"""Whether the ranking of the states still moves: what `trigger="stable"` waits for."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_compressm.compression.planning import measure_layers
+from hf_compressm.config import CompreSSMConfig
+from hf_compressm.numerics.ranks import rank_correlation
+
+
+Scores = Mapping[str, list[list[float]]]
+"""By layer name and group, what each state passes on by itself; plain numbers, so that a checkpoint can keep them."""
+
+
+def state_scores(
+    model: nn.Module, config: CompreSSMConfig, calibration: Iterable[Mapping[str, Any]] | None = None
+) -> Scores:
+    """Measure every state of a model by itself, `sqrt(P_ii Q_ii)` or its square; touches nothing.
+
+    The Hankel singular values of a layer are sorted and belong to no state; the ranking of its present states does
+    tell whether those that matter are still the same. Layers that cannot be measured are left out.
+
+    Args:
+        model: any module with SSM layers of a known family.
+        config: settings.
+        calibration: iterable of model-input dicts, as for `plan_compression`.
+
+    Raises:
+        ValueError: as `plan_compression`.
+    """
+    choices, measurements = measure_layers(model, config, calibration)
+    return {
+        choice.layer.name: measurement.scores.tolist()
+        for choice, measurement in zip(choices, measurements, strict=True)
+        if not measurement.problem
+    }
+
+
+def rank_stability(before: Scores, after: Scores) -> dict[str, float]:
+    """Spearman's rank correlation of two measurements, layer by layer, the mean over a layer's groups.
+
+    Returns:
+        By name, the layers that both measurements have with the same number of states.
+    """
+    correlations = {}
+    for name, groups in after.items():
+        earlier = before.get(name, [])
+        if [len(group) for group in earlier] == [len(group) for group in groups] and groups:
+            pairs = zip(earlier, groups, strict=True)
+            each = [rank_correlation(torch.tensor(a).double(), torch.tensor(b).double()) for a, b in pairs]
+            correlations[name] = sum(each) / len(each)
+    return correlations
