@@ -1,6 +1,7 @@
 """Compress the state of state-space models while they train, inside Hugging Face `transformers`."""
 
 from hf_compressm.callback import CompreSSMCallback
+from hf_compressm.checkpoints import find_last_complete_checkpoint
 from hf_compressm.compression import (
     CompressionPlan,
     CompressionResult,
@@ -11,6 +12,7 @@ from hf_compressm.compression import (
     plan_compression,
 )
 from hf_compressm.config import CompreSSMConfig
+from hf_compressm.loading import verify_checkpoint
 from hf_compressm.models import (
     CompreSSMamba2Config,
     CompreSSMamba2ForCausalLM,
@@ -56,5 +58,7 @@ __all__ = [
     "apply_plan",
     "compress",
     "enable_fast_selective_scan",
+    "find_last_complete_checkpoint",
     "plan_compression",
+    "verify_checkpoint",
 ]

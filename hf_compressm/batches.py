@@ -24,7 +24,7 @@ def sample_batches(dataloader: DataLoader, batch_size: int, count: int, seed: in
         seed: of the sample.
     """
     dataset: Any = dataloader.dataset
-    with _generators_restored():
+    with generators_restored():
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             examples = list(itertools.islice(iter(dataset), batch_size * count))
         else:
@@ -36,7 +36,7 @@ def sample_batches(dataloader: DataLoader, batch_size: int, count: int, seed: in
 
 
 @contextmanager
-def _generators_restored() -> Iterator[None]:
+def generators_restored() -> Iterator[None]:
     """Put back the state of Python's, NumPy's and torch's generators afterwards; collators and datasets may draw."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what must be kept
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []

@@ -1,6 +1,7 @@
-"""The Trainer callback: when to cut, and telling the Trainer about it. It holds no mathematics."""
+"""The Trainer callback: when to cut, whether to keep the cut, and telling the Trainer about it. It holds no maths."""
 
 import sys
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,17 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from hf_compressm.batches import sample_batches
-from hf_compressm.compression import check_settings, compress, recorded_cuts
+from hf_compressm.checkpoints import HISTORY_FILE, seal_checkpoint
+from hf_compressm.compression import Scores, check_settings, recorded_cuts, state_scores
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.history import CutEvent, scalars
+from hf_compressm.durable import write_json
+from hf_compressm.guard import guarded_cut, held_out_batches, held_out_loss
+from hf_compressm.history import CutEvent, from_record, rollback_event, scalars, to_record
+from hf_compressm.recovery import RecoveryGuard, metric_name
+from hf_compressm.refusals import check_guards, refuse_engines
+from hf_compressm.resuming import watch_loading
 from hf_compressm.scans import enable_fast_selective_scan
-from hf_compressm.schedule import cut_steps
+from hf_compressm.schedule import Trigger, trigger_for
 
 
 logger = logging.get_logger(__name__)
@@ -26,14 +33,18 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     """Cuts a model's SSM layers while `Trainer` trains it.
 
     A cut at step k happens at the start of step k + 1, so that log, evaluation and checkpoint of step k are those of
-    the model before it. Sizes and a record of every cut are in `model.config`; `events` has the cuts of this run.
+    the model before it. Sizes and a record of every cut are in `model.config`; `events` has the cuts of this run,
+    those from before a resume and those that were undone among them.
+
+    Pass it to `Trainer(..., callbacks=[...])`: given later, it cannot see to a checkpoint of another state size that
+    the run resumes from.
 
     Args:
         config: settings, as an object, a mapping, or the path of a YAML or JSON file.
 
     Raises:
-        ValueError: at the start of training, if a setting does not fit the model, no cut could ever happen, or the
-            run is one that cannot be cut in place.
+        ValueError: at the start of training, if a setting does not fit the model, no cut could ever happen, a guard
+            could not do its work, or the run is one that cannot be cut in place.
     """
 
     def __init__(self, config: CompreSSMConfig | Mapping[str, Any] | str | Path | None = None) -> None:
@@ -43,52 +54,57 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             config = CompreSSMConfig.from_dict(config)
         self.config = config or CompreSSMConfig()
         self.events: list[CutEvent] = []
-        self._steps: tuple[int, ...] = ()
+        self._trainer: weakref.ref[Trainer] | None = None
+        self._trigger: Trigger | None = None
         self._needs_data = True
+        self._reduction_share = 1.0  # halved by every rollback
+        self._recovery = RecoveryGuard(self.config)
         self._last_cut: int | None = None
         self._learning_rates: list[Any] | None = None
-        self._trainer: weakref.ref[Trainer] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the callback: its settings. The truth about sizes is in the model's config."""
-        return {"args": {"config": self.config.to_dict()}, "attributes": {}}
+        """What a checkpoint keeps of the callback: settings and history. Sizes are in the model's config."""
+        return {"args": {"config": self.config.to_dict()}, "attributes": {}, "run": self._run()}
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the Trainer, whose log the callback writes to."""
+        """Find the Trainer, to whose log the callback writes, and stand in front of its loading of checkpoints."""
         self._trainer = _calling_trainer()
+        if self._trainer is not None and (trainer := self._trainer()) is not None:
+            watch_loading(trainer, self.config.allow_optimizer_reset)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what cannot work before the first step, and switch on the fast scan."""
+        """Refuse what cannot work before the first step, go on from a checkpoint, and switch on the fast scan."""
         self._trainer = _calling_trainer() or self._trainer
-        _refuse_engines(args, self._trainer() if self._trainer else None)
-        model = kwargs["model"]
-        choices = check_settings(model, self.config, calibrated=True)
-        self._needs_data = any(choice.needs_data for choice in choices)
-        self._steps = cut_steps(self.config, state.max_steps)
-        self.events = []
-        self._last_cut = _last_cut_before(model, state.global_step)
-        stateful: Any = state.stateful_callbacks
-        stateful.setdefault(type(self).__name__, self.state())  # absent in checkpoints of runs without the callback
+        refuse_engines(args, self._trainer() if self._trainer else None, type(self))
+        model, dataloader = kwargs["model"], kwargs.get("train_dataloader")
+        self._needs_data = any(choice.needs_data for choice in check_settings(model, self.config, calibrated=True))
+
+        def measure() -> Scores:
+            sample = self._sample(args, state, dataloader, self.config.sampling_seed)
+            return state_scores(model, self.config, sample)
+
+        self._trigger = trigger_for(self.config, state.max_steps, measure)
         enable_fast_selective_scan()
-        logger.info(f"CompreSSM cuts after steps {', '.join(map(str, self._steps))} of {state.max_steps}.")
+        self._restore(state)
+        self._last_cut = _last_cut_before(model, state.global_step)
+        trainer = self._present_trainer()
+        watch_loading(trainer, self.config.allow_optimizer_reset)
+        check_guards(trainer, self.config, self._trigger, state.max_steps)
+        logger.info(f"CompreSSM cuts {self._trigger.describe()}, of {state.max_steps}.")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Cut, if the step before was one of the schedule's."""
-        if state.global_step not in self._steps:
-            return
-        calibration = self._calibration(args, state, kwargs["train_dataloader"]) if self._needs_data else None
-        result = compress(kwargs["model"], self.config, calibration, kwargs["optimizer"], state.global_step)
-        event = CutEvent(state.global_step, result)
-        self.events.append(event)
-        if result.changed:
-            self._last_cut = state.global_step
-        self._report(event, args)
+        """Cut, if it is time to; or go back from a cut that was not recovered from."""
+        step = state.global_step
+        if self._recovery.pending is not None and self._recovery.pending.worse:
+            self._roll_back(step, kwargs["model"], args)
+        elif self._cut_follows(step):
+            self._cut(args, state, kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,27 +126,113 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 group["lr"] = rate
             self._learning_rates = None
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Measure the ranking, and ask for the evaluations and checkpoints that guards and settings need."""
+        step = state.global_step
+        if self._trigger is not None and self._recovery.pending is None:
+            logged = self._trigger.observe(step)
+            if logged:
+                self._present_trainer().log(logged)
+        follows = self._cut_follows(step)
+        after_a_cut = any(event.step == step - 1 and event.outcome == "cut" for event in self.events)
+        if (follows and self._recovery.is_on) or ((follows or after_a_cut) and self.config.save_around_cuts):
+            control.should_save = True
+        if self._recovery.wants_metric(step, follows):
+            control.should_evaluate = True
+        return control
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the metric to the guard that waits for it."""
+        follows = self._cut_follows(state.global_step)
+        self._recovery.see(args, state.global_step, kwargs.get("metrics", {}), follows)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the history beside the weights, and seal the checkpoint."""
+        folder = self._run_folder() / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            write_json(folder / HISTORY_FILE, self._run())
+            seal_checkpoint(folder)
+            self._recovery.clean(folder.parent)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say so loudly if nothing was cut."""
-        if not self.events and _last_cut_before(kwargs["model"], state.global_step) is None:
+        """Say so loudly if nothing was cut, and write the history of the run."""
+        tried = [event for event in self.events if event.outcome != "rolled back"]
+        if not tried and _last_cut_before(kwargs["model"], state.global_step) is None:
+            when = self._trigger.describe() if self._trigger else ""
+            logger.warning(f"CompreSSM cut nothing: training ended at step {state.global_step}; cuts come {when}.")
+        elif tried and not any(event.outcome == "cut" for event in tried):
+            reasons = {f"{layer.name}: {layer.reason}" for layer in tried[-1].result.plan.layers}
+            undone = sum(event.outcome == "undone" for event in tried)
             logger.warning(
-                f"CompreSSM cut nothing: training ended at step {state.global_step}, before the first of its cuts "
-                f"(after steps {', '.join(map(str, self._steps))})."
+                f"CompreSSM tried {len(tried)} cut(s) and none shrank a layer; {undone} were undone by the guard "
+                f"({'; '.join(sorted(reasons))}). A larger {self.config.rank_rule} would cut more."
             )
-        elif self.events and not any(event.result.changed for event in self.events):
-            reasons = {f"{layer.name}: {layer.reason}" for layer in self.events[-1].result.plan.layers}
-            logger.warning(
-                f"CompreSSM tried {len(self.events)} cut(s) and none shrank a layer ({'; '.join(sorted(reasons))}). "
-                f"A larger {self.config.rank_rule} would cut more."
-            )
+        folder = self._run_folder()
+        if args.should_save and self.events and folder.is_dir():
+            try:
+                write_json(folder / HISTORY_FILE, self._run())
+            except OSError as error:  # the trained model must not be lost over it
+                logger.warning(f"The history of the cuts could not be written: {error}")
+            self._recovery.clean(folder)
 
-    def _calibration(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> list[Mapping[str, Any]]:
-        """Batches of the run's own data; another sample at each cut, the same one when a run is resumed."""
-        batch_size = state.train_batch_size or args.per_device_train_batch_size
-        seed = self.config.sampling_seed + state.global_step
-        return sample_batches(dataloader, batch_size, self.config.calibration_batches, seed)
+    def _cut_follows(self, step: int) -> bool:
+        """Whether a cut comes after this step, and was not tried yet: a checkpoint may come from after it."""
+        tried = any(event.step == step and event.outcome != "rolled back" for event in self.events)
+        return self._trigger is not None and self._trigger.is_due(step) and not tried
+
+    def _cut(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any, dataloader: Any) -> None:
+        """Cut under the guard, and begin a recovery where the metric is to be seen later."""
+        step, config, trainer = state.global_step, self.config, self._present_trainer()
+        sample = self._sample(args, state, dataloader, config.sampling_seed + step)
+        loss = None
+        if config.max_loss_increase is not None:
+            held_out = held_out_batches(trainer, config, config.sampling_seed + step)
+
+            def loss() -> float:
+                return held_out_loss(trainer, model, held_out)
+
+        kept = self._recovery.keep(self._run_folder(), step)
+        events = guarded_cut(model, config, sample, optimizer, step, self._reduction_share, loss)
+        self.events += events
+        self._recovery.begin(events[-1], kept, state.max_steps)
+        if events[-1].outcome == "cut":
+            self._last_cut = step
+        for event in events:
+            self._report(event)
+
+    def _roll_back(self, step: int, model: Any, args: TrainingArguments) -> None:
+        """Return to the checkpoint from before the cut, and let the next cut take half."""
+        start, pending, trainer = time.perf_counter(), self._recovery.pending, self._present_trainer()
+        assert pending is not None  # the caller has looked
+        loader = watch_loading(trainer, self.config.allow_optimizer_reset)
+        loader.roll_back(self._run_folder() / pending.folder)
+        cut = next(event for event in self.events if event.step == pending.step and event.outcome == "cut")
+        event = rollback_event(step, cut, pending.before, pending.after, time.perf_counter() - start)
+        self.events.append(event)
+        self._reduction_share = cut.reduction_share / 2
+        self._recovery.end()
+        self._last_cut = _last_cut_before(model, step)
+        logger.warning(
+            f"The cut after step {pending.step} is rolled back: {metric_name(args)} went from {pending.before:.4g} to "
+            f"{pending.after:.4g} in {pending.due - pending.step} steps. The next cut takes {self._reduction_share:g} "
+            "of what the settings ask for."
+        )
+        self._report(event)
+
+    def _sample(
+        self, args: TrainingArguments, state: TrainerState, dataloader: Any, seed: int
+    ) -> list[Mapping[str, Any]] | None:
+        """Calibration batches of the run's own data, the same ones when a run is resumed; None if none are needed."""
+        if not self._needs_data:
+            return None
+        size = state.train_batch_size or args.per_device_train_batch_size
+        return sample_batches(dataloader, size, self.config.calibration_batches, seed)
 
     def _rewarmup_share(self, step: int) -> float:
         """Share of the learning rate in the step that follows `step` done steps: 1 / (n + 1), ..., n / (n + 1), 1."""
@@ -138,15 +240,45 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             return 1.0
         return min((step - self._last_cut + 1) / (self.config.rewarmup_steps + 1), 1.0)
 
-    def _report(self, event: CutEvent, args: TrainingArguments) -> None:
-        """Log the cut through the Trainer."""
+    def _report(self, event: CutEvent) -> None:
+        """Log an event through the Trainer."""
+        self._present_trainer().log(scalars(event))
+        before = event.result.state_sizes_before
+        sizes = ", ".join(f"{name} {before[name]} -> {size}" for name, size in event.sizes.items())
+        logger.info(f"CompreSSM, {event.outcome} after step {event.step}: {sizes} ({event.result.seconds:.2f} s).")
+
+    def _run(self) -> dict[str, Any]:
+        """The history of the run and all that is needed to go on with it, JSON-ready."""
+        return to_record(self.events) | {
+            "reduction_share": self._reduction_share,
+            "recovery": self._recovery.state(),
+            "trigger": self._trigger.state() if self._trigger else {},
+        }
+
+    def _restore(self, state: TrainerState) -> None:
+        """Start afresh, or go on from what a checkpoint kept, whether or not the Trainer restores callbacks."""
+        self.events, self._reduction_share, self._recovery = [], 1.0, RecoveryGuard(self.config)
+        stateful: Any = state.stateful_callbacks
+        saved = stateful.get(type(self).__name__) if state.global_step else None
+        run = saved.get("run") if isinstance(saved, Mapping) else None  # None where it began without the callback
+        if isinstance(run, Mapping):
+            self.events = from_record(run)
+            self._reduction_share = float(run.get("reduction_share", 1.0))
+            self._recovery.restore(run.get("recovery") or {}, self._run_folder())
+            if self._trigger is not None:
+                self._trigger.restore(run.get("trigger") or {})
+        stateful[type(self).__name__] = self.state()
+
+    def _run_folder(self) -> Path:
+        """Where the Trainer puts this run's checkpoints; a search over hyperparameters has a folder for each trial."""
+        trainer = self._present_trainer()
+        return Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
+
+    def _present_trainer(self) -> Trainer:
         trainer = self._trainer() if self._trainer else None
-        if trainer is not None:
-            trainer.log(scalars(event))
-        sizes = ", ".join(
-            f"{layer.name} {layer.state_size} -> {layer.new_state_size}" for layer in event.result.plan.layers
-        )
-        logger.info(f"CompreSSM cut after step {event.step}: {sizes} ({event.result.seconds:.2f} s).")
+        if trainer is None:
+            raise ValueError("CompreSSMCallback works inside a Trainer; pass it as Trainer(..., callbacks=[...]).")
+        return trainer
 
 
 def _last_cut_before(model: Any, step: int) -> int | None:
@@ -164,21 +296,3 @@ def _calling_trainer() -> "weakref.ref[Trainer] | None":
             return weakref.ref(candidate)
         frame = frame.f_back
     return None
-
-
-def _refuse_engines(args: TrainingArguments, trainer: Trainer | None) -> None:
-    """Refuse runs whose parameters other processes or engines hold on to."""
-    engine = None
-    if args.n_gpu > 1:
-        engine = "nn.DataParallel (several GPUs in one process)"
-    elif trainer is not None and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
-    elif args.world_size > 1:
-        engine = f"{args.world_size} processes"
-    if engine:
-        raise ValueError(
-            f"CompreSSMCallback cannot cut a model in place under {engine}. Train on one process, or without the "
-            "callback and call hf_compressm.compress on the model between two runs."
-        )
-    if trainer is not None and sum(isinstance(cb, CompreSSMCallback) for cb in trainer.callback_handler.callbacks) > 1:
-        raise ValueError("Trainer has two CompreSSMCallbacks; keep one.")

@@ -18,22 +18,26 @@ _CHOICES = {
     "keep": ("largest", "smallest", "random"),
     "realization": ("real", "complex"),
     "compat": ("stock", "best"),
-    "trigger": ("schedule",),
+    "trigger": ("schedule", "stable"),
     "optimizer_state": ("carry", "reset"),
     "on_nonfinite": ("skip", "raise"),
 }
 
-_OPTIONAL_NUMBERS = (*RANK_RULES, "interval")
+_OPTIONAL_NUMBERS = (*RANK_RULES, "interval", "max_loss_increase", "recovery_steps", "metric_tolerance")
 _WHOLE_NUMBERS = {
     "target_state_size": 1,
     "round_to": 1,
     "min_state_size": 1,
     "num_cuts": 1,
+    "stability_window": 1,
+    "max_retries": 0,
     "calibration_batches": 1,
     "sampling_seed": 0,
     "rewarmup_steps": 0,
 }
 """The least value of each."""
+
+_SWITCHES = ("allow_optimizer_reset", "save_around_cuts")
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -85,12 +89,41 @@ class CompreSSMConfig:
     start: float = _setting(0, "Cuts come after this step.")
     end: float = _setting(0.1, "The last cut comes at this step.")
     num_cuts: int = _setting(4, "Number of cuts, evenly spaced after start and up to end.")
-    interval: float | None = _setting(None, "Steps between cuts, instead of num_cuts.")
-    trigger: str = _setting("schedule", "What releases a cut: the schedule.")
+    interval: float | None = _setting(
+        None,
+        "Steps between cuts, instead of num_cuts; under trigger=stable steps between measurements (default: a "
+        "twentieth of the steps from start to end).",
+    )
+    trigger: str = _setting(
+        "schedule",
+        "What releases a cut: the schedule, or between start and end a ranking of the states that is stable.",
+    )
+    stability: float = _setting(0.95, "Rank correlation of successive measurements at which a ranking is stable.")
+    stability_window: int = _setting(3, "So many successive correlations must reach it.")
     calibration_batches: int = _setting(4, "Training batches on which selective layers are measured before each cut.")
     sampling_seed: int = _setting(0, "Seed of the calibration sample and of keep='random'.")
+    max_loss_increase: float | None = _setting(
+        None,
+        "Undo a cut after which the loss on held-out batches is higher by more than this, and try again with half the "
+        "reduction.",
+    )
+    max_retries: int = _setting(2, "So many gentler attempts follow a cut that max_loss_increase undid.")
+    recovery_steps: float | None = _setting(
+        None,
+        "So many steps after a cut the Trainer's metric (metric_for_best_model, by default eval_loss) is compared "
+        "with that from before it.",
+    )
+    metric_tolerance: float | None = _setting(
+        None,
+        "If that metric is worse by more than this, weights and optimizer return to the checkpoint from before the "
+        "cut, and the next cut takes half.",
+    )
+    save_around_cuts: bool = _setting(False, "Save a checkpoint before and one after each cut.")
     rewarmup_steps: int = _setting(0, "After a cut the learning rate climbs back linearly over this many steps.")
     optimizer_state: str = _setting("carry", "Carry optimizer moments over a cut, or reset those of cut parameters.")
+    allow_optimizer_reset: bool = _setting(
+        False, "Resume from a checkpoint whose optimizer state is missing or does not fit, without that state."
+    )
     on_nonfinite: str = _setting("skip", "Skip a layer with NaN or Inf, or raise an error.")
     seed: InitVar[int | None] = None
 
@@ -109,6 +142,11 @@ class CompreSSMConfig:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
         self._check_kinds()
         self._check_numbers()
+        if (self.recovery_steps is None) != (self.metric_tolerance is None):
+            raise ValueError(
+                "recovery_steps and metric_tolerance go together, the steps until the metric is compared and how much "
+                f"worse it may be; got recovery_steps={self.recovery_steps}, metric_tolerance={self.metric_tolerance}."
+            )
 
     @property
     def rank_rule(self) -> str:
@@ -157,6 +195,12 @@ class CompreSSMConfig:
         _check_range("start", self.start, 0, float("inf"), "steps, or a share of them below 1")
         _check_range("end", self.end, 0, float("inf"), "steps, or a share of them below 1", open_low=True)
         _check_range("interval", self.interval, 0, float("inf"), "steps, or a share of them below 1", open_low=True)
+        _check_range("stability", self.stability, -1, 1, "a rank correlation")
+        _check_range("max_loss_increase", self.max_loss_increase, 0, float("inf"), "a difference of losses")
+        _check_range("metric_tolerance", self.metric_tolerance, 0, float("inf"), "a difference of metrics")
+        _check_range(
+            "recovery_steps", self.recovery_steps, 0, float("inf"), "steps, or a share below 1", open_low=True
+        )
         for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
             if value is None and name in RANK_RULES:
@@ -169,6 +213,9 @@ class CompreSSMConfig:
     def _check_kinds(self) -> None:
         if self.per_layer is not None and not isinstance(self.per_layer, bool):
             raise ValueError(f"per_layer must be True, False or None, got {self.per_layer!r}.")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         for name in ("layers", "ignore_layers"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)):

@@ -1,0 +1,170 @@
+"""Whole checkpoints: sealing them, telling them from torn ones, and finding the last.
+
+A Trainer writes weights, optimizer, scheduler, generator states and, last, its own state, one file after the other
+into the final directory, so that a crash leaves a directory that looks like a checkpoint. A seal, written last, lists
+every file with its length and checksum. A checkpoint without one (the crash came between the Trainer's last file and
+the seal, or the run had no callback) counts if all its files read whole.
+"""
+
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from hf_compressm.durable import read_json, sync_and_sum, sync_directory, write_json
+
+
+logger = logging.get_logger(__name__)
+
+SEAL = "compressm.complete"
+SEAL_VERSION = 1
+HISTORY_FILE = "compressm_history.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+UNFINISHED_FILE = "checkpoint-is-incomplete.txt"
+"""What transformers' just-in-time checkpoint leaves where it was interrupted."""
+
+
+def seal_checkpoint(directory: str | Path) -> None:
+    """Flush all files of a checkpoint to the disk and, when they are there, say so in `compressm.complete`.
+
+    Args:
+        directory: a checkpoint to which nothing more will be written.
+
+    Raises:
+        OSError: from the file system; there is then no seal.
+    """
+    directory = Path(directory)
+    files = {path.relative_to(directory).as_posix(): sync_and_sum(path) for path in _files(directory)}
+    for folder in {(directory / name).parent for name in files} | {directory}:
+        sync_directory(folder)
+    write_json(directory / SEAL, {"schema_version": SEAL_VERSION, "files": files})
+
+
+def find_last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint of a run from which training can go on, whatever happened to the run.
+
+    Unlike transformers' `get_last_checkpoint`, which takes the largest step number, it passes over checkpoints that
+    were torn by a crash, a full disk or a damaged file, and logs why.
+
+    Args:
+        output_dir: the run's `TrainingArguments.output_dir`.
+
+    Returns:
+        Path of a `checkpoint-<step>` directory, for `trainer.train(resume_from_checkpoint=...)`; None if there is
+        none to go on from, and training starts from the beginning.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    numbered = [(int(path.name[11:]), path) for path in folders if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            verify_files(path)
+            read_json(path / TRAINER_STATE_FILE)
+        except ValueError as error:
+            logger.warning(f"{path.name} is passed over: {error}")
+        else:
+            return str(path)
+    return None
+
+
+def verify_files(directory: str | Path) -> None:
+    """Make sure that every file of a checkpoint or saved model is there and whole.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory.")
+    if (directory / UNFINISHED_FILE).exists():
+        raise ValueError(f"{directory} was interrupted while it was written ({UNFINISHED_FILE} is there).")
+    if (directory / SEAL).exists():
+        _compare_with_seal(directory)
+    for name in ("config.json", TRAINER_STATE_FILE):
+        if (directory / name).exists():
+            read_json(directory / name)
+    if not (directory / ADAPTER_FILE).exists():
+        tensor_shapes(directory)
+    if not (directory / SEAL).exists():
+        for path in sorted(directory.glob("*.pt")):
+            _check_archive(path)
+
+
+def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in a directory's safetensors weights, of one file or of all shards.
+
+    Raises:
+        ValueError: naming the file, if weights are missing, an index names a shard that is not there, or a file is
+            not whole.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _weight_files(Path(directory)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}.") from error
+    return shapes
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise ValueError(f"{directory} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise ValueError(f"{index} has no weight_map that names a shard for each tensor.")
+    names = sorted(set(placed.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} names the shard {name!r}, which is not a file beside it.")
+        if not (directory / name).is_file():
+            raise ValueError(f"{index} names {name}, which is missing.")
+    return [directory / name for name in names]
+
+
+def _compare_with_seal(directory: Path) -> None:
+    """Raise `ValueError` unless every sealed file is as it was."""
+    seal = read_json(directory / SEAL)
+    files = seal.get("files")
+    version = seal.get("schema_version")
+    if not isinstance(version, int) or version > SEAL_VERSION:
+        raise ValueError(
+            f"{directory / SEAL} has schema_version {version!r}; this package reads up to {SEAL_VERSION}."
+        )
+    if not isinstance(files, dict):
+        raise ValueError(f"{directory / SEAL} lists no files.")
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing.")
+        found = sync_and_sum(path)
+        if found != expected:
+            wrong = (
+                "length" if not isinstance(expected, dict) or found["bytes"] != expected.get("bytes") else "content"
+            )
+            raise ValueError(f"{path} is damaged: its {wrong} is not what was written.")
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """Every file below a directory but the seal and what an interrupted write left."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != SEAL and not path.name.startswith(f".{SEAL}"):
+            yield path
+
+
+def _check_archive(path: Path) -> None:
+    """Raise `ValueError` unless a file of `torch.save` is a whole archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken: Any = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ValueError(f"{path} is not whole: {error}.") from error
+    if broken is not None:
+        raise ValueError(f"{path} is damaged in {broken}.")

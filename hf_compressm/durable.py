@@ -1,0 +1,79 @@
+"""Files that are there whole or not at all: written beside, flushed to the disk, and renamed into place."""
+
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+
+CHUNK_BYTES = 1 << 22
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Write JSON so that a reader finds the old file or the new one, after a crash and a power cut too.
+
+    Args:
+        path: of the file; its directory must be there.
+        values: JSON-ready; NaN and infinity are refused, since other readers would be.
+
+    Raises:
+        OSError: from the file system; the earlier file is then untouched.
+        ValueError: if the values are not JSON.
+    """
+    path = Path(path)
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: naming the file, if it is missing or does not hold a whole JSON object.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not whole, or not JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a JSON {type(values).__name__}; an object is needed.")
+    return values
+
+
+def sync_and_sum(path: Path) -> dict[str, int]:
+    """Flush a file that others wrote to the disk; its length in bytes and its CRC-32."""
+    length = checksum = 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while chunk := file.read(CHUNK_BYTES):
+            length += len(chunk)
+            checksum = zlib.crc32(chunk, checksum)
+    return {"bytes": length, "crc32": checksum}
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to the disk, where the file system can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows opens no directories
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

@@ -1,0 +1,166 @@
+"""What a checkpoint says of its model, whether its tensors agree, and giving a live model its sizes."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_compressm import models
+from hf_compressm.adapters import find_layers, size_fields
+from hf_compressm.checkpoints import tensor_shapes, verify_files
+from hf_compressm.compression import check_record
+from hf_compressm.durable import read_json
+from hf_compressm.surgery import reshape_model, skeleton
+
+
+def read_config(directory: str | Path, like: PreTrainedConfig | None = None) -> PreTrainedConfig:
+    """The configuration of a saved model, with every state size checked before anything is built from it.
+
+    Args:
+        directory: a checkpoint or saved model.
+        like: a configuration whose class serves where it has the model type of the saved one.
+
+    Raises:
+        ValueError: naming the file, the field and the value.
+    """
+    path = Path(directory) / "config.json"
+    values = read_json(path)
+    try:
+        _check_sizes(values)
+        check_record(values.get("compressm"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    model_type = values.get("model_type")
+    if like is not None and model_type == like.model_type:
+        config_class = type(like)
+    elif isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        config_class = CONFIG_MAPPING[model_type]
+    else:
+        raise ValueError(f"{path}: model_type {model_type!r} is not one that transformers knows.")
+    try:
+        return config_class.from_json_file(path)
+    except Exception as error:  # whatever a configuration class makes of bad values, the file is to blame
+        raise ValueError(f"{path} does not describe a {config_class.__name__}: {error}") from error
+
+
+def verify_checkpoint(directory: str | Path) -> None:
+    """Make sure that a checkpoint or saved model is whole and that sizes in configuration and tensors agree.
+
+    Args:
+        directory: with `config.json` and safetensors weights; as the Trainer or `save_pretrained` wrote it.
+
+    Raises:
+        ValueError: naming the file, and what is wrong with it.
+    """
+    verify_files(directory)
+    config = read_config(directory)
+    name = (config.architectures or [""])[0]
+    model_class = getattr(models, name, None) or getattr(transformers, name, None)
+    if not (inspect.isclass(model_class) and issubclass(model_class, PreTrainedModel)):
+        raise ValueError(
+            f"{Path(directory) / 'config.json'}: architectures {config.architectures!r} is no model class that "
+            "transformers or this package has, so that its tensors cannot be compared with the configuration."
+        )
+    _check_tensors(skeleton(model_class, config), directory)
+
+
+def fit_to_checkpoint(model: nn.Module, directory: str | Path, optimizer: Any = None) -> bool:
+    """Give a live model the class and state sizes of a checkpoint, so that its weights can be loaded.
+
+    Args:
+        model: a transformers model; any other module is left as it is, since nothing tells what to make of it.
+        directory: a checkpoint.
+        optimizer: the optimizer that trains the model, if there is one yet.
+
+    Returns:
+        Whether anything had another shape.
+
+    Raises:
+        ValueError: if the checkpoint is not whole, contradicts itself, or is of another kind of model. The model is
+            then as before.
+    """
+    verify_files(directory)
+    if not isinstance(model, PreTrainedModel) or not (Path(directory) / "config.json").exists():
+        return False
+    config = read_config(directory, model.config)
+    stock = models.stock_class(type(model))
+    kinds: list[Any] = [kind for kind in (type(model), stock, models.own_class(stock)) if kind is not None]
+    kind = next((kind for kind in kinds if kind.config_class is type(config)), None)
+    if kind is None:
+        raise ValueError(
+            f"{directory} holds a {config.model_type!r} model, and the model is a {type(model).__name__}. Resume with "
+            "the kind of model that the checkpoint was saved from."
+        )
+    wanted = skeleton(kind, config)
+    _check_tensors(wanted, directory)
+    return reshape_model(model, wanted, optimizer)
+
+
+def load_converted(model: PreTrainedModel, directory: str | Path) -> bool:
+    """Load weights whose names on disk are not those in memory, as transformers saves mixtures of experts.
+
+    `from_pretrained` renames and stacks them; the Trainer's own loading does not, and leaves what it cannot place as
+    it is, with a warning.
+
+    Args:
+        model: that already has the sizes of the checkpoint.
+        directory: the checkpoint.
+
+    Returns:
+        Whether the names were others and the weights have been loaded here.
+    """
+    present = model.state_dict()
+    if set(tensor_shapes(directory)) <= set(present):
+        return False
+    loaded = type(model).from_pretrained(directory, config=model.config, dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict())
+    return True
+
+
+def _check_tensors(wanted: PreTrainedModel, directory: str | Path) -> None:
+    """Raise `ValueError` unless every SSM layer's tensors are there with the shapes of the configuration."""
+    on_disk = {_below_the_head(name): shape for name, shape in tensor_shapes(directory).items()}
+    for layer in find_layers(wanted):
+        prefix = f"{layer.name}." if layer.name else ""
+        expected = {_below_the_head(prefix + name): value.shape for name, value in layer.module.named_parameters()}
+        for name, shape in expected.items():
+            if name not in on_disk:
+                raise ValueError(f"{directory} has no tensor {name}, which its config.json asks for.")
+            if on_disk[name] != tuple(shape):
+                raise ValueError(
+                    f"{directory}: config.json is at odds with the weights: {name} has shape {on_disk[name]}, and "
+                    f"{tuple(shape)} by the sizes in config.json. Restore the file that was changed."
+                )
+        known = {*expected, *(_below_the_head(prefix + name) for name, _ in layer.module.named_buffers())}
+        extra = [name for name in on_disk if prefix and name.startswith(_below_the_head(prefix)) and name not in known]
+        if extra:
+            raise ValueError(f"{directory} has a tensor {extra[0]} that its config.json knows nothing of.")
+
+
+def _below_the_head(name: str) -> str:
+    """A tensor's name without its first part, under which some families are saved by another name than they have."""
+    return name.split(".", 1)[-1]
+
+
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless every state size is a whole number of at least 1, and of a layer that is there."""
+    per_layer = values.get("per_layer_config") or {}
+    if not isinstance(per_layer, Mapping):
+        raise ValueError(f"per_layer_config must be an object of layers, got {per_layer!r:.80}.")
+    layers = values.get("num_hidden_layers")
+    for index, own in per_layer.items():
+        known = isinstance(index, str) and index.isdecimal()
+        if not known or (isinstance(layers, int) and int(index) >= layers):
+            raise ValueError(f"per_layer_config names layer {index!r:.80}, and num_hidden_layers is {layers!r:.80}.")
+        if not isinstance(own, Mapping):
+            raise ValueError(f"per_layer_config[{index!r}] must be an object, got {own!r:.80}.")
+    for place, source in [("", values), *((f"per_layer_config[{index!r}].", own) for index, own in per_layer.items())]:
+        for field in size_fields():
+            size = source.get(field)
+            if field in source and size is not None and (type(size) is not int or size < 1):
+                raise ValueError(f"{place}{field} must be a whole number of at least 1, got {size!r:.80}.")

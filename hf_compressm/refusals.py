@@ -1,0 +1,138 @@
+"""What cannot work is refused before the first step: engines, and guards that could not do their work."""
+
+import itertools
+from typing import Any, cast
+
+from torch import nn
+from torch.utils.data import Subset
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import logging
+
+from hf_compressm.adapters import undisturbed
+from hf_compressm.batches import generators_restored
+from hf_compressm.config import CompreSSMConfig
+from hf_compressm.guard import held_out_batches, held_out_loss
+from hf_compressm.recovery import metric_name, recovery_length
+from hf_compressm.schedule import Scheduled, Trigger
+
+
+logger = logging.get_logger(__name__)
+
+
+def refuse_engines(args: TrainingArguments, trainer: Trainer | None, callback: type[TrainerCallback]) -> None:
+    """Refuse runs whose parameters other processes or engines hold on to."""
+    engine = None
+    if args.n_gpu > 1:
+        engine = "nn.DataParallel (several GPUs in one process)"
+    elif trainer is not None and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
+    elif args.world_size > 1:
+        engine = f"{args.world_size} processes"
+    if engine:
+        raise ValueError(
+            f"CompreSSMCallback cannot cut a model in place under {engine}. Train on one process, or without the "
+            "callback and call hf_compressm.compress on the model between two runs."
+        )
+    if trainer is not None and sum(isinstance(cb, callback) for cb in trainer.callback_handler.callbacks) > 1:
+        raise ValueError("Trainer has two CompreSSMCallbacks; keep one.")
+
+
+def check_guards(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger, max_steps: int) -> None:
+    """Refuse guards that could not do their work, before the first step.
+
+    Raises:
+        ValueError: naming the setting and the way out.
+    """
+    if config.max_loss_increase is not None:
+        if trainer.eval_dataset is None:
+            logger.warning(
+                "There is no eval_dataset: max_loss_increase is measured on batches of the training data, which other "
+                "batches of it may have taught."
+            )
+        held_out_loss(trainer, _model(trainer), held_out_batches(trainer, config, config.sampling_seed)[:1])
+    if config.save_around_cuts and trainer.args.save_strategy == SaveStrategy.BEST:
+        raise ValueError("save_around_cuts does not go with save_strategy='best', which decides alone what is saved.")
+    if config.recovery_steps is not None:
+        _check_recovery(trainer, config, trigger, max_steps)
+
+
+def _check_recovery(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger, max_steps: int) -> None:
+    args = trainer.args
+    wanted = f"metric_tolerance={config.metric_tolerance:g}"
+    if args.eval_strategy == IntervalStrategy.NO or trainer.eval_dataset is None:
+        there = "missing" if trainer.eval_dataset is None else "given"
+        raise ValueError(
+            f"{wanted} compares a metric of the Trainer's evaluation, and there is none (eval_strategy="
+            f"{_text(args.eval_strategy)}, eval_dataset {there}). Set eval_strategy='steps' and pass an eval_dataset, "
+            "or use max_loss_increase."
+        )
+    if args.save_only_model or args.save_strategy == SaveStrategy.BEST:
+        raise ValueError(
+            f"{wanted} goes back to a checkpoint with its optimizer, saved before each cut; save_only_model="
+            f"{args.save_only_model} and save_strategy={_text(args.save_strategy)} leave none. Use "
+            "save_only_model=False and save_strategy='steps', 'epoch' or 'no'."
+        )
+    steps = recovery_length(config, max_steps)
+    latest = trigger.latest + steps
+    if latest >= max_steps:
+        raise ValueError(
+            f"The last cut may come after step {trigger.latest}, and its metric recovery_steps="
+            f"{config.recovery_steps:g} later, after step {latest}, but the run has {max_steps}. Lower recovery_steps "
+            "or end."
+        )
+    if isinstance(trigger, Scheduled):
+        gaps = [later - earlier for earlier, later in zip(trigger.steps, trigger.steps[1:], strict=False)]
+        if gaps and min(gaps) <= steps:
+            raise ValueError(
+                f"recovery_steps={config.recovery_steps:g} ({steps} steps) must be less than the {min(gaps)} steps "
+                "from one cut to the next. Lower recovery_steps, or num_cuts."
+            )
+    _check_metric(trainer)
+
+
+def _check_metric(trainer: Trainer) -> None:
+    """Raise `ValueError` unless an evaluation will have the metric, found out on a few examples where need be."""
+    name = metric_name(trainer.args)
+    known = {"eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    if isinstance(trainer.eval_dataset, dict):
+        known = {f"eval_{part}_{metric[5:]}" for part in trainer.eval_dataset for metric in known}
+        if name not in known and trainer.compute_metrics is None:
+            raise ValueError(_absent_metric(name, known))
+        return
+    if name in known:
+        return
+    if trainer.compute_metrics is not None:
+        known |= _computed_metrics(trainer)
+    if name not in known:
+        raise ValueError(_absent_metric(name, known))
+
+
+def _computed_metrics(trainer: Trainer) -> set[str]:
+    """Names that an evaluation of the first examples gives; it is not logged, and no callback is told."""
+    data: Any = trainer.eval_dataset
+    size = trainer.args.per_device_eval_batch_size
+    if hasattr(data, "select"):
+        few = data.select(range(min(size, len(data))))
+    elif hasattr(data, "__len__"):
+        few = Subset(data, range(min(size, len(data))))
+    else:
+        few = cast(Any, list(itertools.islice(iter(data), size)))
+    with undisturbed(_model(trainer)), generators_restored():
+        output = trainer.evaluation_loop(trainer.get_eval_dataloader(few), "Evaluation", metric_key_prefix="eval")
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressCallback):  # closes its bar of this evaluation
+            callback.on_predict(trainer.args, trainer.state, trainer.control, metrics={})
+    return set(output.metrics or ())
+
+
+def _absent_metric(name: str, known: set[str]) -> str:
+    return f"The metric {name!r} (metric_for_best_model) is none of those that an evaluation gives: {sorted(known)}."
+
+
+def _model(trainer: Trainer) -> nn.Module:
+    return cast(nn.Module, trainer.model)
+
+
+def _text(strategy: Any) -> str:
+    return repr(getattr(strategy, "value", strategy))
