@@ -16,6 +16,7 @@ INSTALL_REQUIRES = [
     "huggingface-hub",
     "numpy",
     "pyyaml",
+    "safetensors",
     "scipy",
 ]
 

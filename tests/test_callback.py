@@ -8,30 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
 from tests.families import FAMILIES, LRU, MAMBA, S5_CLASSIFIER, Family, family_id, same, ssm_layers
-
-
-class Examples(Dataset):
-    def __init__(self, family: Family, count: int = 24) -> None:
-        self.rows = [{k: v[0] for k, v in family.batch(1, 8, seed).items()} for seed in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.rows[index]
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        for _ in range(10):
-            yield from Examples(LRU).rows
+from tests.training import HALVE, Examples, Stream, callback_of, trainer_of
 
 
 @pytest.fixture(autouse=True)
@@ -45,39 +28,6 @@ def warnings_seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     monkeypatch.setattr(logging.get_logger("hf_compressm.callback"), "warning", seen.append)
     return seen
-
-
-def arguments(folder: Path, **kwargs: Any) -> TrainingArguments:
-    defaults = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(str(folder), **{**defaults, **kwargs})
-
-
-HALVE = {"fraction": 0.5, "end": 2, "num_cuts": 1}
-
-
-def trainer_of(family: Family, folder: Path, settings: Any = HALVE, model: Any = None, **kwargs: Any) -> Trainer:
-    own = {
-        name: kwargs.pop(name)
-        for name in ("optimizers", "train_dataset", "eval_dataset", "compute_metrics")
-        if name in kwargs
-    }
-    extra = kwargs.pop("callbacks", [])
-    callbacks = [*([] if settings is None else [CompreSSMCallback(settings)]), *extra]
-    own.setdefault("train_dataset", Examples(family))
-    return Trainer(model=model or family.build(), args=arguments(folder, **kwargs), callbacks=callbacks, **own)
-
-
-def callback_of(trainer: Trainer) -> CompreSSMCallback:
-    return next(x for x in trainer.callback_handler.callbacks if isinstance(x, CompreSSMCallback))
 
 
 class Watch(TrainerCallback):
