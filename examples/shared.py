@@ -17,9 +17,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback
 
-from hf_compressm import CompreSSMCallback
+from hf_compressm import CompreSSMCallback, find_last_complete_checkpoint
 from hf_compressm.reporting import plot_spectra, plot_state_sizes
-from hf_compressm.schedule import cut_steps
 
 
 try:
@@ -99,7 +98,8 @@ class Checkup(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Evaluate, outside the timed part of the step."""
-        if state.global_step in cut_steps(self.compressm.config, state.max_steps):
+        step = state.global_step
+        if self.compressm.cut_follows(step) or any(event.step == step for event in self.compressm.events):
             metrics = self.trainer.evaluate(metric_key_prefix=self.prefix)
             self.metrics[state.global_step] = {k.removeprefix(f"{self.prefix}_"): v for k, v in metrics.items()}
 
@@ -150,7 +150,8 @@ class Experiment:
         """Train, evaluate, save into `output_dir`, print the tables and draw the plots."""
         trainer = self.trainer
         args = trainer.args
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        checkpoint = args.resume_from_checkpoint
+        trainer.train(find_last_complete_checkpoint(args.output_dir) if checkpoint == "last" else checkpoint)
         metrics = trainer.evaluate()
         self.final = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         trainer.save_model(args.output_dir)
@@ -161,17 +162,22 @@ class Experiment:
         return trainer.model
 
     def _print_cuts(self) -> None:
-        rows = [("cut after step", "mean state size", "loss before", "loss after", "seconds")]
+        rows = [("after step", "outcome", "mean state size", "loss before", "loss after", "seconds")]
         for event in self.compressm.events:
             before, after = event.result.state_sizes_before.values(), event.result.state_sizes_after.values()
             sizes = f"{statistics.mean(before):.1f} -> {statistics.mean(after):.1f}"
-            losses = [f"{checkup.metrics[event.step]['loss']:.4f}" for checkup in (self.before, self.after)]
-            rows.append((str(event.step), sizes, *losses, f"{event.result.seconds:.2f}"))
+            losses = [f"{self._at(checkup, event.step, 'loss'):.4f}" for checkup in (self.before, self.after)]
+            rows.append((str(event.step), event.outcome, sizes, *losses, f"{event.result.seconds:.2f}"))
         if len(rows) > 1:
             print(f"\n{table(rows)}")
 
+    def _at(self, checkup: Checkup, step: int, name: str) -> float:
+        """A metric around a cut; not a number where the cut was made before this run was resumed."""
+        return checkup.metrics.get(step, {}).get(name, math.nan)
+
     def _print_summary(self) -> None:
-        events, steps = self.compressm.events, self.trainer.state.global_step
+        events = [event for event in self.compressm.events if event.outcome != "undone"]
+        steps = self.trainer.state.global_step
         if not events:
             print("\nNo cut was made, so there is nothing to compare.")
             return
@@ -181,7 +187,7 @@ class Experiment:
         rows.append(("parameters", f"{first.result.parameters_before:,}", f"{last.result.parameters_after:,}"))
         for name in ("loss", "accuracy"):
             if name in self.final:
-                values = (self.before.metrics[first.step][name], self.final[name])
+                values = (self._at(self.before, first.step, name), self.final[name])
                 rows.append((f"validation {name}", *(f"{value:.4f}" for value in values)))
         rows += self._speed_rows(self.timer.between(0, first.step), self.timer.between(last.step, steps))
         print(f"\n{table(rows)}\n\nPeak memory of the whole run: {_peak_memory()}.")
@@ -203,7 +209,7 @@ class Experiment:
         ]
 
     def _draw(self, folder: Path) -> None:
-        if self.compressm.events:
+        if any(event.outcome == "cut" for event in self.compressm.events):
             max_steps = self.trainer.state.max_steps
             paths = (
                 plot_spectra(self.compressm.events, folder / "spectra.png"),

@@ -66,6 +66,15 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """What a checkpoint keeps of the callback: settings and history. Sizes are in the model's config."""
         return {"args": {"config": self.config.to_dict()}, "attributes": {}, "run": self._run()}
 
+    def cut_follows(self, step: int) -> bool:
+        """Whether a cut comes after this step, and was not tried yet: a checkpoint may come from after it.
+
+        Args:
+            step: optimizer steps done.
+        """
+        tried = any(event.step == step and event.outcome != "rolled back" for event in self.events)
+        return self._trigger is not None and self._trigger.is_due(step) and not tried
+
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -103,7 +112,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         step = state.global_step
         if self._recovery.pending is not None and self._recovery.pending.worse:
             self._roll_back(step, kwargs["model"], args)
-        elif self._cut_follows(step):
+        elif self.cut_follows(step):
             self._cut(args, state, kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"])
 
     def on_pre_optimizer_step(
@@ -135,7 +144,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             logged = self._trigger.observe(step)
             if logged:
                 self._present_trainer().log(logged)
-        follows = self._cut_follows(step)
+        follows = self.cut_follows(step)
         after_a_cut = any(event.step == step - 1 and event.outcome == "cut" for event in self.events)
         if (follows and self._recovery.is_on) or ((follows or after_a_cut) and self.config.save_around_cuts):
             control.should_save = True
@@ -147,7 +156,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the metric to the guard that waits for it."""
-        follows = self._cut_follows(state.global_step)
+        follows = self.cut_follows(state.global_step)
         self._recovery.see(args, state.global_step, kwargs.get("metrics", {}), follows)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -180,11 +189,6 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             except OSError as error:  # the trained model must not be lost over it
                 logger.warning(f"The history of the cuts could not be written: {error}")
             self._recovery.clean(folder)
-
-    def _cut_follows(self, step: int) -> bool:
-        """Whether a cut comes after this step, and was not tried yet: a checkpoint may come from after it."""
-        tried = any(event.step == step and event.outcome != "rolled back" for event in self.events)
-        return self._trigger is not None and self._trigger.is_due(step) and not tried
 
     def _cut(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any, dataloader: Any) -> None:
         """Cut under the guard, and begin a recovery where the metric is to be seen later."""

@@ -102,8 +102,8 @@ def test_nothing_is_cut_where_the_loss_is_not_finite_before() -> None:
     assert event.outcome == "unchanged"
     assert "held-out loss is nan" in event.result.plan.layers[0].reason
     assert same(snapshot(model), before)
+    config.on_nonfinite = "raise"
     with pytest.raises(ValueError, match="held-out loss is nan"):
-        config.on_nonfinite = "raise"
         guarded_cut(model, config, LRU.calibration(), None, 0, loss=Losses(float("nan")))
 
 

@@ -18,6 +18,8 @@ SMALLEST_SHARE = 1e-8  # of the largest singular value: what lies below is round
 def plot_spectra(events: Sequence[CutEvent], path: str | Path) -> Path:
     """Draw each layer's Hankel singular values at every cut, logarithmically, and mark what each cut kept.
 
+    Attempts that a guard took back are left out.
+
     Values are drawn over the number of states they take: the real realization of S5 and LRU layers has two values per
     state. The solid part of a curve up to its marker was kept, the dotted part after it was cut off.
 
@@ -32,6 +34,7 @@ def plot_spectra(events: Sequence[CutEvent], path: str | Path) -> Path:
         ValueError: without events.
         ImportError: without matplotlib.
     """
+    events = [event for event in events if event.outcome in ("cut", "unchanged")]
     names = _layer_names(events)
     columns = min(len(names), MAX_COLUMNS)
     rows = math.ceil(len(names) / columns)
@@ -59,7 +62,7 @@ def plot_spectra(events: Sequence[CutEvent], path: str | Path) -> Path:
 
 
 def plot_state_sizes(events: Sequence[CutEvent], path: str | Path, max_steps: int | None = None) -> Path:
-    """Draw each layer's state size over the steps of training.
+    """Draw each layer's state size over the steps of training, back up where a cut was rolled back.
 
     Args:
         events: cuts, oldest first, as in `CompreSSMCallback.events`.
@@ -73,6 +76,7 @@ def plot_state_sizes(events: Sequence[CutEvent], path: str | Path, max_steps: in
         ValueError: without events.
         ImportError: without matplotlib.
     """
+    events = [event for event in events if event.outcome != "undone"]
     names = _layer_names(events)
     last = max(max_steps or 0, events[-1].step)
     if max_steps is None:
