@@ -65,8 +65,12 @@ def test_the_blocks_run_in_order(names: dict[str, Any], tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == ["MambaForCausalLM", size, [1, 7]]
 
-    for block in others:
+    names["args"].save_strategy, names["args"].save_steps = "steps", 20
+    for number, block in enumerate(others):
         exec(compile(block, "README.md", "exec"), names)
-    assert model.config.state_size == size // 2
-    assert set(names["result"].state_sizes_after.values()) == {size // 2}
+        if number == 0:
+            assert model.config.state_size == size // 2
+            assert set(names["result"].state_sizes_after.values()) == {size // 2}
+    assert names["guarded"].recovery_steps == 200
+    assert (tmp_path / "run" / "checkpoint-40" / "compressm.complete").exists()
     assert names["logits"].shape == (2, 10)
