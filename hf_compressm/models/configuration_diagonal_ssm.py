@@ -64,7 +64,7 @@ class DiagonalSSMConfig(PreTrainedConfig):
         ValueError: When a value is outside its range; the message names the value and the remedy.
     """
 
-    keys_to_ignore_at_inference = ["cache_params"]
+    keys_to_ignore_at_inference = ["cache"]
     attribute_map = {"d_state": "state_size", "d_model": "hidden_size"}
     per_layer_fields: ClassVar[frozenset[str]] = frozenset({"state_size", "dropout"})
 

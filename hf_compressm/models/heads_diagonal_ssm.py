@@ -12,26 +12,26 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils.generic import ModelOutput
 
+from .cache_diagonal_ssm import CachedOutput, one_cache
 from .configuration_diagonal_ssm import DiagonalSSMConfig
 from .modeling_diagonal_ssm import DiagonalSSMModel, DiagonalSSMPreTrainedModel
 
 
 @dataclass
-class DiagonalSSMCausalLMOutput(ModelOutput):
+class DiagonalSSMCausalLMOutput(CachedOutput):
     """Output of the causal language models.
 
     Args:
         loss: Next-token cross entropy, with `labels`.
         logits: `(batch, length, vocab_size)`, before the softmax.
-        cache_params: One recurrent state per layer; pass it back with the tokens that follow.
+        cache: One recurrent state per layer; pass it back with the tokens that follow.
         hidden_states: The encoded input and each block's output, with `output_hidden_states=True`.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
-    cache_params: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
@@ -120,8 +120,8 @@ class DiagonalSSMForCausalLM(DiagonalSSMPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        # `generate()` would prepare one under the name `past_key_values` and ask it for its length in tokens. Without
-        # it, the first forward pass builds the cache and `generate()` carries it on as `cache_params`.
+        # Before transformers 5.24 `generate()` would prepare one under the name `past_key_values` and ask it for its
+        # length in tokens. Without it, the first forward pass builds the cache and `generate()` carries it on.
         return False
 
     def prepare_inputs_for_generation(
@@ -132,7 +132,7 @@ class DiagonalSSMForCausalLM(DiagonalSSMPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Prepares one step: the prompt with its mask first, then single tokens, which are never padding."""
-        model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc] # typed for a protocol of theirs
+        model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if kwargs.get("use_cache") and not is_first_iteration:
@@ -144,12 +144,13 @@ class DiagonalSSMForCausalLM(DiagonalSSMPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache_params: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | DiagonalSSMCausalLMOutput:
         """Predicts next tokens; arguments as in [`DiagonalSSMModel`].
@@ -158,24 +159,23 @@ class DiagonalSSMForCausalLM(DiagonalSSMPreTrainedModel, GenerationMixin):
             input_ids: Tokens `(batch, length)`.
             attention_mask: `(batch, length)`, 0 at padding, on either side.
             inputs_embeds: Encoded input `(batch, length, H)`, instead of `input_ids`.
-            cache_params: States after the tokens that came before; `input_ids` then holds only those that follow.
+            cache: States after the tokens that came before; `input_ids` then holds only those that follow.
             labels: `(batch, length)`, shifted inside the model; positions with -100 do not count.
             use_cache: Whether to return the states; by default `config.use_cache` outside training.
             output_hidden_states: Whether to return the encoded input and every block's output.
             return_dict: Whether to return a [`DiagonalSSMCausalLMOutput`] rather than a tuple.
             logits_to_keep: Compute the logits of this many last positions only (0: all), or of these positions.
+            cache_params: An older name of `cache`, under which `generate()` passes it before transformers 5.24.
             **kwargs: Passed to the loss, `num_items_in_batch` among them.
         """
         if kwargs.get("past_key_values") is not None:
-            raise ValueError(
-                "Got `past_key_values`; this model has no keys or values, pass its cache as `cache_params`."
-            )
+            raise ValueError("Got `past_key_values`; this model has no keys or values, pass its cache as `cache`.")
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            cache_params=cache_params,
+            cache=one_cache(cache, cache_params),
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -186,6 +186,6 @@ class DiagonalSSMForCausalLM(DiagonalSSMPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output = DiagonalSSMCausalLMOutput(
-            loss=loss, logits=logits, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
         return output if return_dict else output.to_tuple()

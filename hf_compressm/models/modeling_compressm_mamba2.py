@@ -83,28 +83,33 @@ class CompreSSMamba2Mixer(Mamba2Mixer):
     def forward(
         self,
         hidden_states: Tensor,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
+        cache_params: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Maps `(batch, length, hidden_size)` to the same shape; see [`~transformers.Mamba2Model`] for the rest."""
+        """Maps `(batch, length, hidden_size)` to the same shape; see [`~transformers.Mamba2Model`] for the rest.
+
+        The stock block passes its cache as `cache`, before transformers 5.24 as `cache_params`.
+        """
+        cache = cache_params if cache is None else cache
         if self.B_proj is None:
-            return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
-        return self._forward_projected(hidden_states, cache_params, attention_mask, **kwargs)
+            return super().forward(hidden_states, cache, attention_mask, **kwargs)
+        return self._forward_projected(hidden_states, cache, attention_mask, **kwargs)
 
     @force_accelerate_hooks("conv1d")
     def _forward_projected(
-        self, hidden_states: Tensor, cache_params: Cache | None, attention_mask: Tensor | None, **kwargs: Any
+        self, hidden_states: Tensor, cache: Cache | None, attention_mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
         dtype = hidden_states.dtype
         past = None
-        if cache_params is not None and cache_params.has_previous_state(self.layer_idx):
-            past = cache_params.layers[self.layer_idx]
+        if cache is not None and cache.has_previous_state(self.layer_idx):
+            past = cache.layers[self.layer_idx]
         hidden_states = modeling_mamba2.apply_mask_to_padding_states(hidden_states, attention_mask)
         gate, x_B_C, dt = self.in_proj(hidden_states).split(
             [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
         )
-        x_B_C = self._convolve(x_B_C.transpose(1, 2), past, cache_params, **kwargs).transpose(1, 2)
+        x_B_C = self._convolve(x_B_C.transpose(1, 2), past, cache, **kwargs).transpose(1, 2)
         x_B_C = modeling_mamba2.apply_mask_to_padding_states(x_B_C, attention_mask)
         channels = self.n_groups * self.conv_state_size
         x, B, C = x_B_C.split([self.intermediate_size, channels, channels], dim=-1)
@@ -113,18 +118,18 @@ class CompreSSMamba2Mixer(Mamba2Mixer):
         if past is not None and x.shape[1] == 1:
             y = self._step(x[:, 0], B[:, 0], C[:, 0], dt, past.recurrent_states[0], **kwargs)[:, None]
         else:
-            y = self._scan(x, B, C, dt, past, cache_params, **kwargs)
+            y = self._scan(x, B, C, dt, past, cache, **kwargs)
         return self.out_proj(self.norm(y.flatten(2), gate).to(dtype))
 
-    def _convolve(self, x_B_C: Tensor, past: Any, cache_params: Cache | None, **kwargs: Any) -> Tensor:
+    def _convolve(self, x_B_C: Tensor, past: Any, cache: Cache | None, **kwargs: Any) -> Tensor:
         """Causal convolution and activation of `(batch, conv_dim, length)`, from and to the cache."""
         weight, bias, length = self.conv1d.weight.squeeze(1), self.conv1d.bias, x_B_C.shape[-1]
         if past is not None and length == 1 and not past.record_past:
             return modeling_mamba2.causal_conv1d_update(
                 x_B_C, past.conv_states[0], weight, bias, activation=self.activation
             )
-        if cache_params is not None:  # returns the steps before with these
-            x_B_C = cache_params.update_conv_state(x_B_C, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+        if cache is not None:  # returns the steps before with these
+            x_B_C = cache.update_conv_state(x_B_C, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
         x_B_C = modeling_mamba2.causal_conv1d_fn(x_B_C, weight, bias, activation=self.activation, **kwargs)
         return x_B_C[..., -length:]
 
@@ -146,7 +151,7 @@ class CompreSSMamba2Mixer(Mamba2Mixer):
         )
 
     def _scan(
-        self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, past: Any, cache_params: Cache | None, **kwargs: Any
+        self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, past: Any, cache: Cache | None, **kwargs: Any
     ) -> Tensor:
         """The recurrence over `(batch, length, H, P)`, from and to the cache's state."""
         result = modeling_mamba2.mamba2_chunk_scan(
@@ -158,17 +163,17 @@ class CompreSSMamba2Mixer(Mamba2Mixer):
             chunk_size=self.chunk_size,
             D=self.D,
             z=None,
-            return_final_states=cache_params is not None,
+            return_final_states=cache is not None,
             dt_bias=self.dt_bias,
             dt_softplus=True,
             initial_states=None if past is None else past.recurrent_states[0],
             dt_limit=self.time_step_limit,
             **kwargs,
         )
-        if cache_params is None:
+        if cache is None:
             return result
         y, state = result
-        cache_params.update_recurrent_state(state, layer_idx=self.layer_idx)
+        cache.update_recurrent_state(state, layer_idx=self.layer_idx)
         return y
 
     def extra_repr(self) -> str:

@@ -15,25 +15,24 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
-from .cache_diagonal_ssm import read_state, write_state
+from .cache_diagonal_ssm import CachedOutput, one_cache, read_state, write_state
 from .configuration_diagonal_ssm import DiagonalSSMConfig
 from .layers_diagonal_ssm import BATCH_NORM_MOMENTUM, DiagonalSSMLayer, GatedActivation, MaskedBatchNorm
 
 
 @dataclass
-class DiagonalSSMOutput(ModelOutput):
+class DiagonalSSMOutput(CachedOutput):
     """Output of the backbones.
 
     Args:
         last_hidden_state: `(batch, length, H)`.
-        cache_params: One recurrent state per layer; pass it back with the inputs that follow.
+        cache: One recurrent state per layer; pass it back with the inputs that follow.
         hidden_states: The encoded input and each block's output, with `output_hidden_states=True`.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
-    cache_params: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
@@ -60,7 +59,7 @@ class DiagonalSSMBlock(GradientCheckpointingLayer):
         self.activation = GatedActivation(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, cache_params: Cache | None = None
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, cache: Cache | None = None
     ) -> torch.Tensor:
         """Maps `(batch, length, H)` to the same shape; `mask` `(batch, length)` is True where there is no padding."""
         residual = hidden_states
@@ -68,12 +67,12 @@ class DiagonalSSMBlock(GradientCheckpointingLayer):
             hidden_states = self._normalise(hidden_states, mask)
         if mask is not None:  # zero input leaves no trace of padding in the states
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0.0)
-        if cache_params is None:
+        if cache is None:
             hidden_states = self.ssm(hidden_states)
         else:
-            state = read_state(cache_params, self.layer_idx, hidden_states.shape[0], self.ssm.slots)
+            state = read_state(cache, self.layer_idx, hidden_states.shape[0], self.ssm.slots)
             hidden_states, state = self.ssm(hidden_states, state, return_last_state=True)
-            write_state(cache_params, self.layer_idx, state)
+            write_state(cache, self.layer_idx, state)
         hidden_states = residual + self.activation(hidden_states)
         return hidden_states if self.prenorm else self._normalise(hidden_states, mask)
 
@@ -141,24 +140,26 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         input_values: torch.FloatTensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache_params: Cache | None = None,
     ) -> tuple[Any, ...] | DiagonalSSMOutput:
         """Runs encoder and blocks on exactly one of `input_ids`, `input_values` and `inputs_embeds`.
 
         Args:
             input_ids: Tokens `(batch, length)`.
             attention_mask: `(batch, length)`, 0 at padding, which may stand on either side and never enters a state.
-                With `cache_params` it may cover earlier steps too. Behind padding on the right the returned cache has
+                With `cache` it may cover earlier steps too. Behind padding on the right the returned cache has
                 decayed for as many steps: pad on the left to continue from it.
             inputs_embeds: Encoded input `(batch, length, H)`.
             input_values: Continuous frames `(batch, length, input_size)`.
-            cache_params: States after the steps that came before; updated in place. Gradients stop there.
+            cache: States after the steps that came before; updated in place. Gradients stop there.
             use_cache: Whether to return the states; by default `config.use_cache` outside training.
             output_hidden_states: Whether to return the encoded input and every block's output.
             return_dict: Whether to return a [`DiagonalSSMOutput`] rather than a tuple.
+            cache_params: An older name of `cache`.
 
         Raises:
             ValueError: When the input is not exactly one of the three, or mask, cache and model do not fit it.
@@ -167,16 +168,17 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         return_dict = self.config.return_dict if return_dict is None else return_dict
         hidden_states = self._encode(input_ids, input_values, inputs_embeds)
-        mask = self._padding_mask(attention_mask, hidden_states, cache_params)
-        cache_params = self._prepare_cache(cache_params, use_cache)
+        cache = one_cache(cache, cache_params)
+        mask = self._padding_mask(attention_mask, hidden_states, cache)
+        cache = self._prepare_cache(cache, use_cache)
 
         all_hidden_states: tuple[torch.Tensor, ...] = (hidden_states,)
         for block in self.layers:
-            hidden_states = block(hidden_states, mask=mask, cache_params=cache_params)
+            hidden_states = block(hidden_states, mask=mask, cache=cache)
             all_hidden_states += (hidden_states,)
         output = DiagonalSSMOutput(
             last_hidden_state=hidden_states,
-            cache_params=cache_params,
+            cache=cache,
             hidden_states=all_hidden_states if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()
@@ -212,13 +214,13 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
         return self.encoder(input_values.to(self.encoder.weight.dtype))
 
     def _padding_mask(
-        self, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor, cache_params: Cache | None
+        self, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor | None:
         if attention_mask is None:
             return None
         batch_size, length = hidden_states.shape[:2]
         mask = attention_mask
-        if cache_params is not None and mask.ndim == 2 and mask.shape[1] > length:
+        if cache is not None and mask.ndim == 2 and mask.shape[1] > length:
             mask = mask[:, -length:]
         if mask.shape != (batch_size, length):
             raise ValueError(
@@ -226,17 +228,17 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
             )
         return mask.to(hidden_states.device).bool()
 
-    def _prepare_cache(self, cache_params: Cache | None, use_cache: bool | None) -> Cache | None:
+    def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         checkpointing = self.gradient_checkpointing and self.training
-        if cache_params is not None and checkpointing:
+        if cache is not None and checkpointing:
             raise ValueError(
-                "`cache_params` cannot be used with gradient checkpointing, which would run each step twice: call "
+                "`cache` cannot be used with gradient checkpointing, which would run each step twice: call "
                 "`model.eval()` or switch gradient checkpointing off first."
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.layers and self.layers[0].ssm.bidirectional:
             use_cache = False
-        if cache_params is None and use_cache and not checkpointing:
+        if cache is None and use_cache and not checkpointing:
             return DynamicCache(config=self.config)
-        return cache_params
+        return cache

@@ -76,7 +76,7 @@ def test_padding_changes_nothing_in_both_directions(side):
     outputs = model(torch.cat([x, pad][::step], 1), torch.cat([mask, pad_mask][::step], 1)).last_hidden_state
     kept = outputs[:, :6] if side == "right" else outputs[:, -6:]
     assert_close(kept, model(x).last_hidden_state, rtol=TOLERANCE, atol=TOLERANCE)
-    assert model(x, use_cache=True).cache_params is None
+    assert model(x, use_cache=True).cache is None
 
 
 @families
@@ -118,8 +118,8 @@ def test_outputs_and_tuples(family):
     last, cache = model(x, return_dict=False)
     assert_close(last, outputs.last_hidden_state)
     assert cache.layers[0].recurrent_states[0].is_complex()
-    assert model(x, use_cache=False).cache_params is None
-    assert model.train()(x).cache_params is None
+    assert model(x, use_cache=False).cache is None
+    assert model.train()(x).cache is None
     assert_close(model.eval()(inputs_embeds=model.embeddings(x)).last_hidden_state, last)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from tests.caches import as_cache, cache_of
 from tests.models.cases import enable_checkpointing, tokens
 from tests.models.cases_mamba import MAMBA, MAMBA_FAMILIES, left_padded
 
@@ -94,7 +95,7 @@ def test_each_layer_has_tensors_of_its_own_size(family):
             assert mixer.conv_state_size == channels
             assert mixer.conv_dim == mixer.conv1d.weight.shape[0] == 16 + 2 * 2 * channels
             assert mixer.in_proj.weight.shape == (16 + mixer.conv_dim + 4, 8)
-    cache = model(tokens(), use_cache=True).cache_params
+    cache = cache_of(model(tokens(), use_cache=True))
     assert [layer.recurrent_states[0].shape[-1] for layer in cache.layers] == [3, 6, 1]
 
 
@@ -120,7 +121,7 @@ def test_decoding_from_a_cache_equals_the_whole_sequence(family):
     outputs = model(x[:, :4], use_cache=True)
     logits = [outputs.logits]
     for k in range(4, 9):
-        outputs = model(x[:, k : k + 1], cache_params=outputs.cache_params, use_cache=True)
+        outputs = model(x[:, k : k + 1], **as_cache(model, cache_of(outputs)), use_cache=True)
         logits.append(outputs.logits)
     assert_close(torch.cat(logits, dim=1), model(x).logits, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -160,7 +161,7 @@ def test_bfloat16_is_float32_to_its_round_off(family):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert_close(logits, expected, rtol=BFLOAT16, atol=BFLOAT16 * expected.abs().max().item())
     outputs = model(x[:, :4], use_cache=True)
-    model(x[:, 4:5], cache_params=outputs.cache_params, use_cache=True)
+    model(x[:, 4:5], **as_cache(model, cache_of(outputs)), use_cache=True)
     model.train()(x, labels=x).loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 

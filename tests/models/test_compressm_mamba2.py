@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from tests.caches import as_cache, cache_of
 from tests.models.cases import perturbed, tokens
 from tests.models.cases_mamba import MAMBA2, left_padded
 
@@ -60,9 +61,20 @@ def test_continuing_from_a_cache_equals_the_whole_sequence(layout, cuts):
     model, x = MAMBA2.causal_model(**{**PROJECTED, **layout}), tokens()
     cache, logits = DynamicCache(config=model.config), []
     for start, end in zip((0, *cuts), (*cuts, 9), strict=True):
-        logits.append(model(x[:, start:end], cache_params=cache, use_cache=True).logits)
+        logits.append(model(x[:, start:end], **as_cache(model, cache), use_cache=True).logits)
     assert_close(torch.cat(logits, dim=1), model(x).logits, rtol=TOLERANCE, atol=TOLERANCE)
     assert cache.layers[0].recurrent_states[0].shape == (3, 4, 4, layout.get("state_size", 3))
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["projected", "stock"])
+def test_the_mixer_takes_its_cache_by_either_name(index):
+    model, hidden_states = MAMBA2.causal_model(), torch.randn(2, 9, 8)
+    mixer = model.backbone.layers[index].mixer
+    expected = mixer(hidden_states)
+    for name in ("cache", "cache_params"):
+        cache = {name: DynamicCache(config=model.config)}
+        parts = [mixer(hidden_states[:, start:end], **cache) for start, end in ((0, 4), (4, 5), (5, 9))]
+        assert_close(torch.cat(parts, dim=1), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_a_cache_that_records_its_past_decodes_alike():
@@ -71,7 +83,7 @@ def test_a_cache_that_records_its_past_decodes_alike():
     for layer in cache.layers:
         layer.activate_past_recording()
     for start, end in ((0, 5), (5, 6), (6, 9)):
-        logits.append(model(x[:, start:end], cache_params=cache, use_cache=True).logits)
+        logits.append(model(x[:, start:end], **as_cache(model, cache), use_cache=True).logits)
     assert_close(torch.cat(logits, dim=1), model(x).logits, rtol=TOLERANCE, atol=TOLERANCE)
     assert cache.layers[0].conv_states[0].shape[-1] == 9
 
@@ -80,9 +92,9 @@ def test_left_padding_in_a_continuation_leaves_no_trace():
     model, rows, lengths = MAMBA2.causal_model(**PROJECTED), tokens(2, 7), [7, 4]
     padded, mask = left_padded(rows, lengths)
     outputs = model(padded[:, :5], attention_mask=mask[:, :5], use_cache=True)
-    cache = outputs.cache_params
+    cache = cache_of(outputs)
     logits = [outputs.logits]
-    logits.append(model(padded[:, 5:], attention_mask=mask, cache_params=cache, use_cache=True).logits)
+    logits.append(model(padded[:, 5:], attention_mask=mask, **as_cache(model, cache), use_cache=True).logits)
     for row, length, found in zip(rows, lengths, torch.cat(logits, dim=1), strict=True):
         assert_close(found[7 - length :], model(row[None, :length]).logits[0], rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -147,10 +159,10 @@ def test_without_a_projection_the_stock_mixer_runs(monkeypatch):
 )
 def test_functions_are_called_where_they_are_patched(monkeypatch, name, length):
     model, x = MAMBA2.causal_model(**PROJECTED), tokens()
-    cache = model(x, use_cache=True).cache_params
+    cache = cache_of(model(x, use_cache=True))
     stock, calls = getattr(modeling_mamba2, name), []
     monkeypatch.setattr(modeling_mamba2, name, lambda *a, **k: (calls.append(name), stock(*a, **k))[1])
-    model(x[:, :length], cache_params=cache, use_cache=True)
+    model(x[:, :length], **as_cache(model, cache), use_cache=True)
     assert len(calls) == 3
 
 

@@ -56,7 +56,7 @@ def test_defaults_and_aliases(family):
     assert config.vocab_size is None
     assert family.config_class(d_state=6).state_size == 6
     assert config.layer_types == ["linear_attention"] * config.num_hidden_layers
-    assert "cache_params" in config.keys_to_ignore_at_inference
+    assert "cache" in config.keys_to_ignore_at_inference
 
 
 @families

@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import DynamicCache
 
+from tests.caches import cache_of
 from tests.models.cases import FAMILIES, LRU, enable_checkpointing, tokens
 
 
@@ -19,7 +22,7 @@ def test_cached_logits_equal_those_of_the_whole_sequence(family):
     outputs = model(x[:, :4], use_cache=True)
     logits = [outputs.logits]
     for k in range(4, 9):
-        outputs = model(x[:, k : k + 1], cache_params=outputs.cache_params)
+        outputs = model(x[:, k : k + 1], cache=outputs.cache)
         logits.append(outputs.logits)
     assert_close(torch.cat(logits, dim=1), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -53,7 +56,7 @@ def test_generation_costs_one_token_per_step(family, monkeypatch):
     model.backbone.register_forward_hook(lambda _, __, outputs: lengths.append(outputs[0].shape[1]))
     outputs = model.generate(x, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
     assert lengths == [5, 1, 1, 1]
-    assert outputs.past_key_values.layers[0].recurrent_states[0].shape[0] == 2
+    assert cache_of(outputs).layers[0].recurrent_states[0].shape[0] == 2
 
 
 @families
@@ -74,9 +77,9 @@ def test_generation_continues_from_a_cache_and_from_embeddings(family):
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(x, **settings)[:, 6:]
     cache = DynamicCache(config=model.config)
-    model(x[:, :4], cache_params=cache)
+    model(x[:, :4], cache=cache)
     mask = torch.ones(2, 6, dtype=torch.long)  # may cover what the cache holds
-    continued = model.generate(x[:, 4:], cache_params=cache, attention_mask=mask, **settings)
+    continued = model.generate(x[:, 4:], cache=cache, attention_mask=mask, **settings)
     assert_close(continued[:, 2:], expected)
     embeddings = model.get_input_embeddings()(x)
     assert_close(model.generate(inputs_embeds=embeddings, **settings), expected)
@@ -85,31 +88,48 @@ def test_generation_continues_from_a_cache_and_from_embeddings(family):
 @families
 def test_a_stale_cache_is_refused_with_both_sizes(family):
     old, new, x = family.causal_model(), family.causal_model(**PER_LAYER), tokens()
-    cache = old(x, use_cache=True).cache_params
+    cache = old(x, use_cache=True).cache
     sizes = old.backbone.layers[0].ssm.slots, new.backbone.layers[0].ssm.slots
     with pytest.raises(ValueError, match=f"holds {sizes[0]} states for layer 0, but the layer now has {sizes[1]}"):
-        new(x, cache_params=cache)
+        new(x, cache=cache)
     with pytest.raises(ValueError, match="holds 3 sequences at layer 0, but the input has 1"):
-        old(x[:1], cache_params=cache)
+        old(x[:1], cache=cache)
     with pytest.raises(ValueError, match=r"DynamicCache\(config=model\.config\)"):
-        old(x, cache_params=DynamicCache())
-    with pytest.raises(ValueError, match="pass its cache as `cache_params`"):
+        old(x, cache=DynamicCache())
+    with pytest.raises(ValueError, match="pass its cache as `cache`"):
         old(x, past_key_values=cache)
     enable_checkpointing(old)
     with pytest.raises(ValueError, match="cannot be used with gradient checkpointing"):
-        old.train()(x, cache_params=cache)
+        old.train()(x, cache=cache)
 
 
 def test_a_reset_cache_starts_over():
     model, x = LRU.causal_model(), tokens()
-    cache = model(x, use_cache=True).cache_params
+    cache = model(x, use_cache=True).cache
     cache.reset()
-    assert_close(model(x, cache_params=cache).logits, model(x).logits, rtol=0, atol=0)
+    assert_close(model(x, cache=cache).logits, model(x).logits, rtol=0, atol=0)
+
+
+def test_the_cache_goes_by_its_older_name_too():
+    model, x = LRU.causal_model(), tokens()
+    outputs = model(x[:, :4], use_cache=True)
+    assert "cache_params" in outputs
+    assert outputs.cache_params is outputs["cache_params"] is outputs.cache
+    assert list(outputs) == ["logits", "cache"]
+    assert "cache_params" not in model(x, use_cache=False)
+    expected = model(x).logits[:, 4:]
+    for runs in (model, lambda x, **cache: model.lm_head(model.backbone(x, **cache).last_hidden_state)):
+        cache = copy.deepcopy(outputs.cache)
+        logits = runs(x[:, 4:], cache_params=cache)
+        assert_close(getattr(logits, "logits", logits), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    model(x, cache=cache, cache_params=cache)
+    with pytest.raises(ValueError, match="pass one, as `cache`"):
+        model(x, cache=cache, cache_params=outputs.cache)
 
 
 def test_gradients_stop_at_the_cache():
     model, x = LRU.causal_model(), tokens()
     first = model(x, use_cache=True)
-    second = model(x, cache_params=first.cache_params)
+    second = model(x, cache=first.cache)
     (first.logits.sum() + second.logits.sum()).backward()
-    assert not first.cache_params.layers[0].recurrent_states[0].requires_grad
+    assert not first.cache.layers[0].recurrent_states[0].requires_grad

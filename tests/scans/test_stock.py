@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_compressm.scans.kernels as kernels
 import hf_compressm.scans.stock as stock
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
+from tests.caches import as_cache, cache_of
 from tests.stock_configs import OWN, stock_settings
 
 
@@ -196,11 +197,11 @@ def test_same_caches(family, dtype):
     for _ in range(2):
         with torch.no_grad():
             output = model(tokens[:, :65], use_cache=True)
-            cache = output.get("past_key_values", output.get("cache_params"))
+            cache = cache_of(output)
             states = [state.clone() for state in states_in(cache)]
-            name = "cache_params" if "cache_params" in output else "past_key_values"
             rest = [
-                model(tokens[:, start:stop], use_cache=True, **{name: cache}) for start, stop in ((65, 66), (66, 70))
+                model(tokens[:, start:stop], use_cache=True, **as_cache(model, cache))
+                for start, stop in ((65, 66), (66, 70))
             ]
         runs.append([output.logits, *states, *(step.logits for step in rest), *states_in(cache)])
         enable_fast_selective_scan()
