@@ -106,6 +106,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Cut, if it is time to; or go back from a cut that was not recovered from."""
         step = state.global_step
+        if self._recovery.lacks_metric(step, self._cut_follows(step)):  # the checkpoint came before the evaluation
+            self._present_trainer().evaluate()
         if self._recovery.pending is not None and self._recovery.pending.worse:
             self._roll_back(step, kwargs["model"], args)
         elif self._cut_follows(step):
@@ -178,7 +180,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 write_json(folder / HISTORY_FILE, self._run())
             except OSError as error:  # the trained model must not be lost over it
                 logger.warning(f"The history of the cuts could not be written: {error}")
-            self._recovery.clean(folder)
+            if state.global_step >= state.max_steps:  # a run that was stopped may go on, from before a verdict
+                self._recovery.clean(folder)
 
     def _measure(self) -> None:
         """Measure the ranking of this step, once."""
