@@ -45,6 +45,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
             "recovery_steps": 3,
             "metric_tolerance": 0,
         },
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # so that what the model learns after the cut looks like harm
         "eval_strategy": "steps",
         "eval_steps": 1,
         "learning_rate": 1e-5,
