@@ -22,6 +22,7 @@ from hf_compressm.history import CutEvent, from_record, rollback_event, scalars,
 from hf_compressm.recovery import RecoveryGuard, metric_name
 from hf_compressm.refusals import check_guards, refuse_engines
 from hf_compressm.resuming import watch_loading
+from hf_compressm.saving import watch_saving
 from hf_compressm.scans import enable_fast_selective_scan
 from hf_compressm.schedule import Trigger, trigger_for
 
@@ -60,6 +61,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._reduction_share = 1.0  # halved by every rollback
         self._recovery = RecoveryGuard(self.config)
         self._last_cut: int | None = None
+        self._measured: int | None = None  # the step after which the ranking was measured last
         self._learning_rates: list[Any] | None = None
 
     def state(self) -> dict[str, Any]:
@@ -82,6 +84,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._trainer = _calling_trainer()
         if self._trainer is not None and (trainer := self._trainer()) is not None:
             watch_loading(trainer, self.config.allow_optimizer_reset)
+            watch_saving(trainer, self._measure, self._seal)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -100,8 +103,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         enable_fast_selective_scan()
         self._restore(state)
         self._last_cut = _last_cut_before(model, state.global_step)
+        self._measured = state.global_step
         trainer = self._present_trainer()
         watch_loading(trainer, self.config.allow_optimizer_reset)
+        watch_saving(trainer, self._measure, self._seal)
         check_guards(trainer, self.config, self._trigger, state.max_steps)
         logger.info(f"CompreSSM cuts {self._trigger.describe()}, of {state.max_steps}.")
 
@@ -110,6 +115,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Cut, if it is time to; or go back from a cut that was not recovered from."""
         step = state.global_step
+        if self._recovery.lacks_metric(step, self.cut_follows(step)):  # the checkpoint came before the evaluation
+            self._present_trainer().evaluate()
         if self._recovery.pending is not None and self._recovery.pending.worse:
             self._roll_back(step, kwargs["model"], args)
         elif self.cut_follows(step):
@@ -140,10 +147,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> TrainerControl:
         """Measure the ranking, and ask for the evaluations and checkpoints that guards and settings need."""
         step = state.global_step
-        if self._trigger is not None and self._recovery.pending is None:
-            logged = self._trigger.observe(step)
-            if logged:
-                self._present_trainer().log(logged)
+        self._measure()
         follows = self.cut_follows(step)
         after_a_cut = any(event.step == step - 1 and event.outcome == "cut" for event in self.events)
         if (follows and self._recovery.is_on) or ((follows or after_a_cut) and self.config.save_around_cuts):
@@ -160,12 +164,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._recovery.see(args, state.global_step, kwargs.get("metrics", {}), follows)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the history beside the weights, and seal the checkpoint."""
-        folder = self._run_folder() / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():
-            write_json(folder / HISTORY_FILE, self._run())
-            seal_checkpoint(folder)
-            self._recovery.clean(folder.parent)
+        """Remove what was kept for a rollback that can no longer come, now that a checkpoint is sealed."""
+        if args.should_save:
+            self._recovery.clean(self._run_folder())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,7 +189,22 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 write_json(folder / HISTORY_FILE, self._run())
             except OSError as error:  # the trained model must not be lost over it
                 logger.warning(f"The history of the cuts could not be written: {error}")
-            self._recovery.clean(folder)
+            if state.global_step >= state.max_steps:  # a run that was stopped may go on, from before a verdict
+                self._recovery.clean(folder)
+
+    def _measure(self) -> None:
+        """Measure the ranking of this step, once."""
+        step = self._present_trainer().state.global_step
+        if self._trigger is not None and self._recovery.pending is None and step != self._measured:
+            self._measured = step
+            logged = self._trigger.observe(step)
+            if logged:
+                self._present_trainer().log(logged)
+
+    def _seal(self, folder: Path) -> None:
+        """Write the history beside the weights, and seal the checkpoint."""
+        write_json(folder / HISTORY_FILE, self._run())
+        seal_checkpoint(folder)
 
     def _cut(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any, dataloader: Any) -> None:
         """Cut under the guard, and begin a recovery where the metric is to be seen later."""

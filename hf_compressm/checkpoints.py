@@ -45,6 +45,30 @@ def seal_checkpoint(directory: str | Path) -> None:
     write_json(directory / SEAL, {"schema_version": SEAL_VERSION, "files": files})
 
 
+def unseal_checkpoint(directory: str | Path) -> None:
+    """Make a checkpoint that is about to be written over count no longer, until it is whole again.
+
+    Its sealed files are removed, not written into: a copy by hard links keeps them. So is the Trainer's state, which
+    is written last: without it the checkpoint is not complete, and old files and new ones do not pass for one.
+
+    Args:
+        directory: of a checkpoint; it need not be there.
+
+    Raises:
+        OSError: from the file system.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        return
+    sealed = _sealed_names(directory)
+    for path in (directory / SEAL, directory / TRAINER_STATE_FILE):
+        path.unlink(missing_ok=True)
+    sync_directory(directory)
+    for path in list(_files(directory)):
+        if path.relative_to(directory).as_posix() in sealed:
+            path.unlink()
+
+
 def find_last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint of a run from which training can go on, whatever happened to the run.
 
@@ -152,10 +176,18 @@ def _compare_with_seal(directory: Path) -> None:
             raise ValueError(f"{path} is damaged: its {wrong} is not what was written.")
 
 
+def _sealed_names(directory: Path) -> set[str]:
+    """What a checkpoint's seal lists; nothing if it has none that can be read."""
+    try:
+        return set(read_json(directory / SEAL).get("files") or ())
+    except (ValueError, TypeError):
+        return set()
+
+
 def _files(directory: Path) -> Iterator[Path]:
-    """Every file below a directory but the seal and what an interrupted write left."""
+    """Every file below a directory but the seal, what an interrupted write left, and transformers' passing note."""
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name != SEAL and not path.name.startswith(f".{SEAL}"):
+        if path.is_file() and path.name not in (SEAL, UNFINISHED_FILE) and not path.name.startswith(f".{SEAL}"):
             yield path
 
 

@@ -64,7 +64,6 @@ class RecoveryGuard:
         self._config = config
         self.pending: Recovery | None = None
         self._metric_before: float | None = None
-        self._finished: list[str] = []  # kept checkpoints, until another one is complete
 
     @property
     def is_on(self) -> bool:
@@ -74,6 +73,11 @@ class RecoveryGuard:
     def wants_metric(self, step: int, cut_follows: bool) -> bool:
         """Whether this step has to be evaluated: a cut comes next, or a recovery is over."""
         return self.is_on and (cut_follows or (self.pending is not None and step == self.pending.due))
+
+    def lacks_metric(self, step: int, cut_follows: bool) -> bool:
+        """Whether a step that was to be evaluated is over and was not."""
+        due = self.pending is not None and self.pending.worse is None and step >= self.pending.due
+        return self.is_on and (due or (cut_follows and self._metric_before is None))
 
     def see(self, args: TrainingArguments, step: int, metrics: Mapping[str, float], cut_follows: bool) -> None:
         """Note the metric before a cut, and judge a recovery that is over."""
@@ -89,7 +93,6 @@ class RecoveryGuard:
         self.pending = judged if judged.worse else None
         if not judged.worse:
             logger.info(f"CompreSSM keeps the cut after step {judged.step}: {judged.before:.4g} -> {value:.4g}.")
-            self._finished.append(judged.folder)
 
     def keep(self, run_folder: Path, step: int) -> str | None:
         """Keep the checkpoint from before a cut out of the Trainer's rotation; its name, None where nothing waits.
@@ -106,21 +109,20 @@ class RecoveryGuard:
         if kept is not None and self._metric_before is not None and event.outcome == "cut":
             due = event.step + recovery_length(self._config, max_steps)
             self.pending = Recovery(event.step, due, kept, self._metric_before)
-        elif kept is not None:
-            self._finished.append(kept)
         self._metric_before = None
 
     def end(self) -> None:
         """The pending cut was rolled back."""
-        if self.pending is not None:
-            self._finished.append(self.pending.folder)
         self.pending = None
 
     def clean(self, run_folder: Path) -> None:
-        """Remove kept checkpoints that nothing can go back to, now that another checkpoint is complete."""
-        for folder in self._finished:
-            shutil.rmtree(run_folder / folder, ignore_errors=True)
-        self._finished = []
+        """Remove kept checkpoints that nothing goes back to, now that another checkpoint is complete.
+
+        Those of a run that was interrupted are among them.
+        """
+        for kept in run_folder.glob(f"{KEPT_PREFIX}checkpoint-*"):
+            if self.pending is None or kept.name != self.pending.folder:
+                shutil.rmtree(kept, ignore_errors=True)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-ready."""

@@ -32,6 +32,7 @@ FLOORS = {
     "recovery": 6,
     "refusals": 6,
     "resuming": 6,
+    "saving": 6,
     "schedule": 6,
     "cli": 7,
     "reporting": 7,

@@ -1,0 +1,55 @@
+"""Checkpoints inside a Trainer: whoever asks for one, it counts only when all of it is there.
+
+A Trainer writes over a checkpoint of the same step file by file, when a run goes on from an earlier one or is told to
+end just after a save; and its just-in-time checkpoint tells no callback. So the method by which a Trainer saves is
+stood in front of.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from hf_compressm.checkpoints import unseal_checkpoint
+
+
+class CheckpointSaver:
+    """Stands in front of a Trainer's method that saves, once for each Trainer.
+
+    Args:
+        trainer: whose method is stood in front of.
+        prepare: called before anything is written.
+        finish: called with the checkpoint's directory when the Trainer has written all its files.
+    """
+
+    def __init__(self, trainer: Trainer, prepare: Callable[[], None], finish: Callable[[Path], None]) -> None:
+        """Take the Trainer's method."""
+        self.trainer = trainer
+        self.prepare = prepare
+        self.finish = finish
+        self._save: Callable[[Any, Any], None] = trainer._save_checkpoint
+        vars(trainer).update(_save_checkpoint=self.save_checkpoint)
+
+    def save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint that is complete from its seal on, and not before.
+
+        Raises:
+            OSError: from the file system; the checkpoint has then no seal.
+        """
+        self.prepare()
+        folder = Path(self.trainer._get_output_dir(trial=trial)) / f"checkpoint-{self.trainer.state.global_step}"
+        if self.trainer.args.should_save:
+            unseal_checkpoint(folder)
+        self._save(model, trial)
+        if self.trainer.args.should_save and folder.is_dir():
+            self.finish(folder)
+
+
+def watch_saving(trainer: Trainer, prepare: Callable[[], None], finish: Callable[[Path], None]) -> CheckpointSaver:
+    """The saver that stands in front of a Trainer's method, put there by the first call."""
+    saver = getattr(trainer._save_checkpoint, "__self__", None)
+    if not isinstance(saver, CheckpointSaver):
+        return CheckpointSaver(trainer, prepare, finish)
+    saver.prepare, saver.finish = prepare, finish
+    return saver
