@@ -9,7 +9,8 @@ import tempfile
 HUB_CACHE = tempfile.mkdtemp(prefix="hf-compressm-tests-")
 atexit.register(shutil.rmtree, HUB_CACHE, ignore_errors=True)
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+CORES = os.cpu_count() or 1
+THREADS = max(1, min(CORES // WORKERS, int(os.environ.get("OMP_NUM_THREADS") or CORES)))
 
 # Libraries read these when they are imported, so they are set first; processes that a test starts inherit them.
 os.environ.update(
