@@ -5,6 +5,9 @@ end just after a save; and its just-in-time checkpoint tells no callback. So the
 stood in front of.
 """
 
+import errno
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,10 @@ from typing import Any
 from transformers import Trainer
 
 from hf_compressm.checkpoints import unseal_checkpoint
+
+
+LEAST_FREE_BYTES = 1 << 16
+"""A disk with less is full: what did not fit was a file's next block."""
 
 
 class CheckpointSaver:
@@ -41,9 +48,24 @@ class CheckpointSaver:
         folder = Path(self.trainer._get_output_dir(trial=trial)) / f"checkpoint-{self.trainer.state.global_step}"
         if self.trainer.args.should_save:
             unseal_checkpoint(folder)
-        self._save(model, trial)
+        try:
+            self._save(model, trial)
+        except Exception as error:
+            _raise_if_full(folder, error)
+            raise
         if self.trainer.args.should_save and folder.is_dir():
             self.finish(folder)
+
+
+def _raise_if_full(folder: Path, error: Exception) -> None:
+    """Say what is the matter where the disk is full: `torch.save` speaks of an unexpected position in a stream."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if shutil.disk_usage(place).free < LEAST_FREE_BYTES:
+        raise OSError(
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)}; the checkpoint is not complete, and the one before it is as it was",
+            str(folder),
+        ) from error
 
 
 def watch_saving(trainer: Trainer, prepare: Callable[[], None], finish: Callable[[Path], None]) -> CheckpointSaver:

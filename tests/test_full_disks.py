@@ -133,7 +133,7 @@ def test_a_disk_that_fills_up_anywhere_in_a_checkpoint_leaves_the_earlier_one(
     folder, ends = small_disk("size=64m"), []
     for pages in range(3 * size, 4 * size + 4, 3):
         small_disk(f"remount,size={4 * pages}k")
-        with pytest.raises(WRITE_ERRORS) as caught:
+        with pytest.raises(WRITE_ERRORS, match="No space left") as caught:
             run(folder / "run")
         torn = max((folder / "run").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
         newest = max(torn.iterdir(), key=lambda path: path.stat().st_mtime_ns, default=torn)
