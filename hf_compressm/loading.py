@@ -1,7 +1,8 @@
 """What a checkpoint says of its model, whether its tensors agree, and giving a live model its sizes."""
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,10 @@ def fit_to_checkpoint(model: nn.Module, directory: str | Path, optimizer: Any = 
         )
     wanted = _skeleton(kind, config, directory)
     _check_tensors(wanted, directory)
-    return reshape_model(model, wanted, optimizer)
+    try:
+        return reshape_model(model, wanted, optimizer)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
 
 
 def load_converted(model: PreTrainedModel, directory: str | Path) -> bool:
@@ -138,16 +142,17 @@ def _skeleton(model_class: type, config: PreTrainedConfig, directory: str | Path
     """A model without memory for parameters, after making sure that building it is not a matter of hours."""
     place, shapes = Path(directory) / "config.json", tensor_shapes(directory)
     largest = 2 * max((size for shape in shapes.values() for size in shape), default=0)  # S5 has pairs of states
-    layers = getattr(config, "num_hidden_layers", 0)
-    if layers > len(shapes):
+    values = read_json(place)
+    layers = values.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(shapes):
         raise ValueError(f"{place} is at odds with the weights: {layers} layers, and {len(shapes)} tensors in all.")
-    for source in (config, *(config.per_layer_config if config.is_heterogeneous else ())):
-        for field in size_fields():
-            if (getattr(source, field, None) or 0) > largest:
-                size = quoted(getattr(source, field))
-                raise ValueError(f"{place} is at odds with the weights: no tensor has room for {field} {size}.")
+    for field, size in _sizes(values):
+        if size > largest:
+            raise ValueError(f"{place} is at odds with the weights: no tensor has room for {field} {quoted(size)}.")
     try:
-        return skeleton(model_class, config)
+        model = skeleton(model_class, config)
+        find_layers(model)
+        return model
     except Exception as error:  # whatever a model class makes of bad values, the file is to blame
         raise ValueError(f"{place} does not describe a {model_class.__name__}: {error}") from error
 
@@ -155,6 +160,11 @@ def _skeleton(model_class: type, config: PreTrainedConfig, directory: str | Path
 def _check_tensors(wanted: PreTrainedModel, directory: str | Path) -> None:
     """Raise `ValueError` unless every SSM layer's tensors are there with the shapes of the configuration."""
     on_disk = {_below_the_head(name): shape for name, shape in tensor_shapes(directory).items()}
+    layers = getattr(wanted.config, "num_hidden_layers", None)
+    for name in on_disk if layers is not None else ():
+        place = re.match(r"layers\.(\d+)\.", name)
+        if place and int(place[1]) >= layers:
+            raise ValueError(f"{directory} has a tensor {name}, and {layers} layers by its config.json.")
     for layer in find_layers(wanted):
         prefix = f"{layer.name}." if layer.name else ""
         expected = {_below_the_head(prefix + name): value.shape for name, value in layer.module.named_parameters()}
@@ -191,11 +201,13 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
             )
         if not isinstance(own, Mapping):
             raise ValueError(f"per_layer_config[{quoted(index)}] must be an object, got {quoted(own)}.")
-    for place, source in [
-        ("", values),
-        *((f"per_layer_config[{quoted(index)}].", own) for index, own in per_layer.items()),
-    ]:
-        for field in size_fields():
-            size = source.get(field)
-            if field in source and size is not None and (type(size) is not int or size < 1):
-                raise ValueError(f"{place}{field} must be a whole number of at least 1, got {quoted(size)}.")
+    for field, size in _sizes(values):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{field} must be a whole number of at least 1, got {quoted(size)}.")
+
+
+def _sizes(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every state size of a configuration, with where it is; null is for families that have another field."""
+    for index, source in [("", values), *(values.get("per_layer_config") or {}).items()]:
+        place = f"per_layer_config[{quoted(index)}]." if index else ""
+        yield from ((place + field, source[field]) for field in size_fields() if source.get(field) is not None)
