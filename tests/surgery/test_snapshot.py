@@ -26,6 +26,7 @@ from tests.families import (
     train_step,
 )
 
+
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=family_id)
 SETTINGS: dict[str, dict[str, Any]] = {
     "stock": {"target_state_size": 4},
