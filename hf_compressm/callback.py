@@ -15,8 +15,9 @@ from transformers.utils import logging
 from hf_compressm.batches import sample_batches
 from hf_compressm.checkpoints import HISTORY_FILE, seal_checkpoint
 from hf_compressm.compression import Scores, check_settings, recorded_cuts, state_scores
+from hf_compressm.compression.record import is_number
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.durable import write_json
+from hf_compressm.durable import quoted, write_json
 from hf_compressm.guard import guarded_cut, held_out_batches, held_out_loss
 from hf_compressm.history import CutEvent, from_record, rollback_event, scalars, to_record
 from hf_compressm.recovery import RecoveryGuard, metric_name
@@ -283,10 +284,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         run = saved.get("run") if isinstance(saved, Mapping) else None  # None where it began without the callback
         if isinstance(run, Mapping):
             self.events = from_record(run)
-            self._reduction_share = float(run.get("reduction_share", 1.0))
-            self._recovery.restore(run.get("recovery") or {}, self._run_folder())
+            share = run.get("reduction_share", 1.0)
+            recovery, trigger = run.get("recovery") or {}, run.get("trigger") or {}
+            if not (is_number(share) and 0 < share <= 1 and isinstance(recovery, dict) and isinstance(trigger, dict)):
+                raise ValueError(f"The callback's state in the checkpoint cannot be read: {quoted(run)}.")
+            self._reduction_share = float(share)
+            self._recovery.restore(recovery, self._run_folder())
             if self._trigger is not None:
-                self._trigger.restore(run.get("trigger") or {})
+                self._trigger.restore(trigger)
         stateful[type(self).__name__] = self.state()
 
     def _run_folder(self) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from hf_compressm.durable import read_json, sync_and_sum, sync_directory, write_json
+from hf_compressm.durable import quoted, read_json, sync_and_sum, sync_directory, write_json
 
 
 logger = logging.get_logger(__name__)
@@ -111,10 +111,12 @@ def verify_files(directory: str | Path) -> None:
     for name in ("config.json", TRAINER_STATE_FILE):
         if (directory / name).exists():
             read_json(directory / name)
-    if not (directory / ADAPTER_FILE).exists():
+    if (directory / ADAPTER_FILE).exists():
+        _shapes_in(directory / ADAPTER_FILE)
+    else:
         tensor_shapes(directory)
     if not (directory / SEAL).exists():
-        for path in sorted(directory.glob("*.pt")):
+        for path in sorted([*directory.glob("*.pt"), *directory.glob("*.pth")]):
             _check_archive(path)
 
 
@@ -122,35 +124,46 @@ def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor in a directory's safetensors weights, of one file or of all shards.
 
     Raises:
-        ValueError: naming the file, if weights are missing, an index names a shard that is not there, or a file is
-            not whole.
+        ValueError: naming the file, if weights are missing, an index names a shard that is not there or a tensor that
+            is not in its shard, or a file is not whole.
     """
+    directory = Path(directory)
+    single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
+    if single.exists():
+        return _shapes_in(single)
+    if not index.exists():
+        raise ValueError(f"{directory} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
+    placed = _placed_tensors(index)
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(Path(directory)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}.") from error
+    for shard in sorted(set(placed.values())):
+        found = _shapes_in(directory / shard)
+        absent = [name for name, place in placed.items() if place == shard and name not in found]
+        if absent:
+            raise ValueError(f"{directory / shard} lacks {quoted(absent[0])}, which {index.name} says is in it.")
+        shapes |= found
     return shapes
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise ValueError(f"{directory} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in one safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}.") from error
+
+
+def _placed_tensors(index: Path) -> dict[str, str]:
+    """Shard of every tensor, after making sure that each shard is a file beside the index."""
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise ValueError(f"{index} has no weight_map that names a shard for each tensor.")
-    names = sorted(set(placed.values()))
-    for name in names:
+    for name in sorted(set(placed.values())):
         if Path(name).name != name:
-            raise ValueError(f"{index} names the shard {name!r}, which is not a file beside it.")
-        if not (directory / name).is_file():
-            raise ValueError(f"{index} names {name}, which is missing.")
-    return [directory / name for name in names]
+            raise ValueError(f"{index} names the shard {quoted(name)}, which is not a file beside it.")
+        if not _is_file(index.parent / name):
+            raise ValueError(f"{index} names {quoted(name)}, which is missing.")
+    return placed
 
 
 def _compare_with_seal(directory: Path) -> None:
@@ -160,15 +173,20 @@ def _compare_with_seal(directory: Path) -> None:
     version = seal.get("schema_version")
     if not isinstance(version, int) or version > SEAL_VERSION:
         raise ValueError(
-            f"{directory / SEAL} has schema_version {version!r}; this package reads up to {SEAL_VERSION}."
+            f"{directory / SEAL} has schema_version {quoted(version)}; this package reads up to {SEAL_VERSION}."
         )
     if not isinstance(files, dict):
         raise ValueError(f"{directory / SEAL} lists no files.")
     for name, expected in files.items():
         path = directory / name
-        if not path.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{directory / SEAL} lists {quoted(name)}, which is not a file of this checkpoint.")
+        if not _is_file(path):
             raise ValueError(f"{path} is missing.")
-        found = sync_and_sum(path)
+        try:
+            found = sync_and_sum(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
         if found != expected:
             wrong = (
                 "length" if not isinstance(expected, dict) or found["bytes"] != expected.get("bytes") else "content"
@@ -191,12 +209,20 @@ def _files(directory: Path) -> Iterator[Path]:
             yield path
 
 
+def _is_file(path: Path) -> bool:
+    """Whether it is there; a name that no file can have is not."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _check_archive(path: Path) -> None:
     """Raise `ValueError` unless a file of `torch.save` is a whole archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken: Any = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except Exception as error:  # a flipped bit may claim a password, a compression, or a length that there is not
         raise ValueError(f"{path} is not whole: {error}.") from error
     if broken is not None:
         raise ValueError(f"{path} is damaged in {broken}.")

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from hf_compressm.durable import quoted
+
 
 RANK_RULES = ("tolerance", "max_error", "fraction", "target_state_size")
 DEFAULT_TOLERANCE = 0.1
@@ -133,13 +135,13 @@ class CompreSSMConfig:
             self.sampling_seed = seed
         given = [name for name in RANK_RULES if getattr(self, name) is not None]
         if len(given) > 1:
-            values = ", ".join(f"{name}={getattr(self, name)}" for name in given)
+            values = ", ".join(f"{name}={quoted(getattr(self, name))}" for name in given)
             raise ValueError(f"Exactly one of {', '.join(RANK_RULES)} decides the sizes; got {values}.")
         if not given:
             self.tolerance = DEFAULT_TOLERANCE
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be one of {list(choices)}, got {quoted(getattr(self, name))}.")
         self._check_kinds()
         self._check_numbers()
         if (self.recovery_steps is None) != (self.metric_tolerance is None):
@@ -162,23 +164,37 @@ class CompreSSMConfig:
         """Build from a mapping.
 
         Raises:
-            ValueError: for an unknown setting.
+            ValueError: for an unknown setting, or a value that a setting cannot have.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"Settings must be a mapping, got {quoted(values)}.")
         known = {item.name for item in fields(cls)} | {"seed"}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(quoted(name) for name in values if name not in known)
         if unknown:
-            raise ValueError(f"Unknown setting(s) {unknown}; known are {sorted(known)}.")
+            raise ValueError(f"Unknown setting(s) {', '.join(unknown[:9])}; known are {sorted(known)}.")
         return cls(**values)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "CompreSSMConfig":
-        """Read a `.json`, `.yaml` or `.yml` file."""
+        """Read a `.json`, `.yaml` or `.yml` file.
+
+        Raises:
+            OSError: from the file system.
+            ValueError: naming the file, if it is not JSON or YAML, or what `from_dict` says of its values.
+        """
         path = Path(path)
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = path.read_bytes()
+        try:
+            values = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content.decode("utf-8"))
+        except Exception as error:  # PyYAML lets through whatever goes wrong in its constructors
+            kind = "JSON" if path.suffix == ".json" else "YAML"
+            raise ValueError(f"{path} is not {kind}: {type(error).__name__}: {error}") from error
         if not isinstance(values, Mapping):
             raise ValueError(f"{path} holds {type(values).__name__}, not a mapping of settings.")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def to_file(self, path: str | Path) -> None:
         """Write a `.json`, `.yaml` or `.yml` file."""
@@ -205,28 +221,34 @@ class CompreSSMConfig:
             value = getattr(self, name)
             if value is None and name in RANK_RULES:
                 continue
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or int(value) != value or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+            if not _is_finite(value) or int(value) != value or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {quoted(value)}.")
             setattr(self, name, int(value))
 
     def _check_kinds(self) -> None:
         if self.per_layer is not None and not isinstance(self.per_layer, bool):
-            raise ValueError(f"per_layer must be True, False or None, got {self.per_layer!r}.")
+            raise ValueError(f"per_layer must be True, False or None, got {quoted(self.per_layer)}.")
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be True or False, got {quoted(getattr(self, name))}.")
         for name in ("layers", "ignore_layers"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)):
-                raise ValueError(f"{name} must be a list of names or patterns, got {value!r}.")
+                raise ValueError(f"{name} must be a list of names or patterns, got {quoted(value)}.")
 
 
 def _check_range(name: str, value: Any, low: float, high: float, meaning: str, open_low: bool = False) -> None:
     """Refuse what is no number in `[low, high)`, or in `(low, high)`."""
     if value is None and name in _OPTIONAL_NUMBERS:
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value < high or (open_low and value == low):
+    if not _is_finite(value) or not low <= value < high or (open_low and value == low):
         interval = f"{'(' if open_low else '['}{low}, {high})"
-        raise ValueError(f"{name} must lie in {interval} ({meaning}), got {value!r}.")
+        raise ValueError(f"{name} must lie in {interval} ({meaning}), got {quoted(value)}.")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float has; a whole number may be larger than all of those."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False

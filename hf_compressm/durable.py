@@ -1,14 +1,22 @@
-"""Files that are there whole or not at all: written beside, flushed to the disk, and renamed into place."""
+"""Files that are there whole or not at all: written beside, flushed to the disk, and renamed into place.
+
+What is read back may come from a crash or from a stranger, so that an error shows it only in part.
+"""
 
 import json
 import os
-import tempfile
+import reprlib
+import secrets
 import zlib
 from pathlib import Path
 from typing import Any
 
 
 CHUNK_BYTES = 1 << 22
+
+_EXCERPT = reprlib.Repr()
+_EXCERPT.maxlevel = 2
+_EXCERPT.maxstring = _EXCERPT.maxother = 80
 
 
 def write_json(path: str | Path, values: Any) -> None:
@@ -23,16 +31,20 @@ def write_json(path: str | Path, values: Any) -> None:
         ValueError: if the values are not JSON.
     """
     path = Path(path)
-    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} was not written, since its values are not JSON: {error}.") from error
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    file = temporary.open("x", encoding="utf-8")  # readable by whom the files beside it are, unlike one of tempfile
+    try:
+        with file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 
@@ -52,6 +64,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a JSON {type(values).__name__}; an object is needed.")
     return values
+
+
+def quoted(value: Any) -> str:
+    """A value as an error shows it: short, however large, deep or tangled it is."""
+    text = _EXCERPT.repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def sync_and_sum(path: Path) -> dict[str, int]:

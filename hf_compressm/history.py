@@ -1,17 +1,20 @@
 """The cuts of one training run: what the callback remembers, logs, and writes beside the weights."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from hf_compressm.compression import CompressionPlan, CompressionResult, LayerPlan
+from hf_compressm.compression.record import LONGEST_RECORD, is_count, is_name, is_number, is_size
+from hf_compressm.durable import quoted
 
 
 SCHEMA_VERSION = 1
 OUTCOMES = ("cut", "unchanged", "undone", "rolled back")
+LONGEST_TEXT = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,27 +65,69 @@ class CutEvent:
         Raises:
             ValueError: if the dict is not of that form.
         """
-        try:
-            layers = tuple(_layer(layer) for layer in values["layers"])
-            if not isinstance(values["step"], int) or values["outcome"] not in OUTCOMES or not layers:
-                raise ValueError(f"step {values['step']!r:.80}, outcome {values['outcome']!r:.80}")
-            result = CompressionResult(CompressionPlan(layers), **{name: values[name] for name in _RESULT_FIELDS})
-            own = ("step", "outcome", "attempt", "reduction_share", "before", "after")
-            return cls(result=result, **{name: values[name] for name in own})
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise ValueError(
-                f"The history holds a cut that cannot be read ({type(error).__name__}: {error})."
-            ) from error
+        _check_values(values, _EVENT_FIELDS | _RESULT_FIELDS | {"layers": _is_list_of_layers})
+        layers = tuple(_layer(layer) for layer in values["layers"])
+        result = CompressionResult(CompressionPlan(layers), **{name: values[name] for name in _RESULT_FIELDS})
+        return cls(result=result, **{name: values[name] for name in _EVENT_FIELDS})
 
 
-_RESULT_FIELDS = (
-    "changed",
-    "seconds",
-    "state_sizes_before",
-    "state_sizes_after",
-    "parameters_before",
-    "parameters_after",
-)
+def _is_optional_number(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_TEXT
+
+
+def _is_list_of_layers(value: Any) -> bool:
+    return isinstance(value, list) and 1 <= len(value) <= LONGEST_RECORD
+
+
+def _is_spectrum(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_number, value))
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(is_name(name) and is_size(size) for name, size in value.items())
+
+
+def _is_one_of(values: Sequence[str]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in values
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_EVENT_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "step": is_count,
+    "outcome": _is_one_of(OUTCOMES),
+    "attempt": is_size,
+    "reduction_share": is_number,
+    "before": _is_optional_number,
+    "after": _is_optional_number,
+}
+_RESULT_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "changed": _is_switch,
+    "seconds": is_number,
+    "state_sizes_before": _are_sizes,
+    "state_sizes_after": _are_sizes,
+    "parameters_before": is_count,
+    "parameters_after": is_count,
+}
+_LAYER_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "name": is_name,
+    "family": is_name,
+    "state_size": is_size,
+    "new_state_size": is_size,
+    "hankel_singular_values": _is_spectrum,
+    "energy_kept": is_number,
+    "predicted_error": is_number,
+    "error_bound": _is_optional_number,
+    "status": _is_one_of(("cut", "kept", "skipped", "rolled back")),
+    "reason": _is_text,
+    "criterion": is_name,
+}
 
 
 def rollback_event(step: int, cut: CutEvent, before: float, after: float | None, seconds: float) -> CutEvent:
@@ -128,16 +173,16 @@ def from_record(record: Any) -> list[CutEvent]:
     Raises:
         ValueError: if the record is of a newer version, or not of that form.
     """
-    if not isinstance(record, Mapping) or not isinstance(record.get("schema_version"), int):
-        raise ValueError(f"The history must be an object with a schema_version, got {record!r:.80}.")
+    if not isinstance(record, Mapping) or not is_count(record.get("schema_version")):
+        raise ValueError(f"The history must be an object with a schema_version, got {quoted(record)}.")
     if record["schema_version"] > SCHEMA_VERSION:
         raise ValueError(
             f"The history has schema_version {record['schema_version']}; this package reads up to {SCHEMA_VERSION}. "
             "Upgrade hf_compressm."
         )
     events = record.get("events")
-    if not isinstance(events, list):
-        raise ValueError(f"The history must hold a list of events, got {events!r:.80}.")
+    if not isinstance(events, list) or len(events) > LONGEST_RECORD:
+        raise ValueError(f"The history must hold a list of events, got {quoted(events)}.")
     return [CutEvent.from_dict(event) for event in events]
 
 
@@ -171,12 +216,18 @@ def scalars(event: CutEvent) -> dict[str, float]:
 
 
 def _layer(values: Mapping[str, Any]) -> LayerPlan:
-    values = dict(values)
-    spectrum = torch.tensor(values.pop("hankel_singular_values"), dtype=torch.float64)
-    for name, kind in (("name", str), ("family", str), ("state_size", int), ("new_state_size", int), ("status", str)):
-        if not isinstance(values.get(name), kind):
-            raise ValueError(f"{name} {values.get(name)!r:.80}")
-    return LayerPlan(hankel_singular_values=spectrum.reshape(-1), **values)
+    _check_values(values, _LAYER_FIELDS)
+    spectrum = torch.tensor(values["hankel_singular_values"], dtype=torch.float64)
+    return LayerPlan(**{name: values[name] for name in _LAYER_FIELDS} | {"hankel_singular_values": spectrum})
+
+
+def _check_values(values: Any, allowed: Mapping[str, Callable[[Any], bool]]) -> None:
+    """Raise `ValueError` unless every field is there with a value that it may have."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"The history holds a cut that cannot be read: {quoted(values)} is no object.")
+    for name, is_fine in allowed.items():
+        if name not in values or not is_fine(values[name]):
+            raise ValueError(f"The history holds a cut that cannot be read: {name} is {quoted(values.get(name))}.")
 
 
 def _finite(value: float | None) -> float | None:

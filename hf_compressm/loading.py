@@ -1,7 +1,8 @@
 """What a checkpoint says of its model, whether its tensors agree, and giving a live model its sizes."""
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hf_compressm import models
 from hf_compressm.adapters import find_layers, size_fields
 from hf_compressm.checkpoints import tensor_shapes, verify_files
 from hf_compressm.compression import check_record
-from hf_compressm.durable import read_json
+from hf_compressm.durable import quoted, read_json
 from hf_compressm.surgery import reshape_model, skeleton
 
 
@@ -41,7 +42,7 @@ def read_config(directory: str | Path, like: PreTrainedConfig | None = None) -> 
     elif isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         config_class = CONFIG_MAPPING[model_type]
     else:
-        raise ValueError(f"{path}: model_type {model_type!r} is not one that transformers knows.")
+        raise ValueError(f"{path}: model_type {quoted(model_type)} is not one that transformers knows.")
     try:
         return config_class.from_json_file(path)
     except Exception as error:  # whatever a configuration class makes of bad values, the file is to blame
@@ -59,14 +60,14 @@ def verify_checkpoint(directory: str | Path) -> None:
     """
     verify_files(directory)
     config = read_config(directory)
-    name = (config.architectures or [""])[0]
-    model_class = getattr(models, name, None) or getattr(transformers, name, None)
-    if not (inspect.isclass(model_class) and issubclass(model_class, PreTrainedModel)):
+    model_class = _model_class(config.architectures)
+    if model_class is None or model_class.config_class is not type(config):
         raise ValueError(
-            f"{Path(directory) / 'config.json'}: architectures {config.architectures!r} is no model class that "
-            "transformers or this package has, so that its tensors cannot be compared with the configuration."
+            f"{Path(directory) / 'config.json'}: architectures {quoted(config.architectures)} is no model class for "
+            f"a {type(config).__name__} that transformers or this package has, so that its tensors cannot be compared "
+            "with the configuration."
         )
-    _check_tensors(skeleton(model_class, config), directory)
+    _check_tensors(_skeleton(model_class, config, directory), directory)
 
 
 def fit_to_checkpoint(model: nn.Module, directory: str | Path, optimizer: Any = None) -> bool:
@@ -96,9 +97,12 @@ def fit_to_checkpoint(model: nn.Module, directory: str | Path, optimizer: Any = 
             f"{directory} holds a {config.model_type!r} model, and the model is a {type(model).__name__}. Resume with "
             "the kind of model that the checkpoint was saved from."
         )
-    wanted = skeleton(kind, config)
+    wanted = _skeleton(kind, config, directory)
     _check_tensors(wanted, directory)
-    return reshape_model(model, wanted, optimizer)
+    try:
+        return reshape_model(model, wanted, optimizer)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
 
 
 def load_converted(model: PreTrainedModel, directory: str | Path) -> bool:
@@ -122,9 +126,45 @@ def load_converted(model: PreTrainedModel, directory: str | Path) -> bool:
     return True
 
 
+def _model_class(architectures: Any) -> type[PreTrainedModel] | None:
+    """The class that a configuration names, None if it names none."""
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(name, str):
+        return None
+    try:
+        found = getattr(models, name, None) or getattr(transformers, name, None)
+    except Exception:  # transformers imports what is asked for, and what that needs may be missing
+        return None
+    return found if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None
+
+
+def _skeleton(model_class: type, config: PreTrainedConfig, directory: str | Path) -> PreTrainedModel:
+    """A model without memory for parameters, after making sure that building it is not a matter of hours."""
+    place, shapes = Path(directory) / "config.json", tensor_shapes(directory)
+    largest = 2 * max((size for shape in shapes.values() for size in shape), default=0)  # S5 has pairs of states
+    values = read_json(place)
+    layers = values.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(shapes):
+        raise ValueError(f"{place} is at odds with the weights: {layers} layers, and {len(shapes)} tensors in all.")
+    for field, size in _sizes(values):
+        if size > largest:
+            raise ValueError(f"{place} is at odds with the weights: no tensor has room for {field} {quoted(size)}.")
+    try:
+        model = skeleton(model_class, config)
+        find_layers(model)
+        return model
+    except Exception as error:  # whatever a model class makes of bad values, the file is to blame
+        raise ValueError(f"{place} does not describe a {model_class.__name__}: {error}") from error
+
+
 def _check_tensors(wanted: PreTrainedModel, directory: str | Path) -> None:
     """Raise `ValueError` unless every SSM layer's tensors are there with the shapes of the configuration."""
     on_disk = {_below_the_head(name): shape for name, shape in tensor_shapes(directory).items()}
+    layers = getattr(wanted.config, "num_hidden_layers", None)
+    for name in on_disk if layers is not None else ():
+        place = re.match(r"layers\.(\d+)\.", name)
+        if place and int(place[1]) >= layers:
+            raise ValueError(f"{directory} has a tensor {name}, and {layers} layers by its config.json.")
     for layer in find_layers(wanted):
         prefix = f"{layer.name}." if layer.name else ""
         expected = {_below_the_head(prefix + name): value.shape for name, value in layer.module.named_parameters()}
@@ -151,16 +191,23 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
     """Raise `ValueError` unless every state size is a whole number of at least 1, and of a layer that is there."""
     per_layer = values.get("per_layer_config") or {}
     if not isinstance(per_layer, Mapping):
-        raise ValueError(f"per_layer_config must be an object of layers, got {per_layer!r:.80}.")
+        raise ValueError(f"per_layer_config must be an object of layers, got {quoted(per_layer)}.")
     layers = values.get("num_hidden_layers")
     for index, own in per_layer.items():
         known = isinstance(index, str) and index.isdecimal()
         if not known or (isinstance(layers, int) and int(index) >= layers):
-            raise ValueError(f"per_layer_config names layer {index!r:.80}, and num_hidden_layers is {layers!r:.80}.")
+            raise ValueError(
+                f"per_layer_config names layer {quoted(index)}, and num_hidden_layers is {quoted(layers)}."
+            )
         if not isinstance(own, Mapping):
-            raise ValueError(f"per_layer_config[{index!r}] must be an object, got {own!r:.80}.")
-    for place, source in [("", values), *((f"per_layer_config[{index!r}].", own) for index, own in per_layer.items())]:
-        for field in size_fields():
-            size = source.get(field)
-            if field in source and size is not None and (type(size) is not int or size < 1):
-                raise ValueError(f"{place}{field} must be a whole number of at least 1, got {size!r:.80}.")
+            raise ValueError(f"per_layer_config[{quoted(index)}] must be an object, got {quoted(own)}.")
+    for field, size in _sizes(values):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{field} must be a whole number of at least 1, got {quoted(size)}.")
+
+
+def _sizes(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every state size of a configuration, with where it is; null is for families that have another field."""
+    for index, source in [("", values), *(values.get("per_layer_config") or {}).items()]:
+        place = f"per_layer_config[{quoted(index)}]." if index else ""
+        yield from ((place + field, source[field]) for field in size_fields() if source.get(field) is not None)

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_compressm.config import CompreSSMConfig
+from hf_compressm.durable import quoted
 from hf_compressm.history import CutEvent
 from hf_compressm.schedule import resolve
 
@@ -134,20 +135,32 @@ class RecoveryGuard:
         Raises:
             ValueError: if that is not of this form, or the checkpoint to go back to is not there.
         """
-        self._metric_before = state.get("metric_before")
-        values = state.get("pending")
+        metric, values = state.get("metric_before"), state.get("pending")
+        if metric is not None and not isinstance(metric, int | float):
+            raise ValueError(f"The callback's state holds a metric that is no number, {quoted(metric)}.")
+        self._metric_before = metric
         if values is None:
             return
-        try:
-            pending = Recovery(**{item.name: values[item.name] for item in fields(Recovery)})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"The callback's state holds a recovery that cannot be read ({error!r}).") from error
+        pending = _read(values)
         if pending.folder != f"{KEPT_PREFIX}checkpoint-{pending.step}" or not (run_folder / pending.folder).is_dir():
             raise ValueError(
                 f"The cut after step {pending.step} waits for its metric, and the checkpoint to go back to, "
                 f"{pending.folder} in {run_folder}, is not there. Put it back, or resume from an earlier checkpoint."
             )
         self.pending = pending
+
+
+def _read(values: Any) -> Recovery:
+    """A recovery from a checkpoint; its folder is removed some day, so that nothing but a step may be in its name."""
+    if not isinstance(values, Mapping) or any(item.name not in values for item in fields(Recovery)):
+        raise ValueError(f"The callback's state holds a recovery that cannot be read, {quoted(values)}.")
+    pending = Recovery(**{item.name: values[item.name] for item in fields(Recovery)})
+    steps, numbers = (pending.step, pending.due), (pending.before, pending.after)
+    fine = all(type(step) is int for step in steps) and isinstance(pending.folder, str)
+    fine = fine and all(isinstance(number, int | float) for number in numbers if number is not None)
+    if not fine or pending.before is None or pending.worse not in (None, True, False):
+        raise ValueError(f"The callback's state holds a recovery that cannot be read, {quoted(values)}.")
+    return pending
 
 
 def keep_checkpoint(checkpoint: Path) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_compressm.compression import Scores, rank_stability
+from hf_compressm.compression.record import is_count
 from hf_compressm.config import CompreSSMConfig
+from hf_compressm.durable import quoted
 
 
 logger = logging.get_logger(__name__)
@@ -138,11 +140,26 @@ class StableRanking(Trigger):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with them; a checkpoint of a run with another trigger has none."""
-        self._scores = state.get("scores", {})
-        self._correlations = list(state.get("correlations", []))
-        self._due_after = state.get("due_after")
-        self._cuts = state.get("cuts", 0)
+        """Go on with them; a checkpoint of a run with another trigger has none.
+
+        Raises:
+            ValueError: if they are not of the form of `state`.
+        """
+        scores, correlations = state.get("scores", {}), state.get("correlations", [])
+        due_after, cuts = state.get("due_after"), state.get("cuts", 0)
+        fine = isinstance(scores, Mapping) and all(_are_scores(groups) for groups in scores.values())
+        fine = fine and _are_numbers(correlations) and is_count(cuts) and (due_after is None or is_count(due_after))
+        if not fine:
+            raise ValueError(f"The callback's state holds a ranking that cannot be read, {quoted(state)}.")
+        self._scores, self._correlations, self._due_after, self._cuts = scores, correlations, due_after, cuts
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+
+
+def _are_scores(groups: Any) -> bool:
+    return isinstance(groups, list) and all(map(_are_numbers, groups))
 
 
 def trigger_for(config: CompreSSMConfig, max_steps: int, measure: Callable[[], Scores]) -> Trigger:

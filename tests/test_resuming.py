@@ -42,7 +42,7 @@ def run(family: Family, folder: Path, setting: str, resume: Path | None = None, 
     trainer = trainer_of(family, folder, model=model_of(family, setting), **{**SAVING, **SETTINGS[setting], **kwargs})
     if setting == "shards":
         save = trainer.model.save_pretrained
-        trainer.model.save_pretrained = lambda *args, **own: save(*args, **{**own, "max_shard_size": "2KB"})
+        trainer.model.save_pretrained = lambda *args, **own: save(*args, **{**own, "max_shard_size": "1KB"})
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 

@@ -2,16 +2,21 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_compressm.compression.plan import CompressionPlan
+from hf_compressm.durable import quoted
 
 
 SCHEMA_VERSION = 1
 LONGEST_RECORD = 10_000
 """Cuts, and layers of a cut; what has more was not written here."""
 LONGEST_NAME = 500
+LARGEST_NUMBER = 2**53
+"""Of states, and of steps: whole numbers that every reader of JSON has."""
+_ENTRIES = ("schema_version", "method", "state_sizes_before", "state_sizes_after", "cuts")
+_ENTRIES_OF_A_CUT = ("step", "state_sizes", "criterion", "predicted_error")
 _SIZES = ("state_sizes_before", "state_sizes_after")
 
 
@@ -73,53 +78,71 @@ def check_record(record: Any) -> None:
         return
     _demand(isinstance(record, Mapping), "config.compressm", record, "an object")
     version = record.get("schema_version")
-    _demand(_is_whole(version), "config.compressm.schema_version", version, "a whole number")
+    _demand(is_count(version), "config.compressm.schema_version", version, "a whole number")
     if version > SCHEMA_VERSION:
         raise ValueError(
             f"config.compressm has schema_version {version}; this package reads up to {SCHEMA_VERSION}. "
             "Upgrade hf_compressm."
         )
-    _demand(isinstance(record.get("method"), str), "config.compressm.method", record.get("method"), "a text")
+    _check_entries("config.compressm", record, _ENTRIES)
+    _demand(_is_plain(record.get("method")), "config.compressm.method", record.get("method"), "a plain text")
     for name in _SIZES:
-        _check_table(f"config.compressm.{name}", record.get(name), _is_size, "state sizes of at least 1")
+        check_table(f"config.compressm.{name}", record.get(name), is_size, "state sizes of at least 1")
     cuts = record.get("cuts")
     _demand(isinstance(cuts, list) and len(cuts) <= LONGEST_RECORD, "config.compressm.cuts", cuts, "a list of cuts")
     for number, cut in enumerate(cuts):
         place = f"config.compressm.cuts[{number}]"
         _demand(isinstance(cut, Mapping), place, cut, "an object")
+        _check_entries(place, cut, _ENTRIES_OF_A_CUT)
         step = cut.get("step")
-        _demand(step is None or (_is_whole(step) and step >= 0), f"{place}.step", step, "a step, or null")
-        _check_table(f"{place}.state_sizes", cut.get("state_sizes"), _is_size, "state sizes of at least 1")
-        _check_table(f"{place}.criterion", cut.get("criterion"), _is_name, "names")
-        _check_table(f"{place}.predicted_error", cut.get("predicted_error"), _is_number, "numbers")
+        _demand(step is None or is_count(step), f"{place}.step", step, "a step, or null")
+        check_table(f"{place}.state_sizes", cut.get("state_sizes"), is_size, "state sizes of at least 1")
+        check_table(f"{place}.criterion", cut.get("criterion"), is_name, "names")
+        check_table(f"{place}.predicted_error", cut.get("predicted_error"), is_number, "numbers")
 
 
-def _check_table(place: str, table: Any, is_fine: Any, kind: str) -> None:
+def _check_entries(place: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise `ValueError` for an entry that this version does not write: it would be copied, saved and shown."""
+    unknown = [name for name in values if name not in known]
+    _demand(not unknown, place, unknown[:1], f"without other entries than {', '.join(known)}")
+
+
+def check_table(place: str, table: Any, is_fine: Any, kind: str) -> None:
     """Raise `ValueError` unless a table has layer names on the left, and on the right what `is_fine` says."""
     fine = isinstance(table, Mapping) and len(table) <= LONGEST_RECORD
-    fine = fine and all(_is_name(name) and is_fine(value) for name, value in table.items())
+    fine = fine and all(is_name(name) and is_fine(value) for name, value in table.items())
     _demand(fine, place, table, f"an object of layer names and {kind}")
 
 
 def _demand(fine: bool, place: str, value: Any, wanted: str) -> None:
     if not fine:
-        text = repr(value)
-        text = text if len(text) <= 80 else text[:77] + "..."
-        raise ValueError(f"{place} must be {wanted}, got {text}. Remove the record, or restore the file.")
+        raise ValueError(f"{place} must be {wanted}, got {quoted(value)}. Remove the record, or restore the file.")
+
+
+def is_count(value: Any) -> bool:
+    """Whole numbers from 0 on, such as steps."""
+    return _is_whole(value) and value >= 0
+
+
+def is_size(value: Any) -> bool:
+    """Whole numbers from 1 on."""
+    return is_count(value) and value >= 1
+
+
+def is_number(value: Any) -> bool:
+    """Finite numbers."""
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 
-def _is_size(value: Any) -> bool:
-    return _is_whole(value) and value >= 1
+def _is_plain(value: Any) -> bool:
+    """Short text in which a page finds no markup."""
+    return isinstance(value, str) and len(value) <= LONGEST_NAME and all(c.isalnum() or c in " ._-:,()" for c in value)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_name(value: Any) -> bool:
+def is_name(value: Any) -> bool:
     """Dotted names of modules, and of criteria: nothing that a page or a path could take for its own."""
     return isinstance(value, str) and len(value) <= LONGEST_NAME and all(c.isalnum() or c in "._-" for c in value)

@@ -123,6 +123,7 @@ def _differences(model: PreTrainedModel, wanted: PreTrainedModel) -> Differences
             f"The checkpoint's configuration has {len(goals)} SSM layers ({goals[0].name}, ...), the model "
             f"{len(layers)} ({layers[0].name}, ...). Resume with the kind of model that the checkpoint was saved from."
         )
+    _check_the_rest(model, wanted, [layer.name for layer in layers])
     found = Differences([], [], [], [])
     for layer, goal in zip(layers, goals, strict=True):
         for name, part in layer.module.named_modules():
@@ -131,6 +132,18 @@ def _differences(model: PreTrainedModel, wanted: PreTrainedModel) -> Differences
             _compare_parameters(layer, prefix, part, counterpart, found)
             found.attributes.extend(_other_attributes(part, counterpart))
     return found
+
+
+def _check_the_rest(model: PreTrainedModel, wanted: PreTrainedModel, layers: list[str]) -> None:
+    """Raise `ValueError` unless what lies outside the SSM layers has the shapes of the skeleton."""
+    prefixes = tuple(f"{name}." if name else "" for name in layers)
+    shapes = {name: tuple(parameter.shape) for name, parameter in wanted.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if not name.startswith(prefixes) and shapes.get(name, parameter.shape) != parameter.shape:
+            raise ValueError(
+                f"The checkpoint's configuration gives {name} the shape {shapes[name]}, the model has "
+                f"{tuple(parameter.shape)}. Resume with the kind of model that the checkpoint was saved from."
+            )
 
 
 def _compare_parameters(layer: SSMLayer, prefix: str, part: nn.Module, goal: nn.Module, found: Differences) -> None:
