@@ -161,9 +161,9 @@ def _check_tensors(wanted: PreTrainedModel, directory: str | Path) -> None:
     """Raise `ValueError` unless every SSM layer's tensors are there with the shapes of the configuration."""
     on_disk = {_below_the_head(name): shape for name, shape in tensor_shapes(directory).items()}
     layers = getattr(wanted.config, "num_hidden_layers", None)
-    for name in on_disk if layers is not None else ():
+    for name in on_disk:
         place = re.match(r"layers\.(\d+)\.", name)
-        if place and int(place[1]) >= layers:
+        if place and layers is not None and int(place[1]) >= layers:
             raise ValueError(f"{directory} has a tensor {name}, and {layers} layers by its config.json.")
     for layer in find_layers(wanted):
         prefix = f"{layer.name}." if layer.name else ""
