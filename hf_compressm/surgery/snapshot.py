@@ -4,10 +4,8 @@ A cut replaces tensors and never writes into them, so that nothing needs to be c
 what was there, and all that a snapshot costs is that the replaced tensors stay in memory as long as it does.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_compressm.surgery.optimizer import unwrap
@@ -44,11 +42,6 @@ class Snapshot:
             present.update(contents)
         for group, parameters in self._groups:
             group["params"] = parameters
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor that it holds."""
-        for _, contents in self._contents:
-            yield from (value for value in contents.values() if isinstance(value, torch.Tensor))
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -135,7 +135,6 @@ def test_the_old_tensors_are_freed_with_the_snapshot_that_holds_them(family: Fam
     alive = {id(p) for p in model.parameters()}
     gc.collect()
     assert all(reference() is not None for reference in old)
-    assert any(isinstance(tensor, torch.Tensor) for tensor in saved.tensors())
     del saved, result
     gc.collect()
     assert any(reference() is None for reference in old)
