@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_compressm import CompreSSMConfig, compress
+from tests.caches import as_cache, cache_of
 from tests.families import LANGUAGE_MODELS, MAMBA, MAMBA2, Family, family_id, ssm_layers, token_batch
 
 
@@ -13,19 +14,17 @@ language_model = pytest.mark.parametrize("family", LANGUAGE_MODELS, ids=family_i
 GENERATION = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def cache_of(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
+def filled(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
     """The cache after a prompt, under the name by which the model takes it."""
     with torch.no_grad():
-        found = model(tokens, use_cache=True)
-    name = next(name for name in ("past_key_values", "cache_params") if found.get(name) is not None)
-    return {name: found[name], "use_cache": True}
+        return {**as_cache(model, cache_of(model(tokens, use_cache=True))), "use_cache": True}
 
 
 @language_model
 def test_a_cache_of_the_old_size_is_refused_with_both_sizes_and_generation_works(family: Family) -> None:
     model = family.build()
     tokens = token_batch(2, 5)["input_ids"]
-    stale = cache_of(model, tokens)
+    stale = filled(model, tokens)
     compress(model, CompreSSMConfig(target_state_size=4), family.calibration())
     sizes = rf"\b{8 // family.granularity}\b.*\b{4 // family.granularity}\b"
     with pytest.raises(ValueError, match=sizes), torch.no_grad():
@@ -33,14 +32,14 @@ def test_a_cache_of_the_old_size_is_refused_with_both_sizes_and_generation_works
     generated = model.generate(tokens, attention_mask=torch.ones_like(tokens), **GENERATION)
     assert generated.shape == (2, 9)
     with torch.no_grad():
-        model(tokens[:, -1:], **cache_of(model, tokens))
+        model(tokens[:, -1:], **filled(model, tokens))
 
 
 @pytest.mark.parametrize("family", [MAMBA, MAMBA2], ids=family_id)
 def test_the_own_classes_refuse_a_stale_cache_too(family: Family) -> None:
     model = family.build()
     tokens = token_batch(2, 5)["input_ids"]
-    stale = cache_of(model, tokens)
+    stale = filled(model, tokens)
     compress(model, CompreSSMConfig(target_state_size=4, compat="best"), family.calibration())
     with pytest.raises(ValueError, match=r"\b8\b.*\b4\b"), torch.no_grad():
         model(tokens[:, -1:], **stale)
