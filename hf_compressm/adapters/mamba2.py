@@ -131,10 +131,7 @@ class Mamba2Adapter(SelectiveAdapter):
         return LayerCut(
             changes=changes,
             additions=additions,
-            attributes=(
-                AttributeChange(layer.module, self.state_size_name, size),
-                AttributeChange(layer.module, "conv_state_size", width),
-            ),
+            attributes=(AttributeChange(layer.module, self.state_size_name, size),),
             config_fields={"conv_state_size": width},
             predicted_error=_projection_error(selection.P, selection.Q, W, V),
             error_bound=None,
@@ -170,11 +167,7 @@ class Mamba2Adapter(SelectiveAdapter):
         total = int(module.in_proj.weight.shape[0]) - shape.convolved + smaller.convolved
         changes: list[tuple[nn.Module, str, Any]] = [(module.in_proj, "out_features", total)]
         changes += [(module.conv1d, name, smaller.convolved) for name in ("in_channels", "out_channels", "groups")]
-        derived = {
-            "conv_dim": smaller.convolved,
-            "conv_state_size": size,
-            "groups_time_state_size": shape.groups * size,
-        }
+        derived = {"conv_dim": smaller.convolved, "groups_time_state_size": shape.groups * size}
         changes += [(module, name, value) for name, value in derived.items() if hasattr(module, name)]
         if hasattr(module, "mup_vector"):
             rows = shape.projected_rows(kept, module.mup_vector.shape[-1])
