@@ -26,6 +26,29 @@ SIZE_FIELDS = {
     "granitemoehybrid": "mamba_d_state",
     "nemotron_h": "ssm_state_size",
 }
+GROUP_FIELDS = {
+    "mamba2": "n_groups",
+    "bamba": "mamba_n_groups",
+    "zamba2": "mamba_ngroups",
+    "falcon_h1": "mamba_n_groups",
+    "granitemoehybrid": "mamba_n_groups",
+    "nemotron_h": "n_groups",
+}
+# The other way round than by default: no bias in the convolution, one in the projections.
+OTHER_BIASES: dict[str, dict[str, bool]] = {
+    "mamba": {"use_conv_bias": False, "use_bias": True},
+    "falcon_mamba": {"use_conv_bias": False, "use_bias": True},
+    "jamba": {"mamba_conv_bias": False, "mamba_proj_bias": True},
+    "zamba": {"mamba_conv_bias": False, "mamba_proj_bias": True},
+    "mamba2": {"use_conv_bias": False, "use_bias": True},
+    "bamba": {"mamba_conv_bias": False, "mamba_proj_bias": True},
+    "zamba2": {"add_bias_linear": True},  # its convolution always has a bias
+    "falcon_h1": {"mamba_conv_bias": False, "mamba_proj_bias": True, "projectors_bias": True},
+    "granitemoehybrid": {"mamba_conv_bias": False, "mamba_proj_bias": True},
+    "nemotron_h": {"use_conv_bias": False, "use_bias": True},
+}
+# Stock Zamba2 and NemotronH clamp the time step of a whole sequence from below, and not that of a cached one.
+UNCLAMPED: dict[str, dict[str, float]] = {"zamba2": {"time_step_min": 1e-9}, "nemotron_h": {"time_step_min": 1e-9}}
 OWN: dict[str, dict[str, Any]] = {
     "mamba": {},
     "falcon_mamba": {},

@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Mamba2Model, MambaModel, Trainer, TrainingArguments
 
@@ -59,11 +61,27 @@ def state_sizes(model: nn.Module) -> list[int]:
     return [layer.ssm_state_size for layer in ssm_layers(model).values()]
 
 
+def saved_sizes(folder: Path, config: Any) -> list[int]:
+    """State sizes, read off nothing but the saved tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    found = []
+    for index in range(config.num_hidden_layers):
+        layer = f"backbone.layers.{index}.mixer."
+        if f"{layer}x_proj.weight" in tensors:
+            found.append(tensors[f"{layer}A_log"].shape[1])
+        elif f"{layer}B_proj" in tensors:
+            found.append(tensors[f"{layer}B_proj"].shape[1])
+        else:
+            channels = tensors[f"{layer}conv1d.weight"].shape[0] - config.num_heads * config.head_dim
+            found.append(channels // (2 * config.n_groups))
+    return found
+
+
 LOAD_AS_CUSTOM_CODE = """
 import sys
 sys.modules["hf_compressm"] = None
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 saved = torch.load(folder + "/expected.pt", weights_only=True)
@@ -74,12 +92,13 @@ with torch.no_grad():
     generated = model.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None)
     full = model(generated).logits
 assert torch.equal(full[:, tokens.shape[1] - 1 : -1].argmax(-1), generated[:, tokens.shape[1] :])
-try:
-    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-except ValueError as error:
-    assert "trust_remote_code" in str(error), error
-else:
-    raise AssertionError("loaded without trust")
+for auto_class in (AutoConfig, AutoModelForCausalLM):
+    try:
+        auto_class.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        assert "contains custom code" in str(error) and "trust_remote_code=True" in str(error), error
+    else:
+        raise AssertionError("loaded without trust")
 """
 
 
@@ -104,8 +123,9 @@ def test_a_tolerance_gives_layers_sizes_of_their_own(family: Family, compat: str
     assert type(loaded) is type(model)
     assert torch.equal(outputs(loaded, family.batch()), outputs(model, family.batch()))
     assert loaded.config.compressm == model.config.compressm
-    sizes = json.loads((tmp_path / "config.json").read_text())
-    assert sizes["model_type"] == f"compressm_{family.family}"
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == f"compressm_{family.family}"
+    assert saved_sizes(tmp_path, loaded.config) == [first, second]
     command = [sys.executable, "-W", "ignore", "-c", LOAD_AS_CUSTOM_CODE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -118,6 +138,31 @@ def test_one_size_for_all_keeps_the_stock_class(family: Family) -> None:
     assert type(model) is family.model_class
     assert type(model.config) is family.config_class
     assert not model.config.is_heterogeneous
+
+
+@with_own_class
+@pytest.mark.parametrize("compat", ["stock", "best"])
+def test_thirty_steps_in_trainer_with_two_cuts_to_sizes_per_layer(family: Family, compat: str, tmp_path: Path) -> None:
+    model = uneven(family, state_size=16).train()
+    data = [{key: value[0] for key, value in token_batch(1, 12, seed).items()} for seed in range(60)]
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=30, per_device_train_batch_size=2, learning_rate=1e-3,
+        report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    settings = CompreSSMConfig(tolerance=0.2, per_layer=True, compat=compat, end=20, num_cuts=2, min_reduction=0)
+    callback = CompreSSMCallback(settings)
+    trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[callback])
+    assert torch.isfinite(torch.tensor(trainer.train().training_loss))
+    assert [event.step for event in callback.events] == [10, 20]
+    first, second = state_sizes(model)
+    assert first < second < 16
+    held = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    trainer.save_model(tmp_path / "end")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "end")
+    assert type(loaded) is OWN[family.family]
+    assert saved_sizes(tmp_path / "end", loaded.config) == [first, second]
+    assert torch.equal(outputs(loaded, family.batch()), outputs(model.eval(), family.batch()))
 
 
 @projecting
@@ -137,6 +182,19 @@ def test_projection_is_predicted_to_lose_less_than_selection(family: Family, per
     layer = next(iter(ssm_layers(model).values()))
     assert layer.B_proj.shape == layer.C_proj.shape == (layer.n_groups, 6, 16)
     assert (model.config.state_size, model.config.conv_state_size) == (6, 16)
+
+
+@with_own_class
+@pytest.mark.parametrize("compat", ["stock", "best"])
+def test_layers_are_cut_again_and_again(family: Family, compat: str) -> None:
+    model = uneven(family, state_size=16)
+    for tolerance in (0.1, 0.2, 0.3):
+        before = state_sizes(model)
+        settings = CompreSSMConfig(tolerance=tolerance, per_layer=True, compat=compat, min_reduction=0)
+        result = compress(model, settings, family.calibration())
+        assert list(result.state_sizes_after.values()) == state_sizes(model)
+        assert sum(state_sizes(model)) < sum(before)
+    assert torch.isfinite(outputs(model, family.batch())).all()
 
 
 @projecting

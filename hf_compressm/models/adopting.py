@@ -89,7 +89,6 @@ def adopt(model: nn.Module) -> None:
         if isinstance(part, PreTrainedModel):  # which has a copy of its own of the class's
             part._no_split_modules = set(type(part)._no_split_modules)
         if isinstance(part, CompreSSMamba2Mixer):
-            part.conv_state_size = part.ssm_state_size
             for name in _PROJECTIONS:
                 part.register_parameter(name, None)
 

@@ -62,16 +62,20 @@ class CompreSSMamba2Mixer(Mamba2Mixer):
         unprojected.state_size = config.state_size if config.conv_state_size is None else config.conv_state_size
         super().__init__(unprojected, layer_idx, initialize_mixer_weights=initialize_mixer_weights)
         self.ssm_state_size = config.state_size
-        self.conv_state_size = unprojected.state_size
         if config.conv_state_size is None:
             self.register_parameter("B_proj", None)
             self.register_parameter("C_proj", None)
             return
-        shape = self.n_groups, self.ssm_state_size, self.conv_state_size
+        shape = self.n_groups, self.ssm_state_size, config.conv_state_size
         self.B_proj = nn.Parameter(torch.empty(shape))
         self.C_proj = nn.Parameter(torch.empty(shape))
         if initialize_mixer_weights and self.B_proj.device.type != "meta":
             self.init_projections()
+
+    @property
+    def conv_state_size(self) -> int:
+        """Channels of B, and of C, per group in the convolution: the states themselves without a projection."""
+        return self.ssm_state_size if self.B_proj is None else self.B_proj.shape[-1]
 
     @torch.no_grad()
     def init_projections(self) -> None:

@@ -43,18 +43,22 @@ def test_the_table_is_printed(
     batch = script.cut_text(tokens, 2, length=16)
     script.compare(layout, args, lambda: batch, [batch])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert rows[0].startswith("| kept of 64 | random | energy | chosen")
+    assert rows[0].startswith(f"| kept of 64 | random | energy | {'selection | ' * (layout == 'mamba2')}chosen")
     assert [row.split()[1] for row in rows[2:]] == ["32", "16", "8"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "better", "worse", "share"),
-    [("falcon_mamba", "chosen", "energy", 0.5), ("mamba2", "chosen, best", "chosen", 0.5)],
+    ("layout", "shares"),
+    [
+        ("mamba", {("chosen", "energy"): 0.5}),
+        ("falcon_mamba", {("chosen", "energy"): 0.5}),
+        ("jamba", {("chosen", "energy"): 0.5}),
+        ("zamba", {("chosen", "energy"): 0.5}),
+        ("mamba2", {("chosen", "energy"): 1, ("chosen, best", "selection"): 0.5}),
+    ],
 )
-def test_repair_and_projection_add_at_most_half(
-    script: ModuleType, layout: str, better: str, worse: str, share: float
-) -> None:
+def test_repair_and_projection_add_at_most_half(script: ModuleType, layout: str, shares: dict) -> None:
     torch.manual_seed(0)
     tokens = script.read_tokens(None)[:2_000_000]
     held_out = [script.cut_text(tokens[1_800_000:], 16, generator=torch.Generator().manual_seed(1)) for _ in range(4)]
@@ -66,10 +70,11 @@ def test_repair_and_projection_add_at_most_half(
     script.train(model, batch, 150, 2e-3)
     before = script.evaluate(model, held_out)
     ways = script.cutters(layout, [batch() for _ in range(4)])
-    for size in (16, 8):
+    for size in (32, 16, 8):
         added = {}
-        for name in (better, worse):
+        for name in {name for pair in shares for name in pair}:
             smaller = copy.deepcopy(model)
             ways[name](smaller, size)
             added[name] = script.evaluate(smaller, held_out) - before
-        assert added[better] <= share * added[worse], added
+        for (better, worse), share in shares.items():
+            assert added[better] <= share * added[worse], (size, added)
