@@ -107,7 +107,6 @@ def release(model: nn.Module) -> None:
         release_config(config)
     for part in model.modules():
         if isinstance(part, CompreSSMamba2Mixer):
-            del part.conv_state_size
             for name in _PROJECTIONS:
                 if part._parameters[name] is None:
                     del part._parameters[name]
