@@ -19,6 +19,9 @@ from hf_compressm.durable import quoted, read_json
 from hf_compressm.surgery import reshape_model, skeleton
 
 
+MOST_LAYERS = 10_000
+
+
 def read_config(directory: str | Path, like: PreTrainedConfig | None = None) -> PreTrainedConfig:
     """The configuration of a saved model, with every state size checked before anything is built from it.
 
@@ -193,6 +196,8 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
     if not isinstance(per_layer, Mapping):
         raise ValueError(f"per_layer_config must be an object of layers, got {quoted(per_layer)}.")
     layers = values.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # configurations make lists of that length
+        raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, got {quoted(layers)}.")
     for index, own in per_layer.items():
         known = isinstance(index, str) and index.isdecimal()
         if not known or (isinstance(layers, int) and int(index) >= layers):
