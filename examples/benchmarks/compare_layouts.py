@@ -38,7 +38,6 @@ from hf_compressm.adapters import (
     find_layers,
 )
 from hf_compressm.adapters.selective import Selection
-from hf_compressm.numerics.interpolation import elimination_order
 from hf_compressm.surgery import commit_replacements, prepare_replacements
 
 
@@ -107,11 +106,6 @@ def by_energy(found: Selection) -> Tensor:
     return energies.argsort(dim=-1, descending=True)
 
 
-def by_loss(found: Selection) -> Tensor:
-    """States in the order in which dropping them costs least, nothing repaired."""
-    return torch.stack([elimination_order(M)[0] for M in found.P])
-
-
 def at_random(found: Selection) -> Tensor:
     """States in one random order per group."""
     generator = torch.Generator().manual_seed(0)
@@ -127,11 +121,9 @@ def cutters(layout: str, calibration: list[Batch]) -> dict[str, Callable[[PreTra
     ways: dict[str, Callable[[PreTrainedModel, int], Any]] = {
         "random": lambda model, size: select(model, size, at_random, calibration),
         "energy": lambda model, size: select(model, size, by_energy, calibration),
+        "chosen": chosen("stock"),
     }
-    if layout != "mamba2":
-        return ways | {"chosen": chosen("stock")}
-    selection = {"selection": lambda model, size: select(model, size, by_loss, calibration)}
-    return ways | selection | {"chosen": chosen("stock"), "chosen, best": chosen("best")}
+    return ways | ({"chosen, best": chosen("best")} if layout == "mamba2" else {})
 
 
 def compare(layout: str, args: argparse.Namespace, batch: Callable[[], Batch], held_out: list[Batch]) -> None:

@@ -8,10 +8,9 @@
 | B, C | input and read-out, shared by the heads of a group | `(batch, length, groups, N)` |
 
 Discrete time, `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`, `y_t = h_t C_t`. B and C leave the convolution ready
-for the scan, so that nothing linear can be folded in front of it. A stock layer therefore selects states, those that
-lack least but for one factor f. That folds: the gated norm takes `f y + D x` as it takes `y + D / f x`, up to its
-epsilon, and without a norm the output projection is multiplied by f too. A layer whose class projects B and C after
-the convolution (`B_proj`, `C_proj`) is cut by balanced projection, the optimum; see `numerics.projection`.
+for the scan, so that nothing linear can be folded in front of it. A stock layer therefore selects states, those whose
+loss costs least without repair. A layer whose class projects B and C after the convolution (`B_proj`, `C_proj`) is cut
+by balanced projection, the optimum; see `numerics.projection`.
 """
 
 from dataclasses import dataclass, replace
@@ -141,7 +140,7 @@ class Mamba2Adapter(SelectiveAdapter):
         )
 
     def changes(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> tuple[ParameterChange, ...]:
-        """The rows of B and C that stay, in `in_proj` and `conv1d`, and the factor that R holds."""
+        """The rows of B and C that stay, in `in_proj` and `conv1d`."""
         module, shape = layer.module, Shape.of(layer.module)
         convolved = shape.rows(kept)
         projected = shape.projected_rows(kept, module.in_proj.weight.shape[0])
@@ -151,7 +150,7 @@ class Mamba2Adapter(SelectiveAdapter):
             "conv1d.weight": (module.conv1d.weight, convolved),
             "conv1d.bias": (module.conv1d.bias, convolved),
         }
-        selected = [
+        return tuple(
             ParameterChange(
                 parameter_name(layer, name),
                 parameter,
@@ -160,12 +159,7 @@ class Mamba2Adapter(SelectiveAdapter):
             )
             for name, (parameter, rows) in found.items()
             if parameter is not None
-        ]
-        return (*selected, *_factor_changes(layer, float(R.amax()))) if selection.rescaled else tuple(selected)
-
-    def rescales(self, module: Any) -> bool:
-        """Not where something else enters the output projection beside the scan's output, and no norm comes before."""
-        return _has_norm(module) or int(module.out_proj.weight.shape[1]) == Shape.of(module).inner
+        )
 
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
         """Widths of convolution and projection, and FalconH1's multipliers."""
@@ -196,26 +190,6 @@ def _feed_through(module: Any, shape: Shape) -> Tensor:
     return module.D if module.D.numel() == shape.heads else module.D.view(shape.heads, -1)
 
 
-def _has_norm(module: Any) -> bool:
-    """Whether a gated norm stands between scan and output projection."""
-    return getattr(getattr(module, "norm", None), "weight", None) is not None
-
-
-def _factor_changes(layer: SSMLayer, factor: float) -> list[ParameterChange]:
-    """Multiply the scan's output by a factor, as the output projection sees it."""
-    module = layer.module
-    multiple = torch.tensor(factor, dtype=torch.float64)
-    scaled = {"D": (module.D, 1 / multiple)}
-    if not _has_norm(module):
-        scaled["out_proj.weight"] = (module.out_proj.weight, multiple)
-    return [
-        ParameterChange(
-            parameter_name(layer, name), parameter, float64(parameter) * by, (MomentTerm(parameter, 1 / by, dim=0),)
-        )
-        for name, (parameter, by) in scaled.items()
-    ]
-
-
 def _loudness(module: Any, y: Tensor, z: Tensor) -> Tensor:
     """Gain from the scan's output to the layer's, like `y` `(batch, length, heads, head_dim)`.
 
@@ -224,9 +198,9 @@ def _loudness(module: Any, y: Tensor, z: Tensor) -> Tensor:
     """
     gate = F.silu(z).abs()
     columns = module.out_proj.weight.to(y.dtype).norm(dim=0)[-y.shape[2] * y.shape[3] :].view(y.shape[2:])
-    if not _has_norm(module):
+    weight = getattr(getattr(module, "norm", None), "weight", None)
+    if weight is None:
         return gate * columns
-    weight = module.norm.weight
     plain = y * F.silu(z) * weight.to(y.dtype).view(y.shape[2:])
     normed = module.norm(y.flatten(2), z.flatten(2)).view_as(y).to(y.dtype)
     power = plain.square().sum(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)

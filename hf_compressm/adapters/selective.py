@@ -56,7 +56,6 @@ class Selection:
     P: Tensor  # (groups, N, N); M where the dropped states are simply gone
     Q: Tensor  # (groups, N, N); then ones
     reads_out: bool  # whether the dropped states are read out of the kept ones, or simply gone
-    rescaled: bool = False  # whether a factor then makes up for them
     samples: Mapping[str, Tensor] = field(default_factory=dict)  # B and C, (tokens, groups, N)
 
 
@@ -125,10 +124,6 @@ class SelectiveAdapter(Adapter):
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
         """Attributes and buffers, besides the state size, that follow a cut to `size` states."""
 
-    def rescales(self, module: Any) -> bool:
-        """Whether a factor of the scan's output can be folded into the layer's parameters, where the states cannot."""
-        return False
-
     def mismatch(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> float:
         """Relative mean square error of a cut layer's output beyond that of dropping and reading out states."""
         return 0.0
@@ -150,24 +145,19 @@ class SelectiveAdapter(Adapter):
         sigma = interpolation.empirical_hankel_singular_values(P, Q).sum(dim=0)
         if not float(sigma[0]) > 0:
             return unmeasurable(layer, "no output energy")
-        rescaled = not self.reads_out and self.rescales(layer.module)
         if self.reads_out:
             ranked = [interpolation.pivoted_selection(*pair) for pair in zip(P, Q, strict=True)]
         else:
             P = statistics.mean("M")
             Q = torch.ones_like(P)  # `tr(Q P)` over the dropped states is what they cost together
-            ranked = [interpolation.elimination_order(M, rescaled) for M in P]
-        orders = torch.stack([order for order, _ in ranked])
-        if self.reads_out:
-            energies = torch.einsum("gij,gji->g", P, Q)
-            losses = (torch.stack([errors.square() for _, errors in ranked]) * energies[:, None]).sum(dim=0)
-        else:
-            losses = interpolation.dropping_losses(P, orders, rescaled)
-        orders = torch.stack([order[kept_order(order.numel(), method, layer)] for order in orders])
+            ranked = [interpolation.elimination_order(M) for M in P]
+        energies = torch.einsum("gij,gji->g", P, Q)
+        losses = torch.stack([errors.square() for _, errors in ranked]) * energies[:, None]
+        orders = torch.stack([order[kept_order(order.numel(), method, layer)] for order, _ in ranked])
+        errors = interpolation.relative_errors(losses.sum(dim=0))
         samples = {name: torch.cat(parts) for name, parts in getattr(statistics, "samples", {}).items() if parts}
-        selection = Selection(orders, P, Q, self.reads_out, rescaled, samples)
         scores = P.diagonal(dim1=1, dim2=2) * Q.diagonal(dim1=1, dim2=2)
-        return Measurement(sigma, interpolation.relative_errors(losses), detail=selection, scores=scores)
+        return Measurement(sigma, errors, detail=Selection(orders, P, Q, self.reads_out, samples), scores=scores)
 
     def problem(self, layer: SSMLayer, statistics: Statistics | None) -> str:
         """Why a layer cannot be measured, or ""."""
@@ -199,12 +189,11 @@ class SelectiveAdapter(Adapter):
 
 
 def _read_out(selection: Selection, kept: Tensor) -> Tensor:
-    """R `(groups, N, r)`, by which the states are read out of the kept ones; without repair the kept, by a factor."""
+    """R `(groups, N, r)`, by which the states are read out of the kept ones; without repair those of the kept."""
     if selection.reads_out:
         pairs = zip(selection.P, kept, strict=True)
         return torch.stack([interpolation.interpolation_matrix(P, indices) for P, indices in pairs])
-    factor = interpolation.dropping_factor(selection.P, kept) if selection.rescaled else 1.0
-    return factor * torch.eye(selection.orders.shape[1], dtype=torch.float64)[kept].mT
+    return torch.eye(selection.orders.shape[1], dtype=torch.float64)[kept].mT
 
 
 def selection_error(P: Tensor, Q: Tensor, kept: Tensor, R: Tensor) -> float:

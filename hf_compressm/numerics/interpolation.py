@@ -63,72 +63,30 @@ def pivoted_selection(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(order), errors
 
 
-def elimination_order(M: Tensor, rescaled: bool = False) -> tuple[Tensor, Tensor]:
-    """Greedy order of states that are dropped and not read out: the last one's loss is the least, and so on backwards.
+def elimination_order(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy order of states that are dropped without repair: the last one's loss is the least, and so on backwards.
 
     Dropping the set D loses `sum_{i, j in D} M_ij` of the mean square output: what states share counts, where a
-    ranking by the energies `M_ii` takes them one by one. Where the output of the kept states S may be rescaled, its
-    least-squares factor `sum_{i, j in S} M_ij` to `sum_{i in S, j} M_ij` leaves less. O(N^2) for the whole order.
+    ranking by the energies `M_ii` takes them one by one. O(N^2) for the whole order.
 
     Args:
         M: `(N, N)`, second moment of the states' contributions to the output, `E[g^2 (C_i h_i) (C_j h_j)]`.
-        rescaled: whether one factor makes up for what the kept states lack.
 
     Returns:
         The order, int64 `(N,)`, most wanted first, and the relative output error after keeping the first k states,
         float64 `(N + 1,)`, for k = 0 .. N, made monotone.
     """
     M = M.double()
-    with_all, with_kept = M.sum(dim=0), M.sum(dim=0)  # sums of a state's row
-    wanted, present = M.sum(), M.sum()  # of the kept states: their product with the whole output, and their square
-    kept, order = torch.ones(M.shape[0], dtype=torch.bool), []
+    with_dropped = torch.zeros_like(M[0])  # sum of a state's row over the dropped ones
+    dropped, order, losses = torch.zeros(M.shape[0], dtype=torch.bool), [], [torch.zeros_like(M[0, 0])]
     for _ in range(M.shape[0]):
-        products, squares = wanted - with_all, present - 2 * with_kept + M.diagonal()
-        losses = _losses(M.sum(), products, squares, rescaled)
-        state = int(torch.where(kept, losses, torch.inf).argmin())
-        wanted, present = products[state], squares[state]
-        with_kept = with_kept - M[:, state]
-        kept[state] = False
+        added = M.diagonal() + 2 * with_dropped
+        state = int(torch.where(dropped, torch.inf, added).argmin())
+        dropped[state] = True
+        with_dropped += M[:, state]
         order.append(state)
-    found = torch.tensor(order[::-1])
-    return found, relative_errors(dropping_losses(M[None], found[None], rescaled))
-
-
-def dropping_losses(M: Tensor, orders: Tensor, rescaled: bool = False) -> Tensor:
-    """Lost mean square output where every group keeps the first k states of its order, float64 `(N + 1,)`.
-
-    Args:
-        M: `(groups, N, N)`, as in `elimination_order`.
-        orders: `(groups, N)`, most wanted first.
-        rescaled: whether one factor for all groups makes up for what the kept states lack.
-    """
-    ordered = torch.stack([one[order][:, order] for one, order in zip(M.double(), orders, strict=True)]).sum(dim=0)
-    none = ordered.new_zeros(1)
-    products = torch.cat([none, ordered.sum(dim=0).cumsum(dim=0)])
-    squares = torch.cat([none, ordered.cumsum(dim=0).cumsum(dim=1).diagonal()])
-    losses = _losses(ordered.sum(), products, squares, rescaled)
-    return torch.cat([losses[:-1], none])  # nothing is lost once every state is kept
-
-
-def dropping_factor(M: Tensor, kept: Tensor) -> float:
-    """Least-squares factor by which the kept states' output makes up for what is dropped; 1 where there is none.
-
-    Args:
-        M: `(groups, N, N)`, as in `elimination_order`.
-        kept: `(groups, r)`.
-    """
-    rows = torch.stack([one[indices] for one, indices in zip(M.double(), kept, strict=True)])
-    square = torch.stack([one[:, indices] for one, indices in zip(rows, kept, strict=True)]).sum()
-    return float(rows.sum() / square) if rows.sum() > 0 and square > 0 else 1.0
-
-
-def _losses(total: Tensor, products: Tensor, squares: Tensor, rescaled: bool) -> Tensor:
-    """`|y - y_S|^2`, or `|y - f y_S|^2` with the best factor f > 0, from `|y|^2`, `<y, y_S>` and `|y_S|^2`."""
-    plain = total - 2 * products + squares
-    if not rescaled:
-        return plain
-    fits = (products > 0) & (squares > 0)
-    return torch.where(fits, total - products**2 / squares.clamp_min(torch.finfo(squares.dtype).tiny), plain)
+        losses.append(losses[-1] + added[state])
+    return torch.tensor(order[::-1]), relative_errors(torch.stack(losses[::-1]))
 
 
 def relative_errors(losses: Tensor) -> Tensor:

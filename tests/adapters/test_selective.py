@@ -271,29 +271,6 @@ def test_states_that_are_never_written_go_without_a_trace(family: Family, number
     torch.testing.assert_close(outputs(model, family.batch()), before, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", [MAMBA2, BAMBA, ZAMBA2, FALCON_H1, GRANITE, NEMOTRON_H], ids=family_id)
-@pytest.mark.parametrize("number", [1, 2])
-@torch.no_grad()
-def test_states_that_are_all_alike_leave_a_factor_that_is_folded(family: Family, number: int) -> None:
-    model = family.build(**{GROUP_FIELDS[family.family]: number})
-    for layer in ssm_layers(model).values():
-        if hasattr(layer, "norm"):
-            layer.norm.variance_epsilon = 1e-12  # all that a norm does not do to any multiple alike
-        inner, size = layer.intermediate_size, layer.ssm_state_size
-        for group in range(2 * number):  # those of B, then those of C
-            rows = slice(inner + group * size, inner + (group + 1) * size)
-            projected = slice(inner + rows.start, inner + rows.stop)
-            for parameter, part in ((layer.conv1d.weight, rows), (layer.conv1d.bias, rows)):
-                parameter[part] = parameter[rows.start].clone()
-            layer.in_proj.weight[projected] = layer.in_proj.weight[projected.start].clone()
-            if hasattr(layer, "mup_vector"):
-                layer.mup_vector[..., projected] = layer.mup_vector[..., projected.start : projected.start + 1]
-    before = outputs(model, family.batch())
-    result = compress(model, CompreSSMConfig(target_state_size=3), family.calibration())
-    assert all(layer.predicted_error < 1e-3 for layer in result.plan.layers)
-    torch.testing.assert_close(outputs(model, family.batch()), before, rtol=SINGLE, atol=SINGLE)
-
-
 @every_mamba
 def test_the_error_at_a_size_is_what_the_cut_predicts_and_falls_with_size(family: Family) -> None:
     model = family.build()

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_compressm.numerics.interpolation import (
-    dropping_factor,
-    dropping_losses,
     elimination_order,
     empirical_hankel_singular_values,
     interpolation_matrix,
@@ -271,30 +269,3 @@ def test_elimination_loses_what_it_says_and_no_more_than_the_energy_ranking_on_a
     assert sum(greedy) <= sum(ranked) + ROUND_OFF
     best = min(selection_error(P, Q, torch.tensor([i for i in range(9) if i != dropped])) for dropped in range(9))
     assert greedy[7] == pytest.approx(best)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_factor_makes_up_for_what_dropped_states_lack_and_the_order_counts_on_it(seed: int) -> None:
-    """Against least squares on samples: columns of X are what the states contribute."""
-    generator = torch.Generator().manual_seed(seed)
-    X = torch.randn(2, 40, 7, generator=generator, dtype=torch.float64) + 0.5  # two groups
-    M = X.mT @ X
-    orders = torch.stack([elimination_order(one, rescaled=True)[0] for one in M])
-    losses = dropping_losses(M, orders, rescaled=True)
-    wanted = X.sum(dim=2).flatten()
-    for kept in range(1, 8):
-        got = torch.stack([x[:, order[:kept]].sum(dim=1) for x, order in zip(X, orders, strict=True)]).flatten()
-        factor = float(got @ wanted / (got @ got))
-        assert dropping_factor(M, orders[:, :kept]) == pytest.approx(factor, rel=1e-9)
-        assert float(losses[kept]) == pytest.approx(float((wanted - factor * got).square().sum()), abs=1e-9)
-    assert float(losses[0]) == pytest.approx(float(wanted.square().sum()))
-    order, errors = elimination_order(M[0], rescaled=True)
-    assert sorted(order.tolist()) == list(range(7))
-    assert float(errors.sum()) < float(elimination_order(M[0])[1].sum())
-
-
-def test_there_is_no_factor_where_nothing_is_kept_that_helps() -> None:
-    opposed = torch.tensor([[[1.0, -2.0], [-2.0, 9.0]]])  # what the first contributes points away from the sum
-    assert dropping_factor(opposed, torch.tensor([[0]])) == 1
-    assert dropping_factor(torch.zeros(1, 2, 2), torch.tensor([[0]])) == 1
-    assert elimination_order(torch.zeros(2, 2), rescaled=True)[1].tolist() == [0, 0, 0]
