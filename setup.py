@@ -24,7 +24,17 @@ EXAMPLES = ["datasets", "evaluate", "matplotlib", "psutil", "scikit-learn"]
 
 # The oracles are outside implementations that the tests compare with; the package itself never imports them.
 ORACLES = ["pymor", "s5-pytorch", "slycot"]
-TEST = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "scipy", "tensorboard", *ORACLES, *EXAMPLES]
+TEST = [
+    "hypothesis",
+    "optuna",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "scipy",
+    "tensorboard",
+    *ORACLES,
+    *EXAMPLES,
+]
 
 EXTRAS_REQUIRE = {
     "examples": EXAMPLES,

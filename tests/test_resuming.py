@@ -286,10 +286,8 @@ def test_batches_that_do_not_fit_into_memory_start_over_with_smaller_ones(tmp_pa
     assert [cut["step"] for cut in trainer.model.config.compressm["cuts"]] == [2, 2]  # the model keeps its first cut
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.filterwarnings("ignore")  # optuna's own
 def test_a_search_over_hyperparameters_starts_each_trial_with_a_fresh_model(tmp_path: Path) -> None:
-    pytest.importorskip("optuna")
     sizes: list[tuple[int, int]] = []
 
     class Sizes(TrainerCallback):
