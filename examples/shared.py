@@ -166,14 +166,15 @@ class Experiment:
         for event in self.compressm.events:
             before, after = event.result.state_sizes_before.values(), event.result.state_sizes_after.values()
             sizes = f"{statistics.mean(before):.1f} -> {statistics.mean(after):.1f}"
-            losses = [f"{self._at(checkup, event.step, 'loss'):.4f}" for checkup in (self.before, self.after)]
+            losses = [self._at(checkup, event.step, "loss") for checkup in (self.before, self.after)]
             rows.append((str(event.step), event.outcome, sizes, *losses, f"{event.result.seconds:.2f}"))
         if len(rows) > 1:
             print(f"\n{table(rows)}")
 
-    def _at(self, checkup: Checkup, step: int, name: str) -> float:
-        """A metric around a cut; not a number where the cut was made before this run was resumed."""
-        return checkup.metrics.get(step, {}).get(name, math.nan)
+    def _at(self, checkup: Checkup, step: int, name: str) -> str:
+        """A metric around a cut; a dash where the cut was made before this run was resumed."""
+        value = checkup.metrics.get(step, {}).get(name)
+        return "-" if value is None else f"{value:.4f}"
 
     def _print_summary(self) -> None:
         events = [event for event in self.compressm.events if event.outcome != "undone"]
@@ -187,8 +188,7 @@ class Experiment:
         rows.append(("parameters", f"{first.result.parameters_before:,}", f"{last.result.parameters_after:,}"))
         for name in ("loss", "accuracy"):
             if name in self.final:
-                values = (self._at(self.before, first.step, name), self.final[name])
-                rows.append((f"validation {name}", *(f"{value:.4f}" for value in values)))
+                rows.append((f"validation {name}", self._at(self.before, first.step, name), f"{self.final[name]:.4f}"))
         rows += self._speed_rows(self.timer.between(0, first.step), self.timer.between(last.step, steps))
         print(f"\n{table(rows)}\n\nPeak memory of the whole run: {_peak_memory()}.")
 
