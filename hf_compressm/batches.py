@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, IterableDataset
 
+from hf_compressm.processes import ALONE, Processes
 
-def sample_batches(dataloader: DataLoader, batch_size: int, count: int, seed: int) -> list[Mapping[str, Any]]:
+
+def sample_batches(
+    dataloader: DataLoader, batch_size: int, count: int, seed: int, processes: Processes = ALONE
+) -> list[Mapping[str, Any]]:
     """Collate `count` batches from a data loader's dataset.
 
     Map-style datasets are sampled without replacement by a generator of its own, the same for the same seed; of an
@@ -22,17 +27,24 @@ def sample_batches(dataloader: DataLoader, batch_size: int, count: int, seed: in
         batch_size: examples per batch.
         count: number of batches; fewer if the dataset is smaller.
         seed: of the sample.
+        processes: that sample together; each gets its share of the same batches, perhaps none.
     """
     dataset: Any = dataloader.dataset
+    while isinstance(dataset, IterableDatasetShard):  # a view of the same data that is this process's alone
+        dataset = dataset.dataset
     with generators_restored():
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             examples = list(itertools.islice(iter(dataset), batch_size * count))
+            groups = processes.share(_grouped(examples, batch_size))
         else:
             generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randperm(len(dataset), generator=generator)[: batch_size * count]
-            examples = [dataset[index] for index in chosen.tolist()]
-        groups = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+            chosen = torch.randperm(len(dataset), generator=generator)[: batch_size * count].tolist()
+            groups = [[dataset[index] for index in group] for group in processes.share(_grouped(chosen, batch_size))]
         return [dataloader.collate_fn(group) for group in groups]
+
+
+def _grouped(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 @contextmanager

@@ -20,12 +20,14 @@ from hf_compressm.config import CompreSSMConfig
 from hf_compressm.durable import quoted, write_json
 from hf_compressm.guard import guarded_cut, held_out_batches, held_out_loss
 from hf_compressm.history import CutEvent, from_record, rollback_event, scalars, to_record
+from hf_compressm.processes import ALONE, Processes
 from hf_compressm.recovery import RecoveryGuard, metric_name
 from hf_compressm.refusals import check_guards, refuse_engines
 from hf_compressm.resuming import watch_loading
 from hf_compressm.saving import watch_saving
 from hf_compressm.scans import enable_fast_selective_scan
 from hf_compressm.schedule import Trigger, trigger_for
+from hf_compressm.surgery import rebuild_reducers
 
 
 logger = logging.get_logger(__name__)
@@ -37,6 +39,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     A cut at step k happens at the start of step k + 1, so that log, evaluation and checkpoint of step k are those of
     the model before it. Sizes and a record of every cut are in `model.config`; `events` has the cuts of this run,
     those from before a resume and those that were undone among them.
+
+    Under `accelerate launch` or `torchrun` with DDP all processes cut together: calibration batches are divided among
+    them, the first decides, and all compare what they have afterwards.
 
     Pass it to `Trainer(..., callbacks=[...])`: given later, it cannot see to a checkpoint of another state size that
     the run resumes from.
@@ -57,6 +62,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.config = config or CompreSSMConfig()
         self.events: list[CutEvent] = []
         self._trainer: weakref.ref[Trainer] | None = None
+        self._processes = ALONE
         self._trigger: Trigger | None = None
         self._needs_data = True
         self._reduction_share = 1.0  # halved by every rollback
@@ -91,14 +97,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot work before the first step, go on from a checkpoint, and switch on the fast scan."""
-        self._trainer = _calling_trainer() or self._trainer
+        self._trainer, self._processes = _calling_trainer() or self._trainer, Processes.current()
         refuse_engines(args, self._trainer() if self._trainer else None, type(self))
         model, dataloader = kwargs["model"], kwargs.get("train_dataloader")
         self._needs_data = any(choice.needs_data for choice in check_settings(model, self.config, calibrated=True))
 
         def measure() -> Scores:
             sample = self._sample(args, state, dataloader, self.config.sampling_seed)
-            return state_scores(model, self.config, sample)
+            return state_scores(model, self.config, sample, self._processes)
 
         self._trigger = trigger_for(self.config, state.max_steps, measure)
         enable_fast_selective_scan()
@@ -161,8 +167,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the metric to the guard that waits for it."""
-        follows = self.cut_follows(state.global_step)
-        self._recovery.see(args, state.global_step, kwargs.get("metrics", {}), follows)
+        if self._recovery.is_on:
+            metrics = self._processes.first(lambda: dict(kwargs.get("metrics", {})))
+            self._recovery.see(args, state.global_step, metrics, self.cut_follows(state.global_step))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remove what was kept for a rollback that can no longer come, now that a checkpoint is sealed."""
@@ -216,10 +223,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             held_out = held_out_batches(trainer, config, config.sampling_seed + step)
 
             def loss() -> float:
-                return held_out_loss(trainer, model, held_out)
+                return held_out_loss(trainer, model, held_out, self._processes)
 
-        kept = self._recovery.keep(self._run_folder(), step)
-        events = guarded_cut(model, config, sample, optimizer, step, self._reduction_share, loss)
+        kept = self._processes.first(lambda: self._recovery.keep(self._run_folder(), step))
+        events = guarded_cut(model, config, sample, optimizer, step, self._reduction_share, loss, self._processes)
+        rebuild_reducers(trainer.model_wrapped)
         self.events += events
         self._recovery.begin(events[-1], kept, state.max_steps)
         if events[-1].outcome == "cut":
@@ -231,19 +239,21 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Return to the checkpoint from before the cut, and let the next cut take half."""
         start, pending, trainer = time.perf_counter(), self._recovery.pending, self._present_trainer()
         assert pending is not None  # the caller has looked
-        loader = watch_loading(trainer, self.config.allow_optimizer_reset)
-        loader.roll_back(self._run_folder() / pending.folder)
+        with self._processes.together():
+            loader = watch_loading(trainer, self.config.allow_optimizer_reset)
+            loader.roll_back(self._run_folder() / pending.folder)
         cut = next(event for event in self.events if event.step == pending.step and event.outcome == "cut")
         event = rollback_event(step, cut, pending.before, pending.after, time.perf_counter() - start)
         self.events.append(event)
         self._reduction_share = cut.reduction_share / 2
         self._recovery.end()
         self._last_cut = _last_cut_before(model, step)
-        logger.warning(
-            f"The cut after step {pending.step} is rolled back: {metric_name(args)} went from {pending.before:.4g} to "
-            f"{pending.after:.4g} in {pending.due - pending.step} steps. The next cut takes {self._reduction_share:g} "
-            "of what the settings ask for."
-        )
+        if self._processes.is_first:
+            logger.warning(
+                f"The cut after step {pending.step} is rolled back: {metric_name(args)} went from {pending.before:.4g} "
+                f"to {pending.after:.4g} in {pending.due - pending.step} steps. The next cut takes "
+                f"{self._reduction_share:g} of what the settings ask for."
+            )
         self._report(event)
 
     def _sample(
@@ -253,7 +263,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if not self._needs_data:
             return None
         size = state.train_batch_size or args.per_device_train_batch_size
-        return sample_batches(dataloader, size, self.config.calibration_batches, seed)
+        return sample_batches(dataloader, size, self.config.calibration_batches, seed, self._processes)
 
     def _rewarmup_share(self, step: int) -> float:
         """Share of the learning rate in the step that follows `step` done steps: 1 / (n + 1), ..., n / (n + 1), 1."""

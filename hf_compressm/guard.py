@@ -11,9 +11,10 @@ from transformers.utils import logging
 
 from hf_compressm.adapters import undisturbed
 from hf_compressm.batches import generators_restored, sample_batches
-from hf_compressm.compression import analyze, apply_plan, compress
+from hf_compressm.compression import apply_plan, compress, plan_compression
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.history import CutEvent
+from hf_compressm.processes import ALONE, Processes
 from hf_compressm.surgery import Snapshot
 
 
@@ -32,8 +33,11 @@ def held_out_batches(trainer: Trainer, config: CompreSSMConfig, seed: int) -> li
     return sample_batches(dataloader, size, config.calibration_batches, seed)
 
 
-def held_out_loss(trainer: Trainer, model: nn.Module, batches: Batches) -> float:
+def held_out_loss(trainer: Trainer, model: nn.Module, batches: Batches, processes: Processes = ALONE) -> float:
     """Mean loss of some batches, computed as the Trainer evaluates; leaves model and generators as they are.
+
+    All processes go through the same batches, since the Trainer's step counts tokens over all of them, and get the
+    loss that the first one has.
 
     Raises:
         ValueError: if a batch has no loss.
@@ -48,7 +52,7 @@ def held_out_loss(trainer: Trainer, model: nn.Module, batches: Batches) -> float
                     "the data labels, or leave max_loss_increase out."
                 )
             total += float(loss.mean())
-    return total / max(len(batches), 1)
+    return processes.first(lambda: total / max(len(batches), 1))
 
 
 def guarded_cut(
@@ -59,6 +63,7 @@ def guarded_cut(
     step: int,
     reduction_share: float = 1.0,
     loss: Callable[[], float] | None = None,
+    processes: Processes = ALONE,
 ) -> list[CutEvent]:
     """Cut; where that raises the loss too much, take it back exactly and try with half the reduction.
 
@@ -69,24 +74,30 @@ def guarded_cut(
         optimizer: the optimizer that trains the model.
         step: optimizer steps done.
         reduction_share: of the first attempt.
-        loss: measures the held-out loss of the model as it is; None for no guard.
+        loss: measures the held-out loss of the model as it is, the same in all processes; None for no guard.
+        processes: that train the model together.
 
     Returns:
         One event per attempt, the last of which stands unless it was undone too.
     """
     before = loss() if loss else None
     if before is not None and not math.isfinite(before):
-        return [_skipped(model, config, calibration, step, f"the held-out loss is {before} before the cut")]
+        return [_skipped(model, config, calibration, step, processes, f"the held-out loss is {before} before the cut")]
     events: list[CutEvent] = []
     for attempt in range(1, (config.max_retries if loss else 0) + 2):
         saved = Snapshot(model, optimizer) if loss else None
-        result = compress(model, config, calibration, optimizer, step, reduction_share)
+        result = compress(model, config, calibration, optimizer, step, reduction_share, processes)
         event = CutEvent(step, result, "", attempt, reduction_share, before)
         if result.changed and loss and saved and before is not None:
             event = _judged(event, saved, loss, before, config)
         events.append(event)
         if event.outcome != "undone":
             break
+        if processes.is_first:
+            logger.warning(
+                f"The cut after step {step} (attempt {attempt}) is undone: the held-out loss went from "
+                f"{before:.4g} to {event.after:.4g}, and max_loss_increase is {config.max_loss_increase:g}."
+            )
         reduction_share /= 2
     return events
 
@@ -103,17 +114,20 @@ def _judged(
     if after - before <= (config.max_loss_increase or 0.0):  # False for NaN too
         return replace(event, after=after)
     saved.restore()
-    logger.warning(
-        f"The cut after step {event.step} (attempt {event.attempt}) is undone: the held-out loss went from "
-        f"{before:.4g} to {after:.4g}, and max_loss_increase is {config.max_loss_increase:g}."
-    )
     return replace(event, after=after, outcome="undone")
 
 
 def _skipped(
-    model: nn.Module, config: CompreSSMConfig, calibration: Batches | None, step: int, reason: str
+    model: nn.Module,
+    config: CompreSSMConfig,
+    calibration: Batches | None,
+    step: int,
+    processes: Processes,
+    reason: str,
 ) -> CutEvent:
     if config.on_nonfinite == "raise":
         raise ValueError(f"No cut after step {step}: {reason}. Go back to an earlier checkpoint.")
-    logger.warning(f"No layer is cut after step {step}: {reason}.")
-    return CutEvent(step, apply_plan(model, analyze(model, config, calibration).skipped(reason)), "unchanged")
+    if processes.is_first:
+        logger.warning(f"No layer is cut after step {step}: {reason}.")
+    plan = plan_compression(model, config, calibration, processes=processes)
+    return CutEvent(step, apply_plan(model, plan.skipped(reason)), "unchanged")

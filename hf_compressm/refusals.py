@@ -4,6 +4,7 @@ import itertools
 from typing import Any, cast
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Subset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -15,27 +16,51 @@ from hf_compressm.config import CompreSSMConfig
 from hf_compressm.guard import held_out_batches, held_out_loss
 from hf_compressm.recovery import metric_name, recovery_length
 from hf_compressm.schedule import Scheduled, Trigger
+from hf_compressm.surgery import find_wrappers, unsupported_feature
 
 
 logger = logging.get_logger(__name__)
 
 
 def refuse_engines(args: TrainingArguments, trainer: Trainer | None, callback: type[TrainerCallback]) -> None:
-    """Refuse runs whose parameters other processes or engines hold on to."""
-    engine = None
+    """Refuse runs whose parameters an engine holds on to, or holds in parts.
+
+    Raises:
+        ValueError: naming the engine and the way out.
+    """
     if args.n_gpu > 1:
-        engine = "nn.DataParallel (several GPUs in one process)"
-    elif trainer is not None and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
-    elif args.world_size > 1:
-        engine = f"{args.world_size} processes"
+        raise ValueError(
+            f"CompreSSMCallback cannot cut a model in place under nn.DataParallel ({args.n_gpu} GPUs in one process). "
+            "Start one process per GPU, with `accelerate launch` or `torchrun`: that is faster, and can be cut."
+        )
+    engine = _engine(args, trainer) if trainer is not None else ""
     if engine:
         raise ValueError(
-            f"CompreSSMCallback cannot cut a model in place under {engine}. Train on one process, or without the "
-            "callback and call hf_compressm.compress on the model between two runs."
+            f"CompreSSMCallback cannot cut a model in place under {engine}. Train without the callback up to a "
+            "checkpoint, cut that with `hf-compressm compress CHECKPOINT --output DIR`, and resume from DIR."
         )
     if trainer is not None and sum(isinstance(cb, callback) for cb in trainer.callback_handler.callbacks) > 1:
         raise ValueError("Trainer has two CompreSSMCallbacks; keep one.")
+
+
+def _engine(args: TrainingArguments, trainer: Trainer) -> str:
+    """The engine of a run that cannot be cut in place, in words; "" where it can."""
+    model = _model(trainer)
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed"
+    if trainer.is_fsdp_enabled:
+        return "FSDP"
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return "tensor parallelism (its parameters are DTensors)"
+    if getattr(model, "is_quantized", False):
+        return "quantised weights"
+    wrappers = list(find_wrappers(trainer.model_wrapped))
+    feature = next((found for wrapper in wrappers if (found := unsupported_feature(wrapper))), "")
+    if feature:
+        return f"DistributedDataParallel with {feature}"
+    if args.world_size > 1 and not wrappers and any(parameter.requires_grad for parameter in model.parameters()):
+        return f"{args.world_size} processes without DistributedDataParallel"
+    return ""
 
 
 def check_guards(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger, max_steps: int) -> None:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from hf_compressm.checkpoints import ADAPTER_FILE, find_last_complete_checkpoint, verify_files
 from hf_compressm.loading import fit_to_checkpoint, load_converted
-from hf_compressm.surgery import misfit, unwrap
+from hf_compressm.surgery import misfit, rebuild_reducers, unwrap
 
 
 logger = logging.get_logger(__name__)
@@ -61,12 +61,14 @@ class CheckpointLoader:
         target = self.trainer.model if model is None else model
         if not self._fit(target, directory):
             self._load_model(directory, model)
+        rebuild_reducers(self.trainer.model_wrapped)  # an earlier `train()` may have wrapped it
 
     def load_best_model(self) -> None:
         """Weights of the best checkpoint, from before a cut or after it."""
         best = self.trainer.state.best_model_checkpoint
         if best is None or not self._fit(self.trainer.model, best):
             self._load_best()
+        rebuild_reducers(self.trainer.model_wrapped)
 
     def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Optimizer and scheduler of a checkpoint.

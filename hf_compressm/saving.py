@@ -15,6 +15,7 @@ from typing import Any
 from transformers import Trainer
 
 from hf_compressm.checkpoints import unseal_checkpoint
+from hf_compressm.processes import Processes
 
 
 LEAST_FREE_BYTES = 1 << 16
@@ -46,15 +47,19 @@ class CheckpointSaver:
         """
         self.prepare()
         folder = Path(self.trainer._get_output_dir(trial=trial)) / f"checkpoint-{self.trainer.state.global_step}"
-        if self.trainer.args.should_save:
-            unseal_checkpoint(folder)
-        try:
-            self._save(model, trial)
-        except Exception as error:
-            _raise_if_full(folder, error)
-            raise
-        if self.trainer.args.should_save and folder.is_dir():
-            self.finish(folder)
+        writes, processes = self.trainer.args.should_save, Processes.current()
+        with processes.together():
+            if writes:
+                unseal_checkpoint(folder)
+        with processes.together():  # each process writes a file of its own, and all of them have to be there
+            try:
+                self._save(model, trial)
+            except Exception as error:
+                _raise_if_full(folder, error)
+                raise
+        with processes.together():
+            if writes and folder.is_dir():
+                self.finish(folder)
 
 
 def _raise_if_full(folder: Path, error: Exception) -> None:

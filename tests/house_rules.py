@@ -25,6 +25,7 @@ FLOORS = {
     "compression": 5,
     "config": 5,
     "durable": 5,
+    "processes": 5,
     "history": 5,
     "loading": 5,
     "callback": 6,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
@@ -229,15 +229,6 @@ def test_what_cannot_work_is_refused_before_the_first_step(settings: dict, match
 def test_two_callbacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two CompreSSMCallbacks"):
         trainer_of(LRU, tmp_path, callbacks=[CompreSSMCallback(HALVE)]).train()
-
-
-@pytest.mark.parametrize(("name", "value"), [("n_gpu", 2), ("world_size", 4)])
-def test_several_devices_are_refused(name: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = trainer_of(LRU, tmp_path)
-    callback = callback_of(trainer)
-    monkeypatch.setattr(TrainingArguments, name, property(lambda self: value))
-    with pytest.raises(ValueError, match=f"{value} processes|several GPUs"):
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 def test_a_run_that_ends_before_its_first_cut_says_so(tmp_path: Path, warnings_seen: list[str]) -> None:

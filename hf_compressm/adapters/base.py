@@ -163,12 +163,19 @@ class SSMLayer:
 
 
 class Statistics(ABC):
-    """Running sums over calibration batches; every tensor in `sums` adds up over batches and over processes."""
+    """What calibration batches show of a layer; batches that other processes saw can be added.
+
+    Attributes:
+        sums: tensors that add up over batches, float64.
+        tokens: that were seen.
+        samples: by name, rows of signals, one tensor per batch.
+    """
 
     def __init__(self) -> None:
         """Start with nothing seen."""
         self.sums: dict[str, Tensor] = {}
         self.tokens = 0
+        self.samples: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, value: Tensor) -> None:
         """Add a tensor to the sum of that name, on the CPU in float64."""

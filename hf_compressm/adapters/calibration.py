@@ -15,6 +15,7 @@ def collect_statistics(
     layers: Sequence[SSMLayer],
     criteria: Sequence[str],
     calibration: Iterable[Mapping[str, Any]] | None,
+    may_be_empty: bool = False,
 ) -> list[Statistics | None]:
     """Run the calibration batches and return each layer's statistics, None where its criterion needs no data.
 
@@ -25,6 +26,7 @@ def collect_statistics(
         layers: layers to watch.
         criteria: one per layer.
         calibration: dicts of model inputs.
+        may_be_empty: whether it is fine that there is no batch, since other processes have them.
 
     Raises:
         ValueError: if a batch is not a dict or the model rejects it, or if there was no batch.
@@ -37,7 +39,7 @@ def collect_statistics(
     with _watching(watched), undisturbed(model), torch.no_grad():
         for count, batch in enumerate(calibration or (), start=1):
             _run(model, batch, count)
-    if count == 0:
+    if count == 0 and not may_be_empty:
         raise ValueError("calibration gave no batch. Pass a list or a DataLoader; a used-up generator is empty.")
     return collected
 

@@ -66,7 +66,6 @@ class CovarianceStatistics(Statistics):
         """Start with nothing seen of a layer of that adapter."""
         super().__init__()
         self.adapter = adapter
-        self.samples: dict[str, list[Tensor]] = {"B": [], "C": []}  # (tokens, groups, N) per batch
 
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """See one call of the layer's forward."""
@@ -87,7 +86,7 @@ class CovarianceStatistics(Statistics):
             for name, signal in (("B", signals.B), ("C", signals.C)):
                 rows = signal.detach()[signals.mask > 0]
                 every = max(1, rows.shape[0] // self.adapter.sampled_tokens)
-                self.samples[name].append(rows[::every].to("cpu", torch.float64))
+                self.samples.setdefault(name, []).append(rows[::every].to("cpu", torch.float64))
 
 
 def _second_moment(signal: Tensor) -> Tensor:
@@ -155,7 +154,7 @@ class SelectiveAdapter(Adapter):
         losses = torch.stack([errors.square() for _, errors in ranked]) * energies[:, None]
         orders = torch.stack([order[kept_order(order.numel(), method, layer)] for order, _ in ranked])
         errors = interpolation.relative_errors(losses.sum(dim=0))
-        samples = {name: torch.cat(parts) for name, parts in getattr(statistics, "samples", {}).items() if parts}
+        samples = {name: torch.cat(parts) for name, parts in statistics.samples.items()}
         scores = P.diagonal(dim1=1, dim2=2) * Q.diagonal(dim1=1, dim2=2)
         return Measurement(sigma, errors, detail=Selection(orders, P, Q, self.reads_out, samples), scores=scores)
 

@@ -2,22 +2,26 @@
 
 import copy
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from hf_compressm.adapters import LayerCut, find_layers
-from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan, fingerprint
+from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan
 from hf_compressm.compression.planning import plan_compression
 from hf_compressm.compression.record import record_cut
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.models import adopt, adopt_config, own_class, own_config_class
+from hf_compressm.processes import ALONE, Processes, checksum
 from hf_compressm.surgery import (
+    Addition,
     NonFiniteError,
+    OptimizerPlan,
+    Replacement,
     Snapshot,
     commit_optimizer,
     commit_replacements,
@@ -56,6 +60,7 @@ def apply_plan(
     optimizer: Any = None,
     optimizer_state: str = "carry",
     step: int | None = None,
+    processes: Processes = ALONE,
 ) -> CompressionResult:
     """Carry out a plan: parameters, optimizer state and config change together or not at all.
 
@@ -65,33 +70,42 @@ def apply_plan(
         optimizer: the optimizer that trains the model, if any.
         optimizer_state: `"carry"` the moments of cut parameters over, or `"reset"` them.
         step: optimizer step to note in the config's record.
+        processes: those that train the model together and apply the same plan together: all of them do, or none. DDP
+            wrappers have to be told afterwards, by `surgery.rebuild_reducers`.
 
     Raises:
         ValueError: if the model was trained or changed since the plan was made, if a new parameter or moment is not
             finite, or if the optimizer is not this model's. The model is then as before.
+        RuntimeError: if processes have other weights or moments than the first one; likewise.
     """
     start = time.perf_counter()
     parameters_before = _count_parameters(model)
-    cuts = _fresh_cuts(plan)
-    replacements = prepare_replacements(model, [change for _, cut in cuts for change in cut.changes])
-    additions = prepare_additions([addition for _, cut in cuts for addition in cut.additions])
-    optimizer_plan = None
-    if optimizer:
-        optimizer_plan = prepare_optimizer(optimizer, model, replacements, optimizer_state, additions)
-    adopts = _needs_own_class(model, plan)
-    new_config = _rewritten_config(model, plan, step, adopts) if cuts else None
-    before = Snapshot(model, optimizer or None)
+    with processes.together():
+        cuts = _fresh_cuts(plan)
+        replacements = prepare_replacements(model, [change for _, cut in cuts for change in cut.changes])
+        additions = prepare_additions([addition for _, cut in cuts for addition in cut.additions])
+        optimizer_plan = None
+        if optimizer:
+            optimizer_plan = prepare_optimizer(optimizer, model, replacements, optimizer_state, additions)
+        adopts = _needs_own_class(model, plan)
+        new_config = _rewritten_config(model, plan, step, adopts) if cuts else None
+        before = Snapshot(model, optimizer or None)
+    processes.compare(
+        lambda: _new_tensors(replacements, additions, optimizer_plan), "The weights or moments to be cut"
+    )
     try:
-        if adopts:
-            adopt(model)
-        commit_replacements(replacements, [attribute for _, cut in cuts for attribute in cut.attributes], additions)
-        if optimizer_plan is not None:
-            commit_optimizer(optimizer_plan)
-        if new_config is not None:
-            vars(model.config).clear()
-            vars(model.config).update(vars(new_config))
-        for item, _ in cuts:
-            refuse_stale_caches(item.layer)
+        with processes.together():
+            if adopts:
+                adopt(model)
+            attributes = [attribute for _, cut in cuts for attribute in cut.attributes]
+            commit_replacements(replacements, attributes, additions)
+            if optimizer_plan is not None:
+                commit_optimizer(optimizer_plan)
+            if new_config is not None:
+                vars(model.config).clear()
+                vars(model.config).update(vars(new_config))
+            for item, _ in cuts:
+                refuse_stale_caches(item.layer)
     except BaseException:  # an interruption too must not leave half a cut
         before.restore()
         raise
@@ -113,6 +127,7 @@ def compress(
     optimizer: Any = None,
     step: int | None = None,
     reduction_share: float = 1.0,
+    processes: Processes = ALONE,
 ) -> CompressionResult:
     """Plan and apply one cut: after training, or in a training loop of one's own.
 
@@ -123,19 +138,21 @@ def compress(
         optimizer: the optimizer that trains the model, if any; its state is carried over.
         step: optimizer step to note in the config's record.
         reduction_share: as in `plan_compression`.
+        processes: as in `plan_compression` and `apply_plan`.
 
     Raises:
         ValueError: as `plan_compression` and `apply_plan`; the model is then as before. New parameters or moments that
             are not finite raise only under `on_nonfinite="raise"`; otherwise no layer is cut.
     """
     start = time.perf_counter()
-    plan = plan_compression(model, config, calibration, reduction_share)
+    plan = plan_compression(model, config, calibration, reduction_share, processes)
     try:
-        result = apply_plan(model, plan, optimizer, config.optimizer_state, step)
+        result = apply_plan(model, plan, optimizer, config.optimizer_state, step, processes)
     except NonFiniteError as error:
         if config.on_nonfinite == "raise":
             raise
-        logger.warning(f"No layer is cut: {error}")
+        if processes.is_first:
+            logger.warning(f"No layer is cut: {error}")
         result = apply_plan(model, plan.skipped(str(error)))
     return replace(result, seconds=time.perf_counter() - start)
 
@@ -180,10 +197,25 @@ def _fresh_cuts(plan: CompressionPlan) -> list[tuple[LayerPlan, LayerCut]]:
             continue
         if item.cut is None:
             raise ValueError("This plan was applied before, or stripped of its tensors. Make a new plan.")
-        if tuple(fingerprint(change.parameter) for change in item.cut.changes) != item.fingerprints:
-            raise ValueError(f"{item.name} was trained since the plan was made. Make a new plan and apply it at once.")
+        if tuple(checksum(change.parameter) for change in item.cut.changes) != item.fingerprints:
+            raise ValueError(
+                f"{item.name} was trained since the plan was made, or has other weights in another process. Make a "
+                "new plan and apply it at once."
+            )
         cuts.append((item, item.cut))
     return cuts
+
+
+def _new_tensors(
+    replacements: Sequence[Replacement], additions: Sequence[Addition], plan: OptimizerPlan | None
+) -> list[Tensor]:
+    """Parameters and moments that a cut puts in place, in an order that is the same in all processes."""
+    moments = [value for state in (plan.states.values() if plan else ()) for value in state.values()]
+    return [
+        *(item.new for item in replacements),
+        *(item.new for item in additions),
+        *(m for m in moments if isinstance(m, Tensor)),
+    ]
 
 
 def _count_parameters(model: nn.Module) -> int:

@@ -1,12 +1,10 @@
 """What a cut would do (the plan) and what it did (the result)."""
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_compressm.adapters import LayerCut, SSMLayer
@@ -115,11 +113,6 @@ class CompressionResult:
     state_sizes_after: dict[str, int]
     parameters_before: int
     parameters_after: int
-
-
-def fingerprint(tensor: Tensor) -> int:
-    """Checksum of a tensor's bits; torch's version counter misses fused optimizers and writes through `.data`."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def _row(layer: LayerPlan) -> tuple[str, ...]:

@@ -1,22 +1,25 @@
 """Measuring a model and choosing what a cut would do to it."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_compressm.adapters import Measurement, collect_statistics
-from hf_compressm.compression.plan import CompressionPlan, LayerPlan, fingerprint
+from hf_compressm.adapters import Measurement, Statistics, collect_statistics
+from hf_compressm.compression.plan import CompressionPlan, LayerPlan
 from hf_compressm.compression.settings import LayerChoice, check_settings
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.numerics.ranks import count_by_error, count_by_tolerance, passes_gate, round_size
+from hf_compressm.processes import ALONE, Processes, checksum
 
 
 logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
 
 
 def plan_compression(
@@ -24,6 +27,7 @@ def plan_compression(
     config: CompreSSMConfig,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     reduction_share: float = 1.0,
+    processes: Processes = ALONE,
 ) -> CompressionPlan:
     """Measure, choose sizes and work out every new tensor, without touching the model.
 
@@ -32,34 +36,70 @@ def plan_compression(
         config: settings.
         calibration: iterable of model-input dicts, needed by selective layers and by `criterion="empirical"`.
         reduction_share: share of the states that the rank rule would drop which this cut drops; below 1 it is gentler.
+        processes: those that train the model together and call this together, each with calibration batches of its
+            own, or none but for the first; what they see is added up, and the plan of the first is that of all.
 
     Raises:
         ValueError: for a model without SSM layers, settings that do not fit it, missing calibration or a batch that
             the model rejects; for NaN or Inf only under `on_nonfinite="raise"`.
     """
-    choices, measurements = measure_layers(model, config, calibration)
-    _raise_on_problems(choices, measurements, config)
-    sizes = _choose_sizes(choices, measurements, config, reduction_share)
-    plans = [_plan_layer(*parts) for parts in zip(choices, measurements, sizes, strict=True)]
-    return CompressionPlan(tuple(_one_size_or_none(choices, plans)))
+
+    def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> CompressionPlan:
+        _raise_on_problems(choices, measurements, config)
+        sizes = _choose_sizes(choices, measurements, config, reduction_share)
+        plans = [_plan_layer(*parts) for parts in zip(choices, measurements, sizes, strict=True)]
+        return CompressionPlan(tuple(_one_size_or_none(choices, plans)))
+
+    return from_measurements(plan, model, config, calibration, processes)
 
 
-def measure_layers(
-    model: nn.Module, config: CompreSSMConfig, calibration: Iterable[Mapping[str, Any]] | None
-) -> tuple[list[LayerChoice], list[Measurement]]:
-    """The layers that the settings pick, and what each shows on the calibration data; touches nothing.
+def from_measurements(
+    work: Callable[[list[LayerChoice], list[Measurement]], T],
+    model: nn.Module,
+    config: CompreSSMConfig,
+    calibration: Iterable[Mapping[str, Any]] | None,
+    processes: Processes = ALONE,
+) -> T:
+    """What `work` makes of the layers that the settings pick and of what each shows; touches nothing.
+
+    Args:
+        work: done by the first process alone; every process gets its result.
+        model: any module with SSM layers of a known family.
+        config: settings.
+        calibration: as for `plan_compression`.
+        processes: likewise.
 
     Raises:
-        ValueError: as `plan_compression`, but for NaN and Inf.
+        ValueError: as `plan_compression`, but for NaN and Inf; and what the work raises.
     """
-    choices = check_settings(model, config, calibrated=calibration is not None)
-    layers = [choice.layer for choice in choices]
-    statistics = collect_statistics(model, layers, [choice.method.criterion for choice in choices], calibration)
-    measurements = [
-        choice.layer.adapter.measure(choice.layer, choice.method, seen)
-        for choice, seen in zip(choices, statistics, strict=True)
-    ]
-    return choices, measurements
+    with processes.together():
+        choices = check_settings(model, config, calibrated=calibration is not None)
+        layers, criteria = [choice.layer for choice in choices], [choice.method.criterion for choice in choices]
+        statistics = collect_statistics(model, layers, criteria, calibration, not processes.is_first)
+    _add_up([item for item in statistics if item is not None], model, processes)
+
+    def measured() -> T:
+        pairs = zip(choices, statistics, strict=True)
+        return work(
+            choices, [choice.layer.adapter.measure(choice.layer, choice.method, seen) for choice, seen in pairs]
+        )
+
+    return processes.first(measured, model)
+
+
+def _add_up(statistics: Sequence[Statistics], model: nn.Module, processes: Processes) -> None:
+    """Add to the first process's statistics what the others have seen."""
+    if processes.size == 1 or not statistics:
+        return
+    tokens = [torch.tensor(float(item.tokens), dtype=torch.float64) for item in statistics]
+    sums = [{**item.sums, "tokens": count} for item, count in zip(statistics, tokens, strict=True)]
+    added = processes.add_up(sums, next(model.parameters()).device)
+    samples = processes.gather([item.samples for item in statistics])
+    for number, (item, total) in enumerate(zip(statistics, added, strict=True)):
+        item.tokens = int(total.pop("tokens"))
+        item.sums = total
+        every = [seen[number] for seen in samples]
+        item.samples = {name: [rows for seen in every for rows in seen.get(name, ())] for name in every[0]}
 
 
 def _raise_on_problems(
@@ -162,7 +202,7 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> Lay
         reason=cut.note,
         layer=layer,
         cut=cut,
-        fingerprints=tuple(fingerprint(change.parameter) for change in cut.changes),
+        fingerprints=tuple(checksum(change.parameter) for change in cut.changes),
     )
 
 

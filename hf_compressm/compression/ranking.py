@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_compressm.compression.planning import measure_layers
+from hf_compressm.adapters import Measurement
+from hf_compressm.compression.planning import from_measurements
+from hf_compressm.compression.settings import LayerChoice
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.numerics.ranks import rank_correlation
+from hf_compressm.processes import ALONE, Processes
 
 
 Scores = Mapping[str, list[list[float]]]
@@ -16,7 +19,10 @@ Scores = Mapping[str, list[list[float]]]
 
 
 def state_scores(
-    model: nn.Module, config: CompreSSMConfig, calibration: Iterable[Mapping[str, Any]] | None = None
+    model: nn.Module,
+    config: CompreSSMConfig,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    processes: Processes = ALONE,
 ) -> Scores:
     """Measure every state of a model by itself, `sqrt(P_ii Q_ii)` or its square; touches nothing.
 
@@ -27,16 +33,20 @@ def state_scores(
         model: any module with SSM layers of a known family.
         config: settings.
         calibration: iterable of model-input dicts, as for `plan_compression`.
+        processes: likewise.
 
     Raises:
         ValueError: as `plan_compression`.
     """
-    choices, measurements = measure_layers(model, config, calibration)
-    return {
-        choice.layer.name: measurement.scores.tolist()
-        for choice, measurement in zip(choices, measurements, strict=True)
-        if not measurement.problem
-    }
+
+    def scores(choices: list[LayerChoice], measurements: list[Measurement]) -> Scores:
+        return {
+            choice.layer.name: measurement.scores.tolist()
+            for choice, measurement in zip(choices, measurements, strict=True)
+            if not measurement.problem
+        }
+
+    return from_measurements(scores, model, config, calibration, processes)
 
 
 def rank_stability(before: Scores, after: Scores) -> dict[str, float]:

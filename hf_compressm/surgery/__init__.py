@@ -2,9 +2,12 @@
 
 from hf_compressm.surgery.caches import refuse_stale_caches
 from hf_compressm.surgery.configuration import write_sizes, write_sizes_of_mamba_ssm, write_sizes_per_layer
-from hf_compressm.surgery.optimizer import commit_optimizer, misfit, prepare_optimizer, unwrap
+from hf_compressm.surgery.ddp import find_wrappers, rebuild_reducers, unsupported_feature
+from hf_compressm.surgery.optimizer import OptimizerPlan, commit_optimizer, misfit, prepare_optimizer, unwrap
 from hf_compressm.surgery.parameters import (
+    Addition,
     NonFiniteError,
+    Replacement,
     commit_replacements,
     prepare_additions,
     prepare_replacements,
@@ -14,17 +17,23 @@ from hf_compressm.surgery.snapshot import Snapshot
 
 
 __all__ = [
+    "Addition",
     "NonFiniteError",
+    "OptimizerPlan",
+    "Replacement",
     "Snapshot",
     "commit_optimizer",
     "commit_replacements",
+    "find_wrappers",
     "misfit",
     "prepare_additions",
     "prepare_optimizer",
     "prepare_replacements",
+    "rebuild_reducers",
     "refuse_stale_caches",
     "reshape_model",
     "skeleton",
+    "unsupported_feature",
     "unwrap",
     "write_sizes",
     "write_sizes_of_mamba_ssm",
