@@ -10,6 +10,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from hf_compressm.adapters import undisturbed
+from hf_compressm.bases import check_base
 from hf_compressm.batches import generators_restored
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.guard import held_out_batches, held_out_loss
@@ -36,6 +37,11 @@ def refuse_engines(args: TrainingArguments, trainer: Trainer | None, callback: t
         )
     if trainer is not None and sum(isinstance(cb, callback) for cb in trainer.callback_handler.callbacks) > 1:
         raise ValueError("Trainer has two CompreSSMCallbacks; keep one.")
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuse adapters whose base a cut would change, and no checkpoint would hold."""
+    check_base(model)
 
 
 def check_guards(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger, max_steps: int) -> None:
