@@ -256,6 +256,11 @@ class Adapter(ABC):
         """State sizes of this layer are multiples of this."""
         return 1
 
+    @property
+    def selects_rows(self) -> bool:
+        """Whether a cut leaves the rows of these parts that stay as they are; otherwise it may mix or scale them."""
+        return False
+
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
         """Names of the layer's modules whose weights a cut replaces; adapters around others need not follow."""
         return ()

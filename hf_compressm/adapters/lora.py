@@ -4,10 +4,12 @@
 |---|---|---|
 | W | weight of a projection, the base's | `(out, in)` |
 | A, B, s | a LoRA adapter: while active, the projection is `W + s B A` | `(rank, in)`, `(out, rank)`, number |
+| m | DoRA's magnitudes, of the rows of `W + s B A` | `(out,)` |
 | M | what a cut does to the rows of W: selects, scales or mixes them | `(new, out)` |
 
 `M (W + s B A) = M W + s (M B) A`: where a cut is one linear map of the rows, every adapter, active or not, follows
 exactly with its B alone. The gradient of B is `s G A^T` for the gradient G of W, so that its moments map as W's do.
+Where M only selects, the norms of the rows that stay are what they were, and m is selected too.
 Nothing here imports peft: its layers are known by `adapter_layer_names`, which all of them have.
 """
 
@@ -90,7 +92,7 @@ def check_adapters(model: nn.Module, layers: Sequence[tuple[SSMLayer, CutMethod]
             raise ValueError(_refusal(around, modules[around], "it is put around a whole SSM layer"))
         for part in layer.adapter.cut_parts(layer, method):
             module = modules.get(f"{layer.name}.{part}" if layer.name else part)
-            why = "" if module is None else _obstacle(module)
+            why = "" if module is None else _obstacle(module, layer.adapter.selects_rows)
             if module is not None and why:
                 raise ValueError(_refusal(f"{layer.name}.{part}", module, why))
 
@@ -110,11 +112,14 @@ def follow(layer: SSMLayer, cut: LayerCut) -> LayerCut:
         present = next((change for change in cut.changes if change.parameter is getattr(base, "weight", None)), None)
         if present is None:
             continue
-        why = _obstacle(module) or ("" if present.row_map is not None else "the cut is no linear map of its rows")
+        if present.row_map is None:
+            why = "the cut is no linear map of its rows"
+        else:
+            why = _obstacle(module, not present.row_map.is_floating_point())
         if why:
             raise ValueError(_refusal(f"{layer.name}.{name}", module, why))
-        for adapter, B in module.lora_B.items():
-            changes.append(_followed(f"{layer.name}.{name}.lora_B.{adapter}.weight", B.weight, present))
+        followers = _by_rows(module)
+        changes += [_followed(f"{layer.name}.{name}.{own}", followers[own], present) for own in followers]
         if id(module) in widths:
             attributes += [AttributeChange(part, "out_features", widths[id(module)]) for part in _wide(module)]
     return replace(cut, changes=tuple(changes), attributes=tuple(attributes))
@@ -126,17 +131,17 @@ def resized(layer: SSMLayer, goal: nn.Module) -> Iterator[ParameterChange | Attr
     for name, plain in plain_modules(layer.module):
         wanted = getattr(goals.get(name), "out_features", None)
         for place, module in layer.module.named_modules():
-            if wrapped_module(module) is None or _innermost(module) is not plain or _obstacle(module):
+            if wrapped_module(module) is None or _innermost(module) is not plain or _obstacle(module, selects=True):
                 continue
             if wanted is not None and module.out_features != wanted:
-                for adapter, B in module.lora_B.items():
-                    value = torch.zeros(wanted, B.weight.shape[1], dtype=B.weight.dtype)
-                    yield ParameterChange(f"{layer.name}.{place}.lora_B.{adapter}.weight", B.weight, value, ())
+                for own, parameter in _by_rows(module).items():
+                    value = torch.zeros(wanted, *parameter.shape[1:], dtype=parameter.dtype)
+                    yield ParameterChange(f"{layer.name}.{place}.{own}", parameter, value, ())
                 yield from (AttributeChange(part, "out_features", wanted) for part in (module, *_wide(module)))
 
 
 def _followed(name: str, B: nn.Parameter, change: ParameterChange) -> ParameterChange:
-    """B after the cut; in its own dtype where rows are only selected."""
+    """B, or m, after the cut; in its own dtype where rows are only selected."""
     row_map = change.row_map
     assert row_map is not None  # the caller has looked
     if not row_map.is_floating_point():
@@ -147,18 +152,21 @@ def _followed(name: str, B: nn.Parameter, change: ParameterChange) -> ParameterC
     return ParameterChange(name, B, value, tuple(MomentTerm(B, term.matrix, term.dim) for term in change.moments))
 
 
-def _obstacle(module: nn.Module) -> str:
-    """Why what is around a projection cannot follow a cut of its rows, or ""."""
+def _obstacle(module: nn.Module, selects: bool) -> str:
+    """Why what is around a projection cannot follow a cut that selects, or mixes, its rows; or ""."""
     if wrapped_module(module) is None:
         return ""
-    if not hasattr(module, "adapter_layer_names"):
-        return "a copy of it is trained in its place"
-    variants = getattr(module, "lora_variant", None)
-    if variants:
-        return f"it is not plain LoRA ({type(next(iter(variants.values()))).__name__})"
+    if "original_module" in module._modules:
+        return "a copy of it is trained in its place (modules_to_save)"
+    variants = [type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()]
+    if not selects and getattr(module, "lora_magnitude_vector", None):
+        return "DoRA's magnitudes cannot follow where rows are mixed"
+    others = [name for name in variants if name != "DoraLinearVariant"]
+    if others:
+        return f"it is not plain LoRA ({others[0]})"
     ups: Any = getattr(module, "lora_B", None)
     base = _innermost(module)
-    is_lora = isinstance(ups, nn.ModuleDict) and len(ups) > 0 and not getattr(module, "lora_magnitude_vector", None)
+    is_lora = isinstance(ups, nn.ModuleDict) and len(ups) > 0
     if not is_lora or not isinstance(base, nn.Linear) or not all(isinstance(B, nn.Linear) for B in ups.values()):
         return "only LoRA around a linear layer follows a cut"
     if not base.weight.is_floating_point() or base.weight.shape[0] != base.out_features:
@@ -185,6 +193,14 @@ def _innermost(module: nn.Module) -> nn.Module:
     """The module below all adapters."""
     inner = wrapped_module(module)
     return module if inner is None else _innermost(inner)
+
+
+def _by_rows(module: Any) -> dict[str, nn.Parameter]:
+    """The parameters of a LoRA layer with one row, or one entry, for every row of the projection."""
+    named = {f"lora_B.{name}.weight": B.weight for name, B in module.lora_B.items()}
+    return named | {
+        f"lora_magnitude_vector.{name}.weight": m.weight for name, m in module.lora_magnitude_vector.items()
+    }
 
 
 def _wide(module: Any) -> list[nn.Module]:

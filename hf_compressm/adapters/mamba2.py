@@ -163,6 +163,11 @@ class Mamba2Adapter(SelectiveAdapter):
             if parameter is not None
         )
 
+    @property
+    def selects_rows(self) -> bool:
+        """Nothing is folded into what is in front of the convolution."""
+        return True
+
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
         """Projection and convolution where states are selected; a projected layer leaves both as they are."""
         return () if self._projects(layer, method) else ("in_proj", "conv1d")
