@@ -18,11 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_compressm.adapters import is_wrapped, plain_modules, underlying
 from hf_compressm.checkpoints import ADAPTER_FILE, BASE_FOLDER, tensor_shapes
 from hf_compressm.durable import link_or_copy, read_json, write_json
 
+
+logger = logging.get_logger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 _NAMES = "_compressm_base_names"
@@ -33,7 +36,12 @@ _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def keep_base_beside(model: Any) -> None:
     """Let a `PeftModel` that is about to be cut save its base with its adapters; leaves other models alone."""
-    if is_wrapped(model) and not keeps_base_beside(model):
+    if is_wrapped(model) and not isinstance(underlying(model), PreTrainedModel):
+        logger.warning(
+            f"The adapters are around a {type(underlying(model)).__name__}, which cannot be saved beside them: "
+            "save_pretrained writes the adapters alone, and the base that this cut leaves is for you to keep."
+        )
+    elif is_wrapped(model) and not keeps_base_beside(model):
         vars(model)[_NAMES] = {name: item.base_model_name_or_path for name, item in model.peft_config.items()}
         vars(model)["save_pretrained"] = MethodType(_save_with_base, model)
 
@@ -62,6 +70,8 @@ def save_base(model: Any, directory: str | Path) -> None:
     is_same = checksum == _checksum(base, state) and written.is_dir()
     if is_same and written.resolve() == folder.resolve():
         return
+    for left_over in folder.parent.glob(f".{BASE_FOLDER}.*"):  # of a process that was killed here
+        shutil.rmtree(left_over, ignore_errors=True)
     fresh = folder.with_name(f".{BASE_FOLDER}.{secrets.token_hex(8)}")
     try:
         if is_same:

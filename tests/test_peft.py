@@ -268,6 +268,10 @@ def run(folder: Path, *targets: str, family: Family = MAMBA, resume: Path | None
     return trainer
 
 
+def widths(model: Any) -> dict[str, int]:
+    return {name: part.out_features for name, part in model.named_modules() if hasattr(part, "out_features")}
+
+
 def test_adapter_and_base_load_together_in_a_fresh_process(tmp_path: Path) -> None:
     """Without this package; where no adapter is around `x_proj` the original base would be taken without a word."""
     folders = []
@@ -318,6 +322,7 @@ def test_a_run_resumes_bit_for_bit_into_a_base_of_the_original_size(
         assert same(dict(resumed.model.state_dict()), dict(whole.model.state_dict())), step
         assert same(resumed.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"]), step
         assert resumed.model.config.to_dict() == whole.model.config.to_dict()
+        assert widths(resumed.model) == widths(whole.model)
 
 
 @pytest.mark.parametrize(("best", "size"), [(2, 8), (4, 4)])
