@@ -27,6 +27,7 @@ ORACLES = ["pymor", "s5-pytorch", "slycot"]
 TEST = [
     "hypothesis",
     "optuna",
+    "peft",
     "pytest",
     "pytest-timeout",
     "pytest-xdist",

@@ -12,6 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from hf_compressm.adapters import is_wrapped
+from hf_compressm.bases import keeps_base_beside, save_base
 from hf_compressm.batches import sample_batches
 from hf_compressm.checkpoints import HISTORY_FILE, seal_checkpoint
 from hf_compressm.compression import Scores, check_settings, recorded_cuts, state_scores
@@ -22,7 +24,7 @@ from hf_compressm.guard import guarded_cut, held_out_batches, held_out_loss
 from hf_compressm.history import CutEvent, from_record, rollback_event, scalars, to_record
 from hf_compressm.processes import ALONE, Processes
 from hf_compressm.recovery import RecoveryGuard, metric_name
-from hf_compressm.refusals import check_guards, refuse_engines
+from hf_compressm.refusals import check_guards, refuse_adapters, refuse_engines
 from hf_compressm.resuming import watch_loading
 from hf_compressm.saving import watch_saving
 from hf_compressm.scans import enable_fast_selective_scan
@@ -100,6 +102,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._trainer, self._processes = _calling_trainer() or self._trainer, Processes.current()
         refuse_engines(args, self._trainer() if self._trainer else None, type(self))
         model, dataloader = kwargs["model"], kwargs.get("train_dataloader")
+        refuse_adapters(model)
         self._needs_data = any(choice.needs_data for choice in check_settings(model, self.config, calibrated=True))
 
         def measure() -> Scores:
@@ -176,6 +179,13 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if args.should_save:
             self._recovery.clean(self._run_folder())
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the base of a cut PEFT model beside its adapters, since the Trainer pushes only files that it knows."""
+        if args.should_save and args.output_dir and keeps_base_beside(kwargs["model"]):
+            save_base(kwargs["model"], args.output_dir)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -210,7 +220,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 self._present_trainer().log(logged)
 
     def _seal(self, folder: Path) -> None:
-        """Write the history beside the weights, and seal the checkpoint."""
+        """Write the history beside the weights, and the base beside adapters, and seal the checkpoint."""
+        if is_wrapped(model := self._present_trainer().model):
+            save_base(model, folder)
         write_json(folder / HISTORY_FILE, self._run())
         seal_checkpoint(folder)
 
@@ -250,9 +262,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._last_cut = _last_cut_before(model, step)
         if self._processes.is_first:
             logger.warning(
-                f"The cut after step {pending.step} is rolled back: {metric_name(args)} went from {pending.before:.4g} "
-                f"to {pending.after:.4g} in {pending.due - pending.step} steps. The next cut takes "
-                f"{self._reduction_share:g} of what the settings ask for."
+                f"The cut after step {pending.step} is rolled back: {metric_name(args)} went from "
+                f"{pending.before:.4g} to {pending.after:.4g} in {pending.due - pending.step} steps. The next cut "
+                f"takes {self._reduction_share:g} of what the settings ask for."
             )
         self._report(event)
 

@@ -25,6 +25,8 @@ SEAL_VERSION = 1
 HISTORY_FILE = "compressm_history.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+BASE_FOLDER = "base_model"
+"""Beside the adapters of a PEFT model, the base that they were trained on, where a cut has changed it."""
 UNFINISHED_FILE = "checkpoint-is-incomplete.txt"
 """What transformers' just-in-time checkpoint leaves where it was interrupted."""
 
@@ -111,9 +113,12 @@ def verify_files(directory: str | Path) -> None:
     for name in ("config.json", TRAINER_STATE_FILE):
         if (directory / name).exists():
             read_json(directory / name)
-    if (directory / ADAPTER_FILE).exists():
-        _shapes_in(directory / ADAPTER_FILE)
-    else:
+    adapters = [*directory.glob(ADAPTER_FILE), *directory.glob(f"*/{ADAPTER_FILE}")]  # "default", and those with names
+    for path in adapters:
+        _shapes_in(path)
+    if (directory / BASE_FOLDER).is_dir():
+        verify_files(directory / BASE_FOLDER)
+    if not adapters:
         tensor_shapes(directory)
     if not (directory / SEAL).exists():
         for path in sorted([*directory.glob("*.pt"), *directory.glob("*.pth")]):

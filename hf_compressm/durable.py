@@ -7,6 +7,7 @@ import json
 import os
 import reprlib
 import secrets
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a JSON {type(values).__name__}; an object is needed.")
     return values
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Give a file a second name, or a copy where the file system has no hard links."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def quoted(value: Any) -> str:

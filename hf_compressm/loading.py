@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_compressm import models
-from hf_compressm.adapters import find_layers, size_fields
-from hf_compressm.checkpoints import tensor_shapes, verify_files
+from hf_compressm.adapters import find_layers, size_fields, underlying
+from hf_compressm.bases import keep_base_beside, keeps_base_beside, load_adapters, load_base
+from hf_compressm.checkpoints import BASE_FOLDER, tensor_shapes, verify_files
 from hf_compressm.compression import check_record
 from hf_compressm.durable import quoted, read_json
 from hf_compressm.surgery import reshape_model, skeleton
@@ -77,7 +78,8 @@ def fit_to_checkpoint(model: nn.Module, directory: str | Path, optimizer: Any = 
     """Give a live model the class and state sizes of a checkpoint, so that its weights can be loaded.
 
     Args:
-        model: a transformers model; any other module is left as it is, since nothing tells what to make of it.
+        model: a transformers model, or a `PeftModel` around one; any other module is left as it is, since nothing
+            tells what to make of it.
         directory: a checkpoint.
         optimizer: the optimizer that trains the model, if there is one yet.
 
@@ -89,15 +91,16 @@ def fit_to_checkpoint(model: nn.Module, directory: str | Path, optimizer: Any = 
             then as before.
     """
     verify_files(directory)
-    if not isinstance(model, PreTrainedModel) or not (Path(directory) / "config.json").exists():
+    base = underlying(model)
+    if not isinstance(base, PreTrainedModel) or not (Path(directory) / "config.json").exists():
         return False
-    config = read_config(directory, model.config)
-    stock = models.stock_class(type(model))
-    kinds: list[Any] = [kind for kind in (type(model), stock, models.own_class(stock)) if kind is not None]
+    config = read_config(directory, base.config)
+    stock = models.stock_class(type(base))
+    kinds: list[Any] = [kind for kind in (type(base), stock, models.own_class(stock)) if kind is not None]
     kind = next((kind for kind in kinds if kind.config_class is type(config)), None)
     if kind is None:
         raise ValueError(
-            f"{directory} holds a {config.model_type!r} model, and the model is a {type(model).__name__}. Resume with "
+            f"{directory} holds a {config.model_type!r} model, and the model is a {type(base).__name__}. Resume with "
             "the kind of model that the checkpoint was saved from."
         )
     wanted = _skeleton(kind, config, directory)
@@ -106,6 +109,31 @@ def fit_to_checkpoint(model: nn.Module, directory: str | Path, optimizer: Any = 
         return reshape_model(model, wanted, optimizer)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
+
+
+def fit_with_adapters(model: Any, directory: str | Path, optimizer: Any = None) -> None:
+    """Give a live `PeftModel` the base of a checkpoint, weights and all, and every adapter that is in it.
+
+    Args:
+        model: a `PeftModel` around a transformers model of any state size.
+        directory: a checkpoint; one without a base goes with the base that the model has.
+        optimizer: the optimizer that trains the model, if there is one yet.
+
+    Raises:
+        ValueError: as `fit_to_checkpoint`; or if the checkpoint has no base, and that of the model was cut since.
+    """
+    verify_files(directory)
+    folder = Path(directory) / BASE_FOLDER
+    if folder.is_dir():
+        fit_to_checkpoint(model, folder, optimizer)
+        load_base(model, folder)
+        load_adapters(model, directory)
+        keep_base_beside(model)
+    elif keeps_base_beside(model):
+        raise ValueError(
+            f"{directory} has adapters and no {BASE_FOLDER}, and the model was cut since: the base that they belong "
+            "to is not there. Load that base anew, put the adapters around it, and resume from this checkpoint."
+        )
 
 
 def load_converted(model: PreTrainedModel, directory: str | Path) -> bool:

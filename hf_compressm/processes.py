@@ -157,10 +157,8 @@ def checksum(*tensors: Tensor) -> int:
     """CRC-32 of tensors' bits; torch's version counter misses fused optimizers and writes through `.data`."""
     value = 0
     for tensor in tensors:
-        flat = (
-            tensor.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
-        )  # one entry may have a stride
-        bits = flat.view(torch.uint8)
+        flat = tensor.detach().cpu().flatten()  # one entry may have a stride, until it is copied
+        bits = flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         value = zlib.crc32(bits.numpy().tobytes(), value)
     return value
 

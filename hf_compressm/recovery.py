@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.durable import quoted
+from hf_compressm.durable import link_or_copy, quoted
 from hf_compressm.history import CutEvent
 from hf_compressm.schedule import resolve
 
@@ -180,7 +180,7 @@ def keep_checkpoint(checkpoint: Path) -> str:
     kept = checkpoint.with_name(KEPT_PREFIX + checkpoint.name)
     shutil.rmtree(kept, ignore_errors=True)  # of a run that was interrupted here
     try:
-        shutil.copytree(checkpoint, kept, copy_function=_link)
+        shutil.copytree(checkpoint, kept, copy_function=link_or_copy)
     except BaseException:
         shutil.rmtree(kept, ignore_errors=True)
         raise
@@ -201,10 +201,3 @@ def greater_is_better(args: TrainingArguments) -> bool:
 def recovery_length(config: CompreSSMConfig, max_steps: int) -> int:
     """`recovery_steps` in steps, at least 1; 0 without it."""
     return 0 if config.recovery_steps is None else max(resolve("recovery_steps", config, max_steps), 1)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        Path(target).hardlink_to(source)
-    except OSError:
-        shutil.copy2(source, target)

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
+from hf_compressm.adapters import is_wrapped
 from hf_compressm.checkpoints import ADAPTER_FILE, find_last_complete_checkpoint, verify_files
-from hf_compressm.loading import fit_to_checkpoint, load_converted
+from hf_compressm.loading import fit_to_checkpoint, fit_with_adapters, load_converted
 from hf_compressm.surgery import misfit, rebuild_reducers, unwrap
 
 
@@ -109,10 +110,13 @@ class CheckpointLoader:
 
     def _fit(self, model: nn.Module | None, directory: str) -> bool:
         """Give the model the checkpoint's sizes; whether its weights were loaded here already."""
-        if model is None or self._is_engine() or (Path(directory) / ADAPTER_FILE).exists():
+        if model is None or self._is_engine() or ((Path(directory) / ADAPTER_FILE).exists() and not is_wrapped(model)):
             return False
         try:
-            fit_to_checkpoint(model, directory, self.trainer.optimizer)
+            if is_wrapped(model):
+                fit_with_adapters(model, directory, self.trainer.optimizer)
+            else:
+                fit_to_checkpoint(model, directory, self.trainer.optimizer)
         except ValueError as error:
             last = find_last_complete_checkpoint(Path(directory).parent)
             raise ValueError(f"{error}{f' The last complete checkpoint is {last}.' if last else ''}") from error

@@ -20,6 +20,7 @@ FLOORS = {
     "models": 2,
     "adapters": 3,
     "surgery": 4,
+    "bases": 5,
     "batches": 5,
     "checkpoints": 5,
     "compression": 5,

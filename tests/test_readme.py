@@ -74,3 +74,6 @@ def test_the_blocks_run_in_order(names: dict[str, Any], tmp_path: Path) -> None:
     assert names["guarded"].recovery_steps == 200
     assert (tmp_path / "run" / "checkpoint-40" / "compressm.complete").exists()
     assert names["logits"].shape == (2, 10)
+    assert names["again"].config.state_size == 8
+    tokens = torch.randint(1, 64, (2, 16))
+    assert torch.allclose(names["again"](tokens).logits, names["adapted"].eval()(tokens).logits, atol=1e-5)

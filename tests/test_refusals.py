@@ -55,7 +55,7 @@ def test_tensor_parallelism_is_refused(tmp_path: Path) -> None:
         mesh = init_device_mesh("cpu", (1,))
         layer = trainer.model.lm_head
         layer.weight = torch.nn.Parameter(DTensor.from_local(layer.weight.detach(), mesh, [Shard(0)]))
-        with pytest.raises(ValueError, match="tensor parallelism.*hf-compressm compress"):
+        with pytest.raises(ValueError, match=r"tensor parallelism.*hf-compressm compress"):
             callback_of(trainer).on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 

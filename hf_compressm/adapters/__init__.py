@@ -14,6 +14,7 @@ from hf_compressm.adapters.base import (
 )
 from hf_compressm.adapters.calibration import collect_statistics, undisturbed
 from hf_compressm.adapters.falcon_mamba import NormalizedMambaAdapter
+from hf_compressm.adapters.lora import check_adapters, follow, is_wrapped, plain_modules, resized, underlying
 from hf_compressm.adapters.lru import LRUAdapter
 from hf_compressm.adapters.mamba import MambaAdapter
 from hf_compressm.adapters.mamba2 import Mamba2Adapter
@@ -39,10 +40,16 @@ __all__ = [
     "SSMLayer",
     "Statistics",
     "ZambaAdapter",
+    "check_adapters",
     "collect_statistics",
     "find_layers",
+    "follow",
+    "is_wrapped",
+    "plain_modules",
     "register",
     "registered_families",
+    "resized",
     "size_fields",
+    "underlying",
     "undisturbed",
 ]

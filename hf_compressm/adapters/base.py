@@ -59,12 +59,15 @@ class ParameterChange:
         value: the new tensor, float64; in the parameter's own dtype where entries are only selected.
         moments: the terms whose sum is the new moment. Moments are averages of gradients, so they are mapped by the
             adjoint of the change of basis: where the old state is `h = T h_r`, the gradient is `T^H g`.
+        row_map: what the change does to axis 0, by which LoRA around a projection follows: float64 `(new, old)`, a
+            plain number, or int64 `(new,)`, the old entries that stay; None for anything else.
     """
 
     name: str
     parameter: nn.Parameter
     value: Tensor
     moments: tuple[MomentTerm, ...]
+    row_map: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,6 +262,15 @@ class Adapter(ABC):
     def granularity(self, module: Any) -> int:
         """State sizes of this layer are multiples of this."""
         return 1
+
+    @property
+    def selects_rows(self) -> bool:
+        """Whether a cut leaves the rows of these parts that stay as they are; otherwise it may mix or scale them."""
+        return False
+
+    def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
+        """Names of the layer's modules whose weights a cut replaces; adapters around others need not follow."""
+        return ()
 
 
 def has_finite_parameters(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compressm.adapters.base import MomentTerm, ParameterChange, SSMLayer
+from hf_compressm.adapters.base import CutMethod, MomentTerm, ParameterChange, SSMLayer
 from hf_compressm.adapters.mamba import MambaAdapter, projection_maps, step_rank
 from hf_compressm.adapters.registry import register
 from hf_compressm.adapters.selective import Selection, float64, parameter_name
@@ -48,7 +48,7 @@ class NormalizedMambaAdapter(MambaAdapter):
         projection = module.x_proj.weight
         moments = (MomentTerm(projection, adjoint, dim=0),)
         x_proj = ParameterChange(
-            parameter_name(layer, "x_proj.weight"), projection, forward @ float64(projection), moments
+            parameter_name(layer, "x_proj.weight"), projection, forward @ float64(projection), moments, forward
         )
         fits = self._fits(module, kept, R, selection)
         return decay, x_proj, *self._scale_changes(layer, indices, *fits)
@@ -72,9 +72,15 @@ class NormalizedMambaAdapter(MambaAdapter):
                 parameter,
                 float64(parameter) * by,
                 (MomentTerm(parameter, 1 / by, dim=0),),
+                row_map=by,
             )
             for name, (parameter, by) in scaled.items()
         ]
+
+    def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
+        """`x_proj`, and where the factors go."""
+        learns = _learns(layer.module.b_layernorm)
+        return ("x_proj", "b_layernorm", "c_layernorm") if learns else ("x_proj", "out_proj")
 
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
         """The width of `x_proj`, and the placeholders that FalconMamba has for weights."""

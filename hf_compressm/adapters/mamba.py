@@ -30,6 +30,7 @@ from hf_compressm.adapters.base import (
     Statistics,
     kept_order,
 )
+from hf_compressm.adapters.lora import effective_weight
 from hf_compressm.adapters.registry import register
 from hf_compressm.adapters.selective import (
     CovarianceStatistics,
@@ -125,7 +126,7 @@ class MambaAdapter(SelectiveAdapter):
     def signals(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
         """What the layer's scan computes."""
         inputs = self.scan_inputs(module, hidden_states, attention_mask)
-        return inputs.signals(module.out_proj.weight)
+        return inputs.signals(effective_weight(module.out_proj))
 
     def statistics(self, module: Any, criterion: str) -> Statistics | None:
         """All criteria need data."""
@@ -172,8 +173,13 @@ class MambaAdapter(SelectiveAdapter):
                 module.x_proj.weight,
                 forward @ float64(module.x_proj.weight),
                 (MomentTerm(module.x_proj.weight, adjoint, dim=0),),
+                row_map=forward,
             ),
         )
+
+    def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
+        """The one projection to step, B and C."""
+        return ("x_proj",)
 
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
         """The width of `x_proj`."""

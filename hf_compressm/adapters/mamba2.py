@@ -32,6 +32,7 @@ from hf_compressm.adapters.base import (
     Statistics,
     kept_order,
 )
+from hf_compressm.adapters.lora import effective_weight
 from hf_compressm.adapters.registry import register
 from hf_compressm.adapters.selective import Selection, SelectiveAdapter, Signals, float64, parameter_name
 from hf_compressm.numerics import interpolation
@@ -156,10 +157,20 @@ class Mamba2Adapter(SelectiveAdapter):
                 parameter,
                 parameter.detach()[rows.to(parameter.device)],
                 (MomentTerm(parameter, rows, dim=0),),
+                row_map=rows,
             )
             for name, (parameter, rows) in found.items()
             if parameter is not None
         )
+
+    @property
+    def selects_rows(self) -> bool:
+        """Nothing is folded into what is in front of the convolution."""
+        return True
+
+    def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
+        """Projection and convolution where states are selected; a projected layer leaves both as they are."""
+        return () if self._projects(layer, method) else ("in_proj", "conv1d")
 
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
         """Widths of convolution and projection, and FalconH1's multipliers."""
@@ -197,7 +208,7 @@ def _loudness(module: Any, y: Tensor, z: Tensor) -> Tensor:
     it gates before or after: that factor is read off its result.
     """
     gate = F.silu(z).abs()
-    columns = module.out_proj.weight.to(y.dtype).norm(dim=0)[-y.shape[2] * y.shape[3] :].view(y.shape[2:])
+    columns = effective_weight(module.out_proj).to(y.dtype).norm(dim=0)[-y.shape[2] * y.shape[3] :].view(y.shape[2:])
     weight = getattr(getattr(module, "norm", None), "weight", None)
     if weight is None:
         return gate * columns

@@ -3,6 +3,7 @@
 from torch import nn
 
 from hf_compressm.adapters.base import Adapter, SSMLayer
+from hf_compressm.adapters.lora import underlying
 
 
 _ADAPTERS: dict[str, Adapter] = {}
@@ -34,11 +35,13 @@ def size_fields() -> list[str]:
 def find_layers(model: nn.Module) -> list[SSMLayer]:
     """All SSM layers of a model, in order; attention and MLP layers are left alone.
 
+    Names are those in the model itself, also where peft's wrapper is around it.
+
     Raises:
         ValueError: if there are none.
     """
     layers: list[SSMLayer] = []
-    for name, module in model.named_modules():
+    for name, module in underlying(model).named_modules():
         paths = map(_path, type(module).__mro__)
         adapter = next((_ADAPTERS[path] for path in paths if path in _ADAPTERS), None)
         if adapter is not None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compressm.adapters.base import MomentTerm, ParameterChange, SSMLayer
+from hf_compressm.adapters.base import CutMethod, MomentTerm, ParameterChange, SSMLayer
 from hf_compressm.adapters.mamba import MambaAdapter, ScanInputs, projection_maps
 from hf_compressm.adapters.registry import register
 from hf_compressm.adapters.selective import Selection, float64, parameter_name
@@ -57,6 +57,10 @@ class ZambaAdapter(MambaAdapter):
                 (MomentTerm(module.x_proj_weight, adjoint, dim=1),),
             ),
         )
+
+    def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
+        """None: the projections are parameters of the layer itself."""
+        return ()
 
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
         """No more than the state size."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from hf_compressm.adapters import LayerCut, find_layers
+from hf_compressm.adapters import LayerCut, find_layers, underlying
+from hf_compressm.bases import keep_base_beside
 from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan
 from hf_compressm.compression.planning import plan_compression
 from hf_compressm.compression.record import record_cut
@@ -95,8 +96,10 @@ def apply_plan(
     )
     try:
         with processes.together():
+            if cuts:
+                keep_base_beside(model)
             if adopts:
-                adopt(model)
+                adopt(underlying(model))
             attributes = [attribute for _, cut in cuts for attribute in cut.attributes]
             commit_replacements(replacements, attributes, additions)
             if optimizer_plan is not None:
@@ -159,7 +162,8 @@ def compress(
 
 def _needs_own_class(model: nn.Module, plan: CompressionPlan) -> bool:
     """Whether a stock model has to become one of this package's classes: for sizes per layer, or a projection."""
-    if own_class(type(model)) in (None, type(model)):
+    kind = type(underlying(model))
+    if own_class(kind) in (None, kind):
         return False
     new = {item.name: item.new_state_size for item in plan.layers}
     sizes = {new.get(layer.name, layer.state_size) for layer in find_layers(model)}

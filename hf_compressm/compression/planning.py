@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_compressm.adapters import Measurement, Statistics, collect_statistics
+from hf_compressm.adapters import Measurement, Statistics, collect_statistics, follow
 from hf_compressm.compression.plan import CompressionPlan, LayerPlan
 from hf_compressm.compression.settings import LayerChoice, check_settings
 from hf_compressm.config import CompreSSMConfig
@@ -188,7 +188,7 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> Lay
     if measurement.problem or size >= layer.state_size:
         return plan
     try:
-        cut = layer.adapter.cut(layer, method, measurement, size)
+        cut = follow(layer, layer.adapter.cut(layer, method, measurement, size))
     except (ValueError, torch.linalg.LinAlgError) as error:
         logger.warning(f"{layer.name} is not cut: {error}")
         return replace(plan, status="skipped", reason=str(error))

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from torch import nn
 from transformers.utils import logging
 
-from hf_compressm.adapters import CutMethod, SSMLayer, find_layers
+from hf_compressm.adapters import CutMethod, SSMLayer, check_adapters, find_layers, underlying
 from hf_compressm.compression.record import check_record
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.models import own_class
@@ -53,11 +53,13 @@ def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) 
     layers = _matching_layers(found, config)
     _check_target(layers, config)
     choices = []
+    own = own_class(type(underlying(model)))
     for layer in layers:
         name = layer.adapter.criterion(config.criterion, calibrated, config.realization)
-        project = config.compat == "best" and own_class(type(model)) is not None
+        project = config.compat == "best" and own is not None
         method = CutMethod(name, config.keep, config.realization, config.sampling_seed, project)
-        choices.append(LayerChoice(layer, method, _per_layer(model, layer, config)))
+        choices.append(LayerChoice(layer, method, _per_layer(underlying(model), layer, config)))
+    check_adapters(model, [(choice.layer, choice.method) for choice in choices])
     uniform = [choice.layer for choice in choices if not choice.per_layer]
     if uniform and len(layers) < len(found):
         raise ValueError(

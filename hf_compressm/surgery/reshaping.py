@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_compressm.adapters import SSMLayer, find_layers
+from hf_compressm.adapters import SSMLayer, find_layers, plain_modules, resized, underlying
 from hf_compressm.adapters.base import AttributeChange, ParameterAddition, ParameterChange
 from hf_compressm.models import adopt, own_class, release
 from hf_compressm.surgery.optimizer import commit_optimizer, prepare_optimizer
@@ -56,14 +56,14 @@ def skeleton(model_class: type, config: PreTrainedConfig) -> PreTrainedModel:
             ) from error
 
 
-def reshape_model(model: PreTrainedModel, wanted: PreTrainedModel, optimizer: Any = None) -> bool:
+def reshape_model(model: Any, wanted: PreTrainedModel, optimizer: Any = None) -> bool:
     """Give a live model the class, configuration and state sizes of a skeleton; all at once, or not at all.
 
     Resized parameters hold zeros until weights are loaded into them, and have no optimizer state. Everything that has
     its shape already stays what it is, the same tensor.
 
     Args:
-        model: the model.
+        model: the model, perhaps inside a `PeftModel`.
         wanted: a skeleton, of the model's class or of its stock or own counterpart.
         optimizer: the optimizer that trains the model, if there is one; it gets the new parameters.
 
@@ -75,8 +75,8 @@ def reshape_model(model: PreTrainedModel, wanted: PreTrainedModel, optimizer: An
     """
     before = Snapshot(model, optimizer)
     try:
-        _take_class(model, type(wanted))
-        found = _differences(model, wanted)
+        _take_class(underlying(model), type(wanted))
+        found = _differences(underlying(model), wanted)
         replacements = prepare_replacements(model, found.changes)
         additions = prepare_additions(found.additions)
         if optimizer is not None:
@@ -126,11 +126,16 @@ def _differences(model: PreTrainedModel, wanted: PreTrainedModel) -> Differences
     _check_the_rest(model, wanted, [layer.name for layer in layers])
     found = Differences([], [], [], [])
     for layer, goal in zip(layers, goals, strict=True):
-        for name, part in layer.module.named_modules():
+        for name, part in plain_modules(layer.module):
             prefix = ".".join(piece for piece in (layer.name, name) if piece)
             counterpart = goal.module.get_submodule(name)
             _compare_parameters(layer, prefix, part, counterpart, found)
             found.attributes.extend(_other_attributes(part, counterpart))
+        for change in resized(layer, goal.module):
+            if isinstance(change, ParameterChange):
+                found.changes.append(change)
+            else:
+                found.attributes.append(change)
     return found
 
 
