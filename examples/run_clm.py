@@ -4,16 +4,13 @@ By default a small byte-level Mamba on the source text of Python's standard libr
 lists every option, and a YAML or JSON file may stand in their place: `run_clm.py configs/clm.yaml`.
 """
 
-import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from shared import Accuracy, Experiment, load_hub_dataset, load_pretrained, parse_arguments, run
+from shared import Accuracy, Experiment, RunArguments, load_pretrained, parse_arguments, run
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,10 +22,11 @@ from transformers import (
     set_seed,
 )
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, enable_fast_selective_scan
+from hf_compressm import CompreSSMConfig, enable_fast_selective_scan
+from hf_compressm.data import ByteTokenizer, TextSource, read_texts, split_into_blocks
 
 
-BYTES = 256
+BYTES = ByteTokenizer.vocab_size
 
 
 @dataclass
@@ -42,15 +40,9 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(TextSource):
     """The text: Python's standard library unless one of these is given."""
 
-    train_file: list[str] | None = field(default=None, metadata={"help": "Local text file or files."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, with a train split."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    text_column: str = field(default="text", metadata={"help": "Its column of text."})
-    block_size: int = field(default=256, metadata={"help": "Tokens per training example."})
-    max_characters: int = field(default=2_000_000, metadata={"help": "Use no more text than this."})
     validation_share: float = field(default=0.05, metadata={"help": "Share at the end of the text that is held out."})
     max_eval_blocks: int = field(default=64, metadata={"help": "Evaluate on no more blocks than this."})
     prompt: str = field(default="def ", metadata={"help": "Text that the reloaded model continues."})
@@ -76,57 +68,13 @@ class ClmTrainingArguments(TrainingArguments):
     report_to: str | None = field(default="none", metadata={"help": "Tracker: tensorboard, trackio, wandb, ..."})
 
 
-class ByteTokenizer:
-    """One token per byte of UTF-8; enough of a tokenizer for this script."""
-
-    def __call__(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
-        """Bytes of each text."""
-        return {"input_ids": [list(text.encode("utf-8")) for text in texts]}
-
-    def decode(self, tokens: torch.Tensor) -> str:
-        """The text; bytes that are no UTF-8 become replacement characters."""
-        return bytes(tokens.tolist()).decode("utf-8", errors="replace")
-
-
-def read_texts(args: DataArguments) -> list[str]:
-    """The documents, cut off after `max_characters`."""
-    if args.train_file and args.dataset_name:
-        raise ValueError("Give train_file or dataset_name, not both.")
-    if args.dataset_name:
-        train = load_hub_dataset(args.dataset_name, args.dataset_config_name)["train"]
-        if args.text_column not in train.column_names:
-            raise ValueError(f"{args.dataset_name} has no column {args.text_column!r}, only {train.column_names}.")
-        documents = (row[args.text_column] for row in train)
-    elif args.train_file:
-        names = [args.train_file] if isinstance(args.train_file, str) else args.train_file
-        missing = [name for name in names if not Path(name).is_file()]
-        if missing:
-            raise ValueError(f"There is no file {', '.join(missing)}; train_file takes local text files.")
-        documents = (Path(name).read_text(encoding="utf-8", errors="replace") for name in names)
-    else:
-        library = Path(sysconfig.get_paths()["stdlib"])
-        documents = (path.read_text(encoding="utf-8", errors="replace") for path in sorted(library.glob("*.py")))
-    texts, left = [], args.max_characters
-    for document in documents:
-        texts.append(document[:left])
-        left -= len(texts[-1])
-        if left <= 0:
-            break
-    return texts
-
-
 def make_blocks(args: DataArguments, tokenize: Callable) -> tuple[Dataset, Dataset]:
     """Training and validation blocks of `block_size` tokens; validation is the end of the text."""
-    if args.block_size < 2 or not 0 < args.validation_share < 1:
-        raise ValueError(
-            f"block_size must be at least 2 and validation_share between 0 and 1, got {args.block_size} and "
-            f"{args.validation_share}."
-        )
+    if not 0 < args.validation_share < 1:
+        raise ValueError(f"validation_share must lie between 0 and 1, got {args.validation_share}.")
 
     def group(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        tokens = list(chain.from_iterable(batch["input_ids"]))
-        starts = range(0, len(tokens) - args.block_size + 1, args.block_size)
-        blocks = [tokens[start : start + args.block_size] for start in starts]
+        blocks = split_into_blocks(batch["input_ids"], args.block_size)
         return {"input_ids": blocks, "labels": blocks}
 
     texts = Dataset.from_dict({"text": read_texts(args)})
@@ -166,8 +114,8 @@ def make_model(args: ModelArguments) -> tuple[PreTrainedModel, ByteTokenizer | A
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Train, cut, report, save, reload; returns the final metrics."""
-    kinds = (ModelArguments, DataArguments, CompreSSMConfig, ClmTrainingArguments)
-    model_args, data_args, compressm_config, training_args = parse_arguments(kinds, arguments)
+    kinds = (ModelArguments, DataArguments, RunArguments, CompreSSMConfig, ClmTrainingArguments)
+    model_args, data_args, run_args, compressm_config, training_args = parse_arguments(kinds, arguments)
     set_seed(training_args.seed)
     enable_fast_selective_scan()
     model, tokenizer = make_model(model_args)
@@ -180,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     experiment = Experiment(
         tokens_per_example=data_args.block_size,
-        compressm=CompreSSMCallback(compressm_config),
+        settings=compressm_config,
+        run=run_args,
         model=model,
         args=training_args,
         train_dataset=train,

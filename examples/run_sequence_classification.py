@@ -4,16 +4,13 @@ By default S5 on scikit-learn's handwritten digits, read pixel by pixel; nothing
 option, and a YAML or JSON file may stand in their place: `run_sequence_classification.py configs/smnist_lru.yaml`.
 """
 
-import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from datasets import Array2D, ClassLabel, Dataset, Features
-from shared import Accuracy, Experiment, load_hub_dataset, load_pretrained, parse_arguments, run
+from shared import Accuracy, Experiment, RunArguments, load_pretrained, parse_arguments, run
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import (
@@ -24,10 +21,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, enable_fast_selective_scan
-
-
-Split = tuple[np.ndarray, np.ndarray]  # sequences (examples, length, features), labels (examples,)
+from hf_compressm import CompreSSMConfig, enable_fast_selective_scan
+from hf_compressm.data.sequences import SequenceSource, Split, read_sequences, to_sequences
 
 
 @dataclass
@@ -45,14 +40,9 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(SequenceSource):
     """The data: scikit-learn's digits unless one of these is given."""
 
-    mnist_dir: str | None = field(default=None, metadata={"help": "Directory with MNIST's idx files, gzipped or not."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, with a train split."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    input_column: str = field(default="image", metadata={"help": "Its column of images or numbers."})
-    label_column: str = field(default="label", metadata={"help": "Its column of class indices."})
     test_size: float = field(default=0.2, metadata={"help": "Share held out where the data have no test split."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use no more training examples than this."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use no more test examples than this."})
@@ -76,56 +66,13 @@ class DigitsTrainingArguments(TrainingArguments):
     report_to: str | None = field(default="none", metadata={"help": "Tracker: tensorboard, trackio, wandb, ..."})
 
 
-def read_idx(folder: Path, name: str) -> np.ndarray:
-    """Read one of MNIST's idx files, plain or gzipped."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            dimensions = content[3] if len(content) > 4 and content[:3] == b"\0\0\x08" else 0
-            shape = np.frombuffer(content, ">u4", dimensions, offset=4) if dimensions else ()
-            if not dimensions or len(content) != 4 + 4 * dimensions + int(np.prod(shape)):
-                raise ValueError(f"{path} is no idx file of bytes, or is cut short.")
-            return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    raise ValueError(f"There is neither {folder / name} nor {name}.gz; mnist_dir must hold MNIST's four idx files.")
-
-
-def to_sequences(inputs: Sequence[Any]) -> np.ndarray:
-    """Images or series `(length,)`, `(height, width)` or `(height, width, channels)`, row by row, bytes to [0, 1]."""
-    arrays = [np.asarray(item) for item in inputs]
-    shapes = {array.shape for array in arrays}
-    if len(shapes) > 1:
-        raise ValueError(f"Sequences differ in shape: {sorted(shapes)[:3]} ...; this script needs one shape.")
-    stacked = np.stack(arrays)
-    scale = 255 if stacked.dtype == np.uint8 else 1
-    channels = stacked.shape[3] if stacked.ndim == 4 else 1
-    return stacked.reshape(len(stacked), -1, channels).astype(np.float32) / scale
-
-
 def load_data(args: DataArguments) -> tuple[Split, Split]:
     """Training and test split."""
-    if args.mnist_dir and args.dataset_name:
-        raise ValueError("Give mnist_dir or dataset_name, not both.")
-    if args.mnist_dir:
-        folder = Path(args.mnist_dir)
-        parts = [
-            [read_idx(folder, f"{name}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
-            for name in ("train", "t10k")
-        ]
-        return tuple((to_sequences(images), labels) for images, labels in parts)
-    if args.dataset_name:
-        splits = load_hub_dataset(args.dataset_name, args.dataset_config_name)
-        for column in (args.input_column, args.label_column):
-            if column not in splits["train"].column_names:
-                raise ValueError(f"{args.dataset_name} has no column {column!r}: {splits['train'].column_names}.")
-        test = next((splits[name] for name in ("test", "validation") if name in splits), None)
-        parts = [
-            (to_sequences(part[args.input_column]), np.asarray(part[args.label_column]))
-            for part in (splits["train"], test)
-            if part is not None
-        ]
-        if len(parts) == 2:
-            return parts[0], parts[1]
-        sequences, labels = parts[0]
+    splits = read_sequences(args)
+    if len(splits) == 2:
+        return splits[0], splits[1]
+    if splits:
+        sequences, labels = splits[0]
     else:
         digits = load_digits()
         sequences, labels = to_sequences(digits.images / digits.images.max()), digits.target
@@ -161,8 +108,8 @@ def make_model(args: ModelArguments, input_size: int, num_labels: int) -> PreTra
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Train, cut, report, save, reload; returns the final metrics."""
-    kinds = (ModelArguments, DataArguments, CompreSSMConfig, DigitsTrainingArguments)
-    model_args, data_args, compressm_config, training_args = parse_arguments(kinds, arguments)
+    kinds = (ModelArguments, DataArguments, RunArguments, CompreSSMConfig, DigitsTrainingArguments)
+    model_args, data_args, run_args, compressm_config, training_args = parse_arguments(kinds, arguments)
     set_seed(training_args.seed)
     enable_fast_selective_scan()
     train, test = load_data(data_args)
@@ -172,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     accuracy = Accuracy()
     experiment = Experiment(
         tokens_per_example=train[0].shape[1],
-        compressm=CompreSSMCallback(compressm_config),
+        settings=compressm_config,
+        run=run_args,
         model=model,
         args=training_args,
         train_dataset=to_dataset(train, num_labels, data_args.max_train_samples),

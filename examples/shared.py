@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback
 
-from hf_compressm import CompreSSMCallback, find_last_complete_checkpoint
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, find_last_complete_checkpoint
 from hf_compressm.reporting import plot_spectra, plot_state_sizes
 
 
@@ -28,6 +28,19 @@ except ImportError:  # Windows
 
 WARM_UP_STEPS = 2  # the first steps of a phase pay for new buffers and are not timed
 MAX_LAYER_ROWS = 8
+
+
+@dataclass
+class RunArguments:
+    """How the run is compressed, and how far it goes."""
+
+    compress: bool = field(
+        default=True, metadata={"help": "Cut while training; false where an engine such as FSDP holds the parameters."}
+    )
+    stop_after: int | None = field(
+        default=None,
+        metadata={"help": "Save a checkpoint after this step and stop, as if interrupted."},
+    )
 
 
 def parse_arguments(kinds: Sequence[type], arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -87,6 +100,18 @@ class Accuracy(evaluate.Metric):
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
+class StopAfter(TrainerCallback):
+    """Saves and stops after a step; schedules stay those of the whole run."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop, if it is time to."""
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
 class Checkup(TrainerCallback):
     """Evaluates where a cut is due: before the cut or after it, by its place in the list of callbacks."""
 
@@ -132,16 +157,20 @@ class Experiment:
 
     Args:
         tokens_per_example: for the throughput.
-        compressm: the callback.
+        settings: of the callback.
+        run: whether there is a callback, and whether the run stops early.
         **trainer_arguments: those of `Trainer`.
     """
 
-    def __init__(self, tokens_per_example: int, compressm: CompreSSMCallback, **trainer_arguments: Any) -> None:
+    def __init__(
+        self, tokens_per_example: int, settings: CompreSSMConfig, run: RunArguments, **trainer_arguments: Any
+    ) -> None:
         self.tokens_per_example = tokens_per_example
-        self.compressm = compressm
-        self.before, self.after = Checkup("before_cut", compressm), Checkup("after_cut", compressm)
+        self.compressm = CompreSSMCallback(settings)
+        self.before, self.after = Checkup("before_cut", self.compressm), Checkup("after_cut", self.compressm)
         self.timer = StepTimer()
-        callbacks = [self.before, compressm, self.after, self.timer]
+        callbacks = [self.before, self.compressm, self.after] if run.compress else []
+        callbacks += [self.timer] if run.stop_after is None else [self.timer, StopAfter(run.stop_after)]
         self.trainer = Trainer(callbacks=callbacks, **trainer_arguments)
         self.before.trainer = self.after.trainer = self.trainer
         self.final: dict[str, float] = {}
@@ -231,22 +260,6 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
         raise ValueError(
             f"{name!r} is neither a local model directory nor a Hub model within reach: {reason}"
         ) from error
-
-
-def load_hub_dataset(name: str, config_name: str | None) -> datasets.DatasetDict:
-    """`datasets.load_dataset`, with one line for a data set that cannot be loaded.
-
-    Raises:
-        ValueError: if there is nothing to load, or no `train` split.
-    """
-    try:
-        splits = datasets.load_dataset(name, config_name)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"Data set {name!r} cannot be loaded: {reason}") from error
-    if "train" not in splits:
-        raise ValueError(f"Data set {name!r} has no split 'train', only {', '.join(splits)}.")
-    return splits
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

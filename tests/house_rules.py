@@ -25,6 +25,7 @@ FLOORS = {
     "checkpoints": 5,
     "compression": 5,
     "config": 5,
+    "data": 5,
     "durable": 5,
     "processes": 5,
     "history": 5,
@@ -40,7 +41,9 @@ FLOORS = {
     "reporting": 7,
 }
 
-OPTIONAL = frozenset({"causal_conv1d", "deepspeed", "kernels", "mamba_ssm", "mambapy", "matplotlib", "peft"})
+OPTIONAL = frozenset(
+    {"causal_conv1d", "datasets", "deepspeed", "kernels", "mamba_ssm", "mambapy", "matplotlib", "peft"}
+)
 MATHS = frozenset({"torch", "scipy", "numpy"})  # all that floor 1 may know, besides the standard library
 MATHS_EXCEPTIONS = {
     # It puts the fast scan in the place of the slow loop inside transformers' own Mamba classes.

@@ -1,0 +1,41 @@
+"""Data sets of the Hub, through the `datasets` library."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class HubSource:
+    """A data set on the Hub."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, with a train split."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+
+
+def load_hub_dataset(name: str, config_name: str | None) -> Any:
+    """`datasets.load_dataset`, with one line for a data set that cannot be loaded.
+
+    Returns:
+        A `datasets.DatasetDict` with a split `train`.
+
+    Raises:
+        ValueError: if there is nothing to load, or no `train` split.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("dataset_name needs the datasets library: pip install datasets.") from error
+    try:
+        splits = datasets.load_dataset(name, config_name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"Data set {name!r} cannot be loaded: {reason}") from error
+    if "train" not in splits:
+        raise ValueError(f"Data set {name!r} has no split 'train', only {', '.join(splits)}.")
+    return splits
+
+
+def check_column(name: str, splits: Any, column: str) -> None:
+    """Raise `ValueError` unless a data set has a column."""
+    if column not in splits["train"].column_names:
+        raise ValueError(f"{name} has no column {column!r}, only {splits['train'].column_names}.")
