@@ -88,13 +88,13 @@ class Processes:
         sent: list[Any] = [None, None]
         if self.is_first:
             try:
-                sent[0] = _dump(work(), model)
+                sent[0] = dump(work(), model)
             except Exception as error:
                 sent[1] = _sendable(error, self.rank)
         dist.broadcast_object_list(sent, src=0)
         if sent[1] is not None:
             raise sent[1]
-        return _load(sent[0], model)
+        return load(sent[0], model)
 
     def add_up(self, sums: Sequence[Sums], device: torch.device | str = "cpu") -> list[Sums]:
         """Sum tables of tensors over the processes; a process that lacks an entry adds nothing to it.
@@ -172,8 +172,8 @@ def _sendable(error: Exception, rank: int) -> Exception:
         return RuntimeError(f"Process {rank} failed: {type(error).__name__}: {error}")
 
 
-def _dump(value: Any, model: nn.Module | None) -> bytes:
-    """Pickle a value, with names in the place of the model's modules and parameters."""
+def dump(value: Any, model: nn.Module | None) -> bytes:
+    """Pickle a value, with names in the place of the model's modules and parameters: what `first` sends."""
     named = [*model.named_modules(), *model.named_parameters()] if model is not None else []
     names = {id(part): (isinstance(part, nn.Module), name) for name, part in named}
     buffer = io.BytesIO()
@@ -186,12 +186,12 @@ def _dump(value: Any, model: nn.Module | None) -> bytes:
     return buffer.getvalue()
 
 
-def _load(data: bytes, model: nn.Module | None) -> Any:
+def load(data: bytes, model: nn.Module | None) -> Any:
     """The value, with this process's modules and parameters in the place of their names."""
 
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, place: tuple[bool, str]) -> Any:
-            assert model is not None  # `_dump` had one
+            assert model is not None  # `dump` had one
             return model.get_submodule(place[1]) if place[0] else model.get_parameter(place[1])
 
     return Unpickler(io.BytesIO(data)).load()

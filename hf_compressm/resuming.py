@@ -84,6 +84,9 @@ class CheckpointLoader:
         if missing:
             self._reset_or_raise(checkpoint, f"{Path(checkpoint) / missing[0]} is missing")
             return
+        args = self.trainer.args
+        if args.device.type == "cpu":  # in one of several processes it is "cpu:0", to which torch.load cannot load
+            vars(args)["_setup_devices"] = torch.device("cpu")
         try:
             self._load_optimizer(checkpoint)
             problem = misfit(unwrap(self.trainer.optimizer))
