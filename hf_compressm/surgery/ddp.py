@@ -47,5 +47,6 @@ def rebuild_reducers(model: nn.Module) -> None:
             if name not in wrapper.parameters_to_ignore
         ]
         wrapper._has_rebuilt_buckets = False
+        wrapper._static_graph_delay_allreduce_enqueued = False  # a new reducer looks at a static graph again
         for hook, state in hooks:
             dist._register_comm_hook(wrapper.reducer, state, hook)
