@@ -1,6 +1,7 @@
 """Compress the state of state-space models while they train, inside Hugging Face `transformers`."""
 
 from hf_compressm.callback import CompreSSMCallback
+from hf_compressm.checkpoint_compression import compress_checkpoint
 from hf_compressm.checkpoints import find_last_complete_checkpoint
 from hf_compressm.compression import (
     CompressionPlan,
@@ -57,6 +58,7 @@ __all__ = [
     "analyze",
     "apply_plan",
     "compress",
+    "compress_checkpoint",
     "enable_fast_selective_scan",
     "find_last_complete_checkpoint",
     "plan_compression",

@@ -112,7 +112,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._trigger = trigger_for(self.config, state.max_steps, measure)
         enable_fast_selective_scan()
         self._restore(state)
-        self._last_cut = _last_cut_before(model, state.global_step)
+        cut_on_disk = any(event.step == state.global_step and event.outcome == "cut" for event in self.events)
+        self._last_cut = state.global_step if cut_on_disk else _last_cut_before(model, state.global_step)
         self._measured = state.global_step
         trainer = self._present_trainer()
         watch_loading(trainer, self.config.allow_optimizer_reset)

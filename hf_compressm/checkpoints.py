@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from hf_compressm.durable import quoted, read_json, sync_and_sum, sync_directory, write_json
@@ -147,6 +148,17 @@ def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
             raise ValueError(f"{directory / shard} lacks {quoted(absent[0])}, which {index.name} says is in it.")
         shapes |= found
     return shapes
+
+
+def saved_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor in a directory's safetensors weights, read one by one."""
+    directory = Path(directory)
+    single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
+    names = {SAFE_WEIGHTS_NAME} if single.exists() else set(_placed_tensors(index).values())
+    for path in sorted(directory / name for name in names):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
 
 
 def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,8 @@ import reprlib
 import secrets
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,32 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a JSON {type(values).__name__}; an object is needed.")
     return values
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """A hidden directory to fill, which gets its name at the end; it is removed if filling it fails.
+
+    Args:
+        path: of the directory; nothing may be there but an empty one.
+
+    Raises:
+        OSError: from the file system; nothing is then left.
+    """
+    path = Path(path).absolute()
+    place = next(folder for folder in path.parents if folder.is_dir())  # so that no parents are left either
+    temporary = place / f".{path.name}.{secrets.token_hex(8)}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():  # Windows renames onto nothing
+            path.rmdir()
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_directory(path.parent)
 
 
 def link_or_copy(source: str, target: str) -> None:

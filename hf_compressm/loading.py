@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -14,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_compressm import models
 from hf_compressm.adapters import find_layers, size_fields, underlying
 from hf_compressm.bases import keep_base_beside, keeps_base_beside, load_adapters, load_base
-from hf_compressm.checkpoints import BASE_FOLDER, tensor_shapes, verify_files
+from hf_compressm.checkpoints import BASE_FOLDER, saved_tensors, tensor_shapes, verify_files
 from hf_compressm.compression import check_record
 from hf_compressm.durable import quoted, read_json
 from hf_compressm.surgery import reshape_model, skeleton
@@ -155,6 +156,31 @@ def load_converted(model: PreTrainedModel, directory: str | Path) -> bool:
     loaded = type(model).from_pretrained(directory, config=model.config, dtype=model.dtype)
     model.load_state_dict(loaded.state_dict())
     return True
+
+
+def load_model(directory: str | Path) -> PreTrainedModel:
+    """The model of a checkpoint by the class that its configuration names, every tensor in the dtype it was saved in.
+
+    Args:
+        directory: that `verify_checkpoint` has passed.
+
+    Raises:
+        ValueError: if a tensor that the model needs is not in it.
+    """
+    config = read_config(directory)
+    kind: Any = _model_class(config.architectures)
+    model, info = kind.from_pretrained(
+        directory, config=config, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{directory} has no tensor {missing[0]}, which a {kind.__name__} needs.")
+    present = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, stored in saved_tensors(directory):
+            if name in present and present[name].dtype != stored.dtype:  # one dtype is asked for, and may not be all
+                present[name].data = stored
+    return model
 
 
 def _model_class(architectures: Any) -> type[PreTrainedModel] | None:
