@@ -16,8 +16,10 @@ INSTALL_REQUIRES = [
     "huggingface-hub",
     "numpy",
     "pyyaml",
+    "rich",
     "safetensors",
     "scipy",
+    "typer",
 ]
 
 EXAMPLES = ["datasets", "evaluate", "matplotlib", "psutil", "scikit-learn"]
@@ -66,6 +68,7 @@ setup(
     keywords="state-space models, mamba, s5, lru, model order reduction, balanced truncation, transformers",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
     package_data={PACKAGE: ["py.typed"]},
+    entry_points={"console_scripts": [f"hf-compressm = {PACKAGE}.cli:main"]},
     python_requires=">=3.10,<3.14",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

@@ -1,0 +1,54 @@
+"""The commands together, and how a mistake of the user ends: one line on standard error and exit code 2."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from hf_compressm.cli.compressing import compress
+
+
+app = typer.Typer(
+    name="hf-compressm",
+    help="Compress the hidden state of state-space models (Mamba, S5, LRU).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("compress", no_args_is_help=True)(compress)
+
+
+@app.callback()
+def _several_commands() -> None:
+    """Without this, typer would leave out the name of a single command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: by default those of this process.
+
+    Raises:
+        SystemExit: always; 0 on success, 2 for a mistake of the user, 130 after an interruption.
+    """
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except (ValueError, OSError) as error:
+        raise SystemExit(_complain(str(error))) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        if hasattr(error, "format_message"):  # an unknown option, a missing argument
+            raise SystemExit(_complain(error.format_message())) from None
+        if type(error).__name__ == "Abort":
+            raise SystemExit(130) from None
+        raise
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> int:
+    """Say it in one line, unless the help says it all; returns the exit code."""
+    if message:
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return 2

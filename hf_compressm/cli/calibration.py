@@ -1,0 +1,92 @@
+"""Calibration batches for a saved model, from the same sources as the examples' training data."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from hf_compressm.data import ByteTokenizer, SequenceSource, TextSource, read_sequences, read_texts, split_into_blocks
+
+
+def calibration_batches(
+    directory: str | Path, config: PreTrainedConfig, options: Mapping[str, Any], count: int, batch_size: int, seed: int
+) -> list[dict[str, Tensor]] | None:
+    """Batches of model inputs.
+
+    Args:
+        directory: with the model's tokenizer, if it has one.
+        config: the model's.
+        options: fields of `TextSource` and `SequenceSource`.
+        count: number of batches.
+        batch_size: examples in each.
+        seed: of the choice of examples.
+
+    Returns:
+        At most `count` batches; None where no source is given and there is no default for this model.
+
+    Raises:
+        ValueError: if a source cannot be read, gives no example, or does not suit the model.
+    """
+    continuous = getattr(config, "input_size", None) is not None
+    examples = _sequences(options, config) if continuous else _blocks(directory, config, options)
+    if examples is None:
+        return None
+    if not len(examples):
+        raise ValueError("The calibration data give no example. Give more text, or a smaller block_size.")
+    chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[: count * batch_size]
+    name = "input_values" if continuous else "input_ids"
+    return [{name: examples[part]} for part in chosen.split(batch_size)]
+
+
+def _sequences(options: Mapping[str, Any], config: PreTrainedConfig) -> Tensor | None:
+    """`(examples, length, features)`; None if no source is given."""
+    _refuse(options, "train_file", "the model reads sequences of numbers: use mnist_dir or dataset_name")
+    splits = read_sequences(SequenceSource(**_known(options, SequenceSource)))
+    if not splits:
+        return None
+    sequences = torch.from_numpy(splits[0][0])
+    if sequences.shape[2] != config.input_size:
+        raise ValueError(
+            f"The data have {sequences.shape[2]} features per step, the model reads input_size={config.input_size}."
+        )
+    return sequences
+
+
+def _blocks(directory: str | Path, config: PreTrainedConfig, options: Mapping[str, Any]) -> Tensor | None:
+    """`(blocks, tokens)`; None if no source is given and the model is not one of bytes."""
+    _refuse(options, "mnist_dir", "the model reads tokens: use train_file or dataset_name")
+    source = TextSource(**_known(options, TextSource))
+    tokenizer = _tokenizer(directory, config)
+    if not (source.train_file or source.dataset_name) and not isinstance(tokenizer, ByteTokenizer):
+        return None
+    texts = read_texts(source)
+    if tokenizer is None:
+        raise ValueError(
+            f"{directory} has no tokenizer, and its vocabulary of {config.vocab_size} is not that of bytes "
+            f"({ByteTokenizer.vocab_size}). Put the tokenizer's files into the directory."
+        )
+    return torch.tensor(split_into_blocks(tokenizer(texts)["input_ids"], source.block_size))
+
+
+def _tokenizer(directory: str | Path, config: PreTrainedConfig) -> Any:
+    """The directory's own; bytes where the vocabulary is that of bytes; else None."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        if tokenizer("text", add_special_tokens=False)["input_ids"]:
+            return tokenizer
+    except (OSError, ValueError):
+        pass
+    return ByteTokenizer() if config.vocab_size == ByteTokenizer.vocab_size else None
+
+
+def _known(options: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    return {item.name: options[item.name] for item in fields(kind) if item.name in options}
+
+
+def _refuse(options: Mapping[str, Any], name: str, reason: str) -> None:
+    if name in options:
+        raise ValueError(f"{name} does not fit: {reason}.")

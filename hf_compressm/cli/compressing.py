@@ -1,0 +1,127 @@
+"""`hf-compressm compress`: cut a saved model or a Trainer's checkpoint between two runs."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.table import Table
+
+from hf_compressm.checkpoint_compression import compress_checkpoint
+from hf_compressm.cli.calibration import calibration_batches
+from hf_compressm.cli.options import Expansion, expanded
+from hf_compressm.compression import CompressionResult
+from hf_compressm.config import CompreSSMConfig
+from hf_compressm.data import SequenceSource, TextSource
+from hf_compressm.loading import read_config
+
+
+OF_ONE_CUT = (
+    "tolerance",
+    "max_error",
+    "fraction",
+    "target_state_size",
+    "criterion",
+    "keep",
+    "realization",
+    "per_layer",
+    "compat",
+    "round_to",
+    "min_state_size",
+    "min_reduction",
+    "layers",
+    "ignore_layers",
+    "calibration_batches",
+    "sampling_seed",
+    "optimizer_state",
+    "on_nonfinite",
+)
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]
+
+
+@expanded(
+    settings=Expansion(CompreSSMConfig, "How much is cut, and how", OF_ONE_CUT),
+    text=Expansion(TextSource, "Calibration data"),
+    sequences=Expansion(SequenceSource, "Calibration data"),
+)
+def compress(
+    model: Annotated[str, typer.Argument(help="Directory of a saved model or checkpoint, or an id on the Hub.")],
+    output: Annotated[Path, typer.Option(help="Directory to write; it must not be there, or be empty.")],
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; options win over it.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a calibration batch.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    *,
+    settings: dict[str, Any],
+    text: dict[str, Any],
+    sequences: dict[str, Any],
+) -> None:
+    """Cut a saved model, or a checkpoint with its optimizer, and write it to another directory.
+
+    The next launch resumes from there with the smaller model, under FSDP and DeepSpeed too.
+    """
+    wanted = _settings(config, settings)
+    console = Console(stderr=True, quiet=quiet)
+    with console.status("Reading the model and the calibration data ..."):
+        directory = _directory(model)
+        data = {**text, **sequences}
+        count, seed = wanted.calibration_batches, wanted.sampling_seed
+        batches = calibration_batches(directory, read_config(directory), data, count, batch_size, seed)
+    with console.status("Measuring and cutting ..."):
+        result = compress_checkpoint(directory, output, wanted, batches)
+    if as_json and not quiet:
+        typer.echo(json.dumps(_summary(result, output), indent=2, allow_nan=False))
+    elif not quiet:
+        Console().print(_table(result))
+        typer.echo(_closing_line(result, output))
+
+
+def _settings(path: Path | None, options: dict[str, Any]) -> CompreSSMConfig:
+    """The file's settings, and on top of them the options; a rank rule among those replaces that of the file."""
+    if path is None:
+        return CompreSSMConfig.from_dict(options)
+    values = CompreSSMConfig.from_file(path).to_dict()
+    rules = ("tolerance", "max_error", "fraction", "target_state_size")
+    if any(rule in options for rule in rules):
+        values |= dict.fromkeys(rules)
+    return CompreSSMConfig.from_dict(values | options)
+
+
+def _directory(model: str) -> str:
+    """A local directory as it is; what is on the Hub is downloaded."""
+    if Path(model).is_dir():
+        return model
+    if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/")):
+        raise ValueError(f"{model} is neither a directory nor an id on the Hub (owner/name).")
+    try:
+        return snapshot_download(model, allow_patterns=MODEL_FILES)
+    except Exception as error:  # of the network, the Hub and its client, in several libraries
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{model} is neither a directory nor a model on the Hub within reach: {reason}") from error
+
+
+def _summary(result: CompressionResult, output: Path) -> dict[str, Any]:
+    numbers = {name: getattr(result, name) for name in ("changed", "parameters_before", "parameters_after", "seconds")}
+    sizes = {name: getattr(result, name) for name in ("state_sizes_before", "state_sizes_after")}
+    return {"output": str(output), **numbers, **sizes, **result.plan.to_dict()}
+
+
+def _table(result: CompressionResult) -> Table:
+    """One row per layer."""
+    table = Table("layer", "states", "energy kept", "predicted error", "status")
+    for layer in result.plan.layers:
+        sizes = f"{layer.state_size} -> {layer.new_state_size}"
+        status = f"{layer.status}: {layer.reason}" if layer.reason else layer.status
+        table.add_row(layer.name, sizes, f"{layer.energy_kept:.4f}", f"{layer.predicted_error:.4f}", status)
+    return table
+
+
+def _closing_line(result: CompressionResult, output: Path) -> str:
+    if not result.changed:
+        return f"Nothing was cut; {output} holds the model as it was. A larger tolerance would cut more."
+    return (
+        f"{result.parameters_before:,} -> {result.parameters_after:,} parameters in {result.seconds:.1f} s, "
+        f"written to {output}."
+    )

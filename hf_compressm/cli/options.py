@@ -1,0 +1,69 @@
+"""Options of the commands, made of the fields of dataclasses: a setting is written, and explained, once."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, get_type_hints
+
+import typer
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A parameter of a command that stands for the fields of a dataclass.
+
+    Attributes:
+        kind: the dataclass; its fields have `metadata={"help": ...}`.
+        panel: heading of the options in `--help`.
+        names: fields to take; all of them by default.
+    """
+
+    kind: type
+    panel: str
+    names: Sequence[str] = ()
+
+
+def expanded(**expansions: Expansion) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a command so that typer sees the fields in the place of the named parameters.
+
+    Each such parameter is a dict of the options that were given. A field that several dataclasses have is one option.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        options = {name: _options(expansion) for name, expansion in expansions.items()}
+        flat = {option.name: option for group in options.values() for option in group}
+        own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name not in options]
+
+        @wraps(command)
+        def run(**values: Any) -> Any:
+            given = {name: value for name, value in values.items() if name in flat and value not in (None, [])}
+            groups = {
+                name: {option.name: given[option.name] for option in group if option.name in given}
+                for name, group in options.items()
+            }
+            return command(**{name: value for name, value in values.items() if name not in flat}, **groups)
+
+        parameters = [*own, *flat.values()]
+        vars(run)["__signature__"] = inspect.Signature(parameters)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _options(expansion: Expansion) -> list[inspect.Parameter]:
+    """One keyword parameter for each field, None where it is not given."""
+    hints = get_type_hints(expansion.kind)
+    fields = {item.name: item for item in dataclasses.fields(expansion.kind)}
+    parameters = []
+    for name in expansion.names or fields:
+        field = fields[name]
+        text = field.metadata["help"]
+        if field.default not in (None, dataclasses.MISSING):
+            text = f"{text.removesuffix('.')} ({field.default} unless given)."
+        option = typer.Option(None, help=text, rich_help_panel=expansion.panel, show_default=False)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, kind, default=option, annotation=hints[name] | None))
+    return parameters

@@ -1,0 +1,146 @@
+"""`hf-compressm compress` as a user would try it, with the mistakes that come first."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+
+from hf_compressm.cli import main
+from hf_compressm.models import LRUConfig, LRUForSequenceClassification
+from tests.families import LRU, MAMBA
+from tests.training import trainer_of
+
+
+TEXT = "def compress(model):\n    return smaller(model)\n" * 60
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A Mamba of bytes, saved."""
+    folder = tmp_path / "model"
+    MambaForCausalLM(MambaConfig(vocab_size=256, hidden_size=8, state_size=16, num_hidden_layers=2)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def run(capsys: Any, *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    seen = capsys.readouterr()
+    return ended.value.code, seen.out, seen.err
+
+
+def complaint(capsys: Any, *arguments: object) -> str:
+    """The one line on standard error of a mistake."""
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_a_model_becomes_smaller_and_loads(model: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "small"
+    code, out, _ = run(capsys, "compress", model, "--output", output, "--fraction", 0.5, "--train-file", text)
+    assert code == 0
+    assert "16 -> 8" in out
+    assert str(output) in out.replace("\n", "")
+    assert AutoModelForCausalLM.from_pretrained(output).config.state_size == 8
+    assert AutoModelForCausalLM.from_pretrained(model).config.state_size == 16
+
+
+def test_json_is_for_programs(model: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ("compress", model, "--output", tmp_path / "small", "--target-state-size", 4, "--block-size", 64)
+    code, out, _ = run(capsys, *arguments, "--train-file", text, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["changed"]
+    assert set(result["state_sizes_after"].values()) == {4}
+    assert len(result["layers"]) == 2
+
+
+def test_options_win_over_a_file(model: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "cuts.yaml").write_text("tolerance: 0.2\nround_to: 4\ncalibration_batches: 1\n")
+    arguments = ("--config", tmp_path / "cuts.yaml", "--fraction", 0.3, "--train-file", text)
+    assert run(capsys, "compress", model, "--output", tmp_path / "small", *arguments, "--quiet")[:2] == (0, "")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.state_size == 12  # 11.2, in fours
+
+
+def test_bytes_of_the_standard_library_stand_in(model: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ("--fraction", 0.5, "--max-characters", 20_000, "--block-size", 64, "--calibration-batches", 1)
+    assert run(capsys, "compress", model, "--output", tmp_path / "small", *arguments)[0] == 0
+
+
+def test_a_checkpoint_keeps_its_optimizer(tmp_path: Path, capsys: Any) -> None:
+    trainer_of(LRU, tmp_path / "run", None, save_strategy="steps", save_steps=3).train()
+    output = tmp_path / "cut" / "checkpoint-3"
+    assert run(capsys, "compress", tmp_path / "run" / "checkpoint-3", "--output", output, "--fraction", 0.5)[0] == 0
+    trainer = trainer_of(LRU, tmp_path / "cut", None, model=AutoModelForCausalLM.from_pretrained(output))
+    trainer.train(resume_from_checkpoint=str(output))
+    assert trainer.state.global_step == 6
+    assert all(state["step"] == 6 for state in trainer.optimizer.state_dict()["state"].values())
+
+
+def test_sequences_of_numbers(tmp_path: Path, capsys: Any) -> None:
+    config = LRUConfig(input_size=1, hidden_size=6, state_size=16, num_hidden_layers=1, num_labels=10)
+    LRUForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    for name, count in (("train", 12), ("t10k", 4)):
+        header = b"\0\0\x08\x03" + np.array([count, 5, 5], ">u4").tobytes()
+        pixels = np.random.default_rng(0).integers(0, 256, count * 25, np.uint8).tobytes()
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(header + pixels)
+        labels = b"\0\0\x08\x01" + np.array([count], ">u4").tobytes() + bytes(count)
+        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(labels)
+    arguments = ("compress", tmp_path / "model", "--output", tmp_path / "small", "--fraction", 0.5, "--json")
+    _, out, _ = run(capsys, *arguments, "--criterion", "empirical", "--mnist-dir", tmp_path)
+    assert set(json.loads(out)["state_sizes_after"].values()) == {8}
+    assert "use mnist_dir" in complaint(capsys, *arguments[:-3], "--train-file", tmp_path / "x")
+
+
+def test_mistakes_are_one_line(model: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    output = ("--output", tmp_path / "small")
+    data = ("--train-file", text)
+    assert "No such option: --outptu" in complaint(capsys, "compress", model, "--outptu", "x")
+    assert "Missing option" in complaint(capsys, "compress", model)
+    assert "neither a directory nor an id" in complaint(capsys, "compress", tmp_path / "nothing", *output)
+    assert "nobody/nothing" in complaint(capsys, "compress", "nobody/nothing", *output)
+    assert "tolerance must lie in" in complaint(capsys, "compress", model, *output, "--tolerance", 1.5)
+    assert "There is no file nowhere.txt" in complaint(
+        capsys, "compress", model, *output, "--train-file", "nowhere.txt"
+    )
+    assert "give no example" in complaint(capsys, "compress", model, *output, *data, "--block-size", 10**6)
+    assert "use train_file" in complaint(capsys, "compress", model, *output, "--mnist-dir", tmp_path)
+    assert "cuts.toml" in complaint(capsys, "compress", model, *output, "--config", tmp_path / "cuts.toml")
+    assert "something in it" in complaint(capsys, "compress", model, "--output", model.parent, *data)
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_mamba_without_data_says_what_it_needs(tmp_path: Path, capsys: Any) -> None:
+    MAMBA.build(dtype=torch.float32).save_pretrained(tmp_path / "model")
+    assert "calibration" in complaint(capsys, "compress", tmp_path / "model", "--output", tmp_path / "small")
+
+
+def test_the_command_is_installed_and_helps(tmp_path: Path) -> None:
+    code = "import sys; from hf_compressm.cli import main; main(sys.argv[1:])"
+    environment = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "dumb"}
+    process = subprocess.run(
+        [sys.executable, "-c", code, "compress", "--help"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert max(map(len, process.stdout.splitlines())) <= 80
+    for option in ("--output", "--tolerance", "--per-layer", "--train-file", "--mnist-dir", "--json"):
+        assert option in process.stdout
