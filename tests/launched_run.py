@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 from hf_compressm import callback, find_last_complete_checkpoint
@@ -69,6 +70,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "greater_is_better": True,  # so that what the model learns after the cut looks like harm
         "learning_rate": 1e-5,
     },
+    "lora": {"family": MAMBA, "settings": TWICE, "lora": ["x_proj", "in_proj"], "learning_rate": 1e-2},
     "resume": {"family": MAMBA, "settings": TWICE, "save_strategy": "steps", "save_steps": 2},
 }
 
@@ -103,6 +105,8 @@ def make(name: str, folder: Path, **more: Any) -> tuple[Trainer, Watch]:
     scenario = {**RUN, **SCENARIOS[name], **more}
     family, watch = scenario.pop("family"), Watch()
     torch.manual_seed(0)
+    if targets := scenario.pop("lora", None):
+        scenario["model"] = get_peft_model(family.build(), LoraConfig(r=2, target_modules=targets))
     trainer = trainer_of(family, folder, callbacks=[watch], **scenario)
     watch.trainer = trainer
     return trainer, watch

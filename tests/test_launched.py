@@ -17,7 +17,7 @@ from tests.launched_run import SCENARIOS, make, outcome
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "examples" / "accelerate_configs" / "cpu.yaml"
 HURT = ("hurt-raise", "hurt-drift")
-ALONE_TOO = ["s5", "s5-per-layer", "lru-empirical", "mamba", "mamba-per-layer", "stream", "stable"]
+ALONE_TOO = ["s5", "s5-per-layer", "lru-empirical", "mamba", "mamba-per-layer", "stream", "stable", "lora"]
 RUNS = [name for name in SCENARIOS if name != "resume"]
 
 

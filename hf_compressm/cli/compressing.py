@@ -70,7 +70,12 @@ def compress(
         count, seed = wanted.calibration_batches, wanted.sampling_seed
         batches = calibration_batches(directory, read_config(directory), data, count, batch_size, seed)
     with console.status("Measuring and cutting ..."):
-        result = compress_checkpoint(directory, output, wanted, batches)
+        try:
+            result = compress_checkpoint(directory, output, wanted, batches)
+        except ValueError as error:
+            if batches is None and "no calibration was given" in str(error):
+                raise ValueError(f"{model} is measured on data: give --train-file or --dataset-name.") from error
+            raise
     if as_json and not quiet:
         typer.echo(json.dumps(_summary(result, output), indent=2, allow_nan=False))
     elif not quiet:

@@ -132,7 +132,7 @@ def test_mistakes_are_one_line(model: Path, text: Path, tmp_path: Path, capsys: 
 
 def test_a_mamba_without_data_says_what_it_needs(tmp_path: Path, capsys: Any) -> None:
     MAMBA.build(dtype=torch.float32).save_pretrained(tmp_path / "model")
-    assert "calibration" in complaint(capsys, "compress", tmp_path / "model", "--output", tmp_path / "small")
+    assert "--train-file" in complaint(capsys, "compress", tmp_path / "model", "--output", tmp_path / "small")
 
 
 def test_the_command_is_installed_and_helps(tmp_path: Path) -> None:
