@@ -23,6 +23,7 @@ from transformers.utils import logging
 from hf_compressm.adapters import is_wrapped, plain_modules, underlying
 from hf_compressm.checkpoints import ADAPTER_FILE, BASE_FOLDER, tensor_shapes
 from hf_compressm.durable import link_or_copy, read_json, write_json
+from hf_compressm.processes import checksum
 
 
 logger = logging.get_logger(__name__)
@@ -66,8 +67,8 @@ def save_base(model: Any, directory: str | Path) -> None:
     """
     base, state = underlying(model), plain_state(model)
     folder = Path(directory) / BASE_FOLDER
-    checksum, written = vars(model).get(_WRITTEN, (None, folder))
-    is_same = checksum == _checksum(base, state) and written.is_dir()
+    of_then, written = vars(model).get(_WRITTEN, (None, folder))
+    is_same = of_then == _checksum(base, state) and written.is_dir()
     if is_same and written.resolve() == folder.resolve():
         return
     for left_over in folder.parent.glob(f".{BASE_FOLDER}.*"):  # of a process that was killed here
@@ -182,9 +183,6 @@ def _name_base(model: Any, adapter: str, directory: Path) -> None:
 
 
 def _checksum(base: PreTrainedModel, state: dict[str, Tensor]) -> int:
-    """CRC-32 of all tensors and of the configuration."""
-    total = zlib.crc32(base.config.to_json_string().encode())
-    for name, value in state.items():
-        total = zlib.crc32(name.encode(), total)
-        total = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), total)
-    return total
+    """CRC-32 of all tensors, their names and the configuration."""
+    words = base.config.to_json_string() + " ".join(state)
+    return zlib.crc32(words.encode(), checksum(*state.values()))
