@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from hf_compressm.checkpoints import ADAPTER_FILE, find_last_complete_checkpoint, verify_files
 from hf_compressm.loading import fit_to_checkpoint, load_converted
-from hf_compressm.surgery import misfit, unwrap
+from hf_compressm.surgery import misfit, reset, unwrap
 
 
 logger = logging.get_logger(__name__)
@@ -127,7 +127,7 @@ class CheckpointLoader:
                 "fresh moments."
             )
         logger.warning(f"{problem}. The optimizer starts with fresh moments.")
-        unwrap(self.trainer.optimizer).state.clear()
+        reset(unwrap(self.trainer.optimizer))
         scheduler = Path(checkpoint) / SCHEDULER_NAME
         if scheduler.is_file() and self.trainer.lr_scheduler is not None:
             self.trainer.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))

@@ -2,7 +2,8 @@
 
 from hf_compressm.surgery.caches import refuse_stale_caches
 from hf_compressm.surgery.configuration import write_sizes, write_sizes_of_mamba_ssm, write_sizes_per_layer
-from hf_compressm.surgery.optimizer import commit_optimizer, misfit, prepare_optimizer, unwrap
+from hf_compressm.surgery.moments import check_optimizer
+from hf_compressm.surgery.optimizer import commit_optimizer, misfit, prepare_optimizer, reset, unwrap
 from hf_compressm.surgery.parameters import (
     NonFiniteError,
     commit_replacements,
@@ -16,6 +17,7 @@ from hf_compressm.surgery.snapshot import Snapshot
 __all__ = [
     "NonFiniteError",
     "Snapshot",
+    "check_optimizer",
     "commit_optimizer",
     "commit_replacements",
     "misfit",
@@ -23,6 +25,7 @@ __all__ = [
     "prepare_optimizer",
     "prepare_replacements",
     "refuse_stale_caches",
+    "reset",
     "reshape_model",
     "skeleton",
     "unwrap",
