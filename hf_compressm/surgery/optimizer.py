@@ -187,9 +187,7 @@ def _mapped(key: str, terms: Sequence[MomentTerm], optimizer: torch.optim.Optimi
     return torch.stack(mapped).sum(dim=0).to(device=moments[0].device, dtype=moments[0].dtype).contiguous()
 
 
-def _mapped_factor(
-    key: str, role: Role, value: Tensor, item: Replacement, optimizer: torch.optim.Optimizer
-) -> Tensor:
+def _mapped_factor(key: str, role: Role, value: Tensor, item: Replacement, optimizer: torch.optim.Optimizer) -> Tensor:
     """A factor that lacks the cut axis is an average over it and stays; the other one is mapped."""
     dims = list(range(item.change.parameter.dim()))
     dims.pop(-1 if role == "row" else -2)
