@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
-from tests.families import LRU, MAMBA, S5, S5_CLASSIFIER, Family, family_id
-from tests.matrix import CHECKPOINTING, CUTS, Cell, padded, run_cell, texts_of_many_lengths
+from tests.families import LRU, MAMBA, S5, S5_CLASSIFIER, Family
+from tests.matrix import CHECKPOINTING, Cell, padded, rows, run_cell, texts_of_many_lengths
 from tests.training import Examples, Stream
 
 
@@ -57,26 +56,12 @@ SCHEDULES = [
 QUICK = {"checkpointing", "accumulation", "bf16 parameters", "neftune", "plateau", "plain"}
 
 
-def rows(cells: list[Cell], families: list[Family]) -> list[Any]:
-    """A test for each cell and family, those of `QUICK` on one family in the default run."""
-    return [
-        pytest.param(
-            cell,
-            family,
-            id=f"{cell.name}-{family.name}",
-            marks=[] if cell.name in QUICK and family is families[0] else pytest.mark.slow,
-        )
-        for cell in cells
-        for family in families
-    ]
-
-
 @pytest.mark.parametrize(
     ("cell", "family"),
     [
-        *rows(ENGINES, [MAMBA, LRU, S5, S5_CLASSIFIER]),
-        *rows(TOKENS, [LRU, MAMBA, S5]),
-        *rows(SCHEDULES, [LRU, MAMBA]),
+        *rows(ENGINES, [MAMBA, LRU, S5, S5_CLASSIFIER], QUICK),
+        *rows(TOKENS, [LRU, MAMBA, S5], QUICK),
+        *rows(SCHEDULES, [LRU, MAMBA], QUICK),
     ],
 )
 def test_a_run_with_two_cuts(cell: Cell, family: Family, tmp_path: Path) -> None:

@@ -44,13 +44,21 @@ def arguments(folder: Path, **kwargs: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), **{**defaults, **kwargs})
 
 
+TRAINER_ARGUMENTS = (
+    "optimizers",
+    "optimizer_cls_and_kwargs",
+    "train_dataset",
+    "eval_dataset",
+    "compute_metrics",
+    "data_collator",
+)
 HALVE = {"fraction": 0.5, "end": 2, "num_cuts": 1}
 
 
 def trainer_of(family: Family, folder: Path, settings: Any = HALVE, model: Any = None, **kwargs: Any) -> Trainer:
     own = {
         name: kwargs.pop(name)
-        for name in ("optimizers", "train_dataset", "eval_dataset", "compute_metrics", "data_collator")
+        for name in TRAINER_ARGUMENTS
         if name in kwargs
     }
     extra = kwargs.pop("callbacks", [])
