@@ -32,6 +32,7 @@ TEST = [
     "pytest-xdist",
     "scipy",
     "tensorboard",
+    "trl",
     *ORACLES,
     *EXAMPLES,
 ]

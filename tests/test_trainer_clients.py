@@ -17,14 +17,13 @@ from transformers import (
 
 from hf_compressm import CompreSSMCallback
 from tests.families import LRU, MAMBA, S5, Family, family_id
-from tests.matrix import SETTINGS, STEPS, Audit, Cell, check_run, run_cell, warnings_collected
+from tests.matrix import ALLOWED, CHECKPOINTING, SETTINGS, STEPS, Audit, Cell, check_run, run_cell, warnings_collected
 from tests.training import Examples
 
 
-TEXTS = [f"the {a} {b} the {c} ." for a in ("big", "small") for b in ("cat sees", "dog hears") for c in ("bird", "cow")]
-SFT_WARNINGS = (
-    "is falling back to its reference PyTorch implementation",  # install the kernels
-)
+TEXTS = [
+    f"the {a} {b} the {c} ." for a in ("big", "small") for b in ("cat sees", "dog hears") for c in ("bird", "cow")
+]
 
 
 class OwnSteps(Trainer):
@@ -64,8 +63,7 @@ def test_a_subclass_with_its_own_step_loss_and_optimizer(family: Family, tmp_pat
 
 @pytest.mark.parametrize("family", slow_on_others, ids=family_id)
 def test_a_seq2seq_trainer_that_generates_before_and_after_the_cuts(family: Family, tmp_path: Path) -> None:
-    model, audit = family.build(state_size=16), Audit("carried")
-    model.generation_config.update(pad_token_id=0, eos_token_id=None, bos_token_id=1)
+    model, audit = family.build(state_size=16, pad_token_id=0), Audit("carried")
     args = Seq2SeqTrainingArguments(
         str(tmp_path),
         max_steps=STEPS,
@@ -92,8 +90,10 @@ def test_a_seq2seq_trainer_that_generates_before_and_after_the_cuts(family: Fami
         )
         trainer.train()
     check_run(trainer, audit)
-    assert [entry["eval_length"] for entry in trainer.state.log_history if "eval_length" in entry] == [12.0] * 4
-    assert [text for text in seen if not any(part in text for part in SFT_WARNINGS)] == []
+    lengths = [entry["eval_length"] for entry in trainer.state.log_history if "eval_length" in entry]
+    assert len(lengths) == 4
+    assert min(lengths) >= 12
+    assert [text for text in seen if not any(part in text for part in ALLOWED)] == []
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -112,7 +112,9 @@ SFT = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind == "plain" else pytest.mark.slow) for kind in SFT])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "plain" else pytest.mark.slow) for kind in SFT]
+)
 @pytest.mark.parametrize("family", slow_on_others, ids=family_id)
 def test_supervised_fine_tuning_with_trl(family: Family, kind: str, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
@@ -132,6 +134,7 @@ def test_supervised_fine_tuning_with_trl(family: Family, kind: str, tmp_path: Pa
         use_cpu=True,
         disable_tqdm=True,
         bf16=False,
+        **{CHECKPOINTING: True},  # the default, under the name that does not warn
         **SFT[kind],
     )
     audit = Audit("carried")
@@ -146,7 +149,7 @@ def test_supervised_fine_tuning_with_trl(family: Family, kind: str, tmp_path: Pa
         trainer.train()
         trainer.save_model(str(tmp_path / "final"))
     check_run(trainer, audit)
-    assert [text for text in seen if not any(part in text for part in SFT_WARNINGS)] == []
+    assert [text for text in seen if not any(part in text for part in ALLOWED)] == []
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     prompt = tokenizer("the big cat", return_tensors="pt")
     tokens = [m.eval().generate(prompt["input_ids"], max_new_tokens=4, do_sample=False) for m in (model, reloaded)]

@@ -56,11 +56,7 @@ HALVE = {"fraction": 0.5, "end": 2, "num_cuts": 1}
 
 
 def trainer_of(family: Family, folder: Path, settings: Any = HALVE, model: Any = None, **kwargs: Any) -> Trainer:
-    own = {
-        name: kwargs.pop(name)
-        for name in TRAINER_ARGUMENTS
-        if name in kwargs
-    }
+    own = {name: kwargs.pop(name) for name in TRAINER_ARGUMENTS if name in kwargs}
     extra = kwargs.pop("callbacks", [])
     callbacks = [*([] if settings is None else [CompreSSMCallback(settings)]), *extra]
     own.setdefault("train_dataset", Examples(family))

@@ -63,7 +63,7 @@ def prepare_optimizer(
     gone = {id(parameter) for parameter in removals}
     groups = [[new_of.get(id(p), p) for p in group if id(p) not in gone] for group in groups]
     states: dict[nn.Parameter, dict[str, Any]] = {}
-    begin = {id(item.new) for item in [*replacements, *additions]}
+    begin = {id(item.new) for item in replacements} | {id(item.new) for item in additions}
     for options, group in zip(inner.param_groups, groups, strict=True):
         states |= {p: state for p in group if id(p) in begin and (state := fresh_state(inner, options, p))}
     unknown: dict[str, str] = {}
