@@ -35,6 +35,7 @@ TEST = [
     "pytest-xdist",
     "scipy",
     "tensorboard",
+    "trl",
     *ORACLES,
     *EXAMPLES,
 ]

@@ -24,7 +24,7 @@ from hf_compressm.guard import guarded_cut, held_out_batches, held_out_loss
 from hf_compressm.history import CutEvent, from_record, rollback_event, scalars, to_record
 from hf_compressm.processes import ALONE, Processes
 from hf_compressm.recovery import RecoveryGuard, metric_name
-from hf_compressm.refusals import check_guards, refuse_adapters, refuse_engines
+from hf_compressm.refusals import check_guards, refuse_adapters, refuse_copies, refuse_engines, refuse_optimizer
 from hf_compressm.resuming import watch_loading
 from hf_compressm.saving import watch_saving
 from hf_compressm.scans import enable_fast_selective_scan
@@ -103,6 +103,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         refuse_engines(args, self._trainer() if self._trainer else None, type(self))
         model, dataloader = kwargs["model"], kwargs.get("train_dataloader")
         refuse_adapters(model)
+        refuse_optimizer(kwargs.get("optimizer"), model)
         self._needs_data = any(choice.needs_data for choice in check_settings(model, self.config, calibrated=True))
 
         def measure() -> Scores:
@@ -120,6 +121,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         watch_saving(trainer, self._measure, self._seal)
         check_guards(trainer, self.config, self._trigger, state.max_steps)
         logger.info(f"CompreSSM cuts {self._trigger.describe()}, of {state.max_steps}.")
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse callbacks that would go on with the old parameters; by now all of them have begun."""
+        refuse_copies(self._present_trainer(), kwargs["model"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

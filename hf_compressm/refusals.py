@@ -1,10 +1,12 @@
 """What cannot work is refused before the first step: engines, and guards that could not do their work."""
 
 import itertools
+import re
 from typing import Any, cast
 
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Subset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -17,10 +19,13 @@ from hf_compressm.config import CompreSSMConfig
 from hf_compressm.guard import held_out_batches, held_out_loss
 from hf_compressm.recovery import metric_name, recovery_length
 from hf_compressm.schedule import Scheduled, Trigger
-from hf_compressm.surgery import find_wrappers, unsupported_feature
+from hf_compressm.surgery import check_optimizer, find_wrappers, unsupported_feature, unwrap
 
 
 logger = logging.get_logger(__name__)
+
+_AVERAGING = re.compile(r"(?<![A-Z])B?EMA(?![a-z])|Ema(?![a-z])|SyncRefModel")
+"""In the class names of callbacks that average weights: trl's, timm's, and those that people write."""
 
 
 def refuse_engines(args: TrainingArguments, trainer: Trainer | None, callback: type[TrainerCallback]) -> None:
@@ -67,6 +72,44 @@ def _engine(args: TrainingArguments, trainer: Trainer) -> str:
 def refuse_adapters(model: nn.Module) -> None:
     """Refuse adapters whose base a cut would change, and no checkpoint would hold."""
     check_base(model)
+
+
+def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Refuse an optimizer that a cut could not give the new parameters.
+
+    Raises:
+        ValueError: naming the optimizer and the way out.
+    """
+    if optimizer is not None:
+        check_optimizer(unwrap(optimizer), list(model.parameters()))
+
+
+def refuse_copies(trainer: Trainer, model: nn.Module) -> None:
+    """Refuse callbacks that go on with the parameters from before a cut: averages of the weights, and lists of them.
+
+    Called before the first step, when every callback has begun.
+
+    Raises:
+        ValueError: naming the callback and the way out.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    for callback in trainer.callback_handler.callbacks:
+        name = type(callback).__name__
+        if any(_AVERAGING.search(kind.__name__) for kind in type(callback).__mro__):
+            raise ValueError(
+                f"{name} averages the weights over time, and the sums that it keeps have the sizes from before a cut. "
+                "Leave it out while CompreSSMCallback cuts, and train on with it and without CompreSSMCallback: the "
+                "weights of the smaller model are averaged there."
+            )
+        for attribute, value in vars(callback).items():
+            values = value.values() if isinstance(value, dict) else value
+            held = isinstance(value, dict | list | tuple | set) and any(id(one) in own for one in values)
+            if held or isinstance(value, AveragedModel):
+                raise ValueError(
+                    f"{name}.{attribute} holds parameters or averages of the model, and would go on with those from "
+                    "before a cut. Look parameters up by name in the model at every step, or leave the callback out "
+                    "while CompreSSMCallback cuts."
+                )
 
 
 def check_guards(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger, max_steps: int) -> None:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from hf_compressm.adapters import is_wrapped
 from hf_compressm.checkpoints import ADAPTER_FILE, find_last_complete_checkpoint, verify_files
 from hf_compressm.loading import fit_to_checkpoint, fit_with_adapters, load_converted
-from hf_compressm.surgery import misfit, rebuild_reducers, unwrap
+from hf_compressm.surgery import misfit, rebuild_reducers, reset, unwrap
 
 
 logger = logging.get_logger(__name__)
@@ -136,7 +136,7 @@ class CheckpointLoader:
                 "fresh moments."
             )
         logger.warning(f"{problem}. The optimizer starts with fresh moments.")
-        unwrap(self.trainer.optimizer).state.clear()
+        reset(unwrap(self.trainer.optimizer))
         scheduler = Path(checkpoint) / SCHEDULER_NAME
         if scheduler.is_file() and self.trainer.lr_scheduler is not None:
             self.trainer.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))

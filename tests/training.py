@@ -22,9 +22,12 @@ class Examples(Dataset):
 
 
 class Stream(IterableDataset):
+    def __init__(self, family: Family = LRU) -> None:
+        self.family = family
+
     def __iter__(self):
         for _ in range(10):
-            yield from Examples(LRU).rows
+            yield from Examples(self.family).rows
 
 
 def arguments(folder: Path, **kwargs: Any) -> TrainingArguments:
@@ -41,19 +44,24 @@ def arguments(folder: Path, **kwargs: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), **{**defaults, **kwargs})
 
 
+TRAINER_ARGUMENTS = (
+    "optimizers",
+    "optimizer_cls_and_kwargs",
+    "train_dataset",
+    "eval_dataset",
+    "compute_metrics",
+    "data_collator",
+)
 HALVE = {"fraction": 0.5, "end": 2, "num_cuts": 1}
 
 
 def trainer_of(family: Family, folder: Path, settings: Any = HALVE, model: Any = None, **kwargs: Any) -> Trainer:
-    own = {
-        name: kwargs.pop(name)
-        for name in ("optimizers", "train_dataset", "eval_dataset", "compute_metrics")
-        if name in kwargs
-    }
+    own = {name: kwargs.pop(name) for name in TRAINER_ARGUMENTS if name in kwargs}
     extra = kwargs.pop("callbacks", [])
     callbacks = [*([] if settings is None else [CompreSSMCallback(settings)]), *extra]
     own.setdefault("train_dataset", Examples(family))
-    return Trainer(model=model or family.build(), args=arguments(folder, **kwargs), callbacks=callbacks, **own)
+    trainer_class = kwargs.pop("trainer_class", Trainer)
+    return trainer_class(model=model or family.build(), args=arguments(folder, **kwargs), callbacks=callbacks, **own)
 
 
 def callback_of(trainer: Trainer) -> CompreSSMCallback:

@@ -3,7 +3,8 @@
 from hf_compressm.surgery.caches import refuse_stale_caches
 from hf_compressm.surgery.configuration import write_sizes, write_sizes_of_mamba_ssm, write_sizes_per_layer
 from hf_compressm.surgery.ddp import find_wrappers, rebuild_reducers, unsupported_feature
-from hf_compressm.surgery.optimizer import OptimizerPlan, commit_optimizer, misfit, prepare_optimizer, unwrap
+from hf_compressm.surgery.moments import check_optimizer
+from hf_compressm.surgery.optimizer import OptimizerPlan, commit_optimizer, misfit, prepare_optimizer, reset, unwrap
 from hf_compressm.surgery.parameters import (
     Addition,
     NonFiniteError,
@@ -22,6 +23,7 @@ __all__ = [
     "OptimizerPlan",
     "Replacement",
     "Snapshot",
+    "check_optimizer",
     "commit_optimizer",
     "commit_replacements",
     "find_wrappers",
@@ -31,6 +33,7 @@ __all__ = [
     "prepare_replacements",
     "rebuild_reducers",
     "refuse_stale_caches",
+    "reset",
     "reshape_model",
     "skeleton",
     "unsupported_feature",

@@ -1,16 +1,6 @@
-"""Carrying the optimizer's state over a cut.
+"""Carrying the optimizer's state over a cut; `moments` has the table of what follows and how."""
 
-| kind of state | examples | how it follows |
-|---|---|---|
-| first moment | AdamW and Lion `exp_avg`, SGD `momentum_buffer` | the adjoint map of the change, `M m` |
-| second moment | AdamW `exp_avg_sq`, `max_exp_avg_sq`, Adagrad `sum` | its squared magnitude, `|M|^2 v` |
-| factored second moment | Adafactor `exp_avg_sq_row`, `exp_avg_sq_col` | `|M|^2` on the factor that has the axis |
-| per-parameter scalar | `step`, `RMS` | kept |
-
-An optimizer with any other state is reset for the changed parameters, with a warning.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,15 +9,18 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_compressm.adapters.base import MomentTerm
+from hf_compressm.surgery.moments import (
+    Role,
+    check_optimizer,
+    fresh_state,
+    misshapen_entry,
+    roles_of,
+    unknown_entry,
+)
 from hf_compressm.surgery.parameters import Addition, NonFiniteError, Replacement, parameter_order
 
 
 logger = logging.get_logger(__name__)
-
-FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "sum"})
-ROW_FACTORS = frozenset({"exp_avg_sq_row"})
-COLUMN_FACTORS = frozenset({"exp_avg_sq_col"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,28 +58,25 @@ def prepare_optimizer(
     """
     inner = unwrap(optimizer)
     new_of = {id(item.change.parameter): item.new for item in replacements}
-    known = {id(parameter) for parameter in model.parameters()}
-    held = [parameter for group in inner.param_groups for parameter in group["params"]]
-    strangers = [tuple(parameter.shape) for parameter in held if id(parameter) not in known]
-    if strangers:
-        raise ValueError(
-            f"{type(inner).__name__} holds {len(strangers)} parameter(s) that the model does not have, the first of "
-            f"shape {strangers[0]}. Pass the optimizer that trains this very model, created after its last change."
-        )
+    check_optimizer(inner, list(model.parameters()))
     groups = [_with_additions(group["params"], model, additions) for group in inner.param_groups]
     gone = {id(parameter) for parameter in removals}
     groups = [[new_of.get(id(p), p) for p in group if id(p) not in gone] for group in groups]
     states: dict[nn.Parameter, dict[str, Any]] = {}
+    begin = {id(item.new) for item in replacements} | {id(item.new) for item in additions}
+    for options, group in zip(inner.param_groups, groups, strict=True):
+        states |= {p: state for p in group if id(p) in begin and (state := fresh_state(inner, options, p))}
     unknown: dict[str, str] = {}
+    roles = roles_of(inner)
     for item in replacements:
         old_state = inner.state.get(item.change.parameter)
         if not old_state or policy == "reset":
             continue
-        problem = _unknown_entry(item, inner)
+        problem = _unknown_entry(item, inner, roles)
         if problem:
             unknown[item.change.name] = problem
         else:
-            states[item.new] = {key: _carry(key, value, item, inner) for key, value in old_state.items()}
+            states[item.new] = {key: _carry(key, value, item, inner, roles) for key, value in old_state.items()}
             _check_finite(states[item.new], item, inner)
     if unknown:
         name, key = next(iter(unknown.items()))
@@ -110,15 +100,24 @@ def commit_optimizer(plan: OptimizerPlan) -> None:
 def misfit(optimizer: torch.optim.Optimizer) -> str:
     """The first moment whose shape its parameter does not have, in words; "" if there is none.
 
-    `Optimizer.load_state_dict` compares numbers of parameters and never shapes. State that no rule of this file knows
-    is not looked at.
+    `Optimizer.load_state_dict` compares numbers of parameters and never shapes. State that no rule knows is not
+    looked at.
     """
-    known = FIRST_MOMENTS | SECOND_MOMENTS | ROW_FACTORS | COLUMN_FACTORS
+    roles = roles_of(optimizer)
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if key in known and isinstance(value, Tensor) and not _is_covered(key, value, parameter):
-                return f"{key!r} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
+        if found := misshapen_entry(optimizer.state.get(parameter, {}), parameter, roles):
+            key, value = found
+            return f"{key!r} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
     return ""
+
+
+def reset(optimizer: torch.optim.Optimizer) -> None:
+    """Drop all state, as if no step had been made."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if state := fresh_state(optimizer, group, parameter):
+                optimizer.state[parameter] = state
 
 
 def _with_additions(
@@ -146,16 +145,16 @@ def unwrap(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _unknown_entry(item: Replacement, optimizer: torch.optim.Optimizer) -> str | None:
+def _unknown_entry(item: Replacement, optimizer: torch.optim.Optimizer, roles: Mapping[str, Role]) -> str | None:
     """Name of the first entry of any source's state that no rule covers, or None."""
     sources = {term.source for term in item.change.moments} | {item.change.parameter}
     for source in sources:
         state = optimizer.state.get(source, {})
         if state.keys() != optimizer.state[item.change.parameter].keys():
             return "state of " + item.change.name.rsplit(".", 1)[-1]
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.numel() > 1 and not _is_covered(key, value, source):
-                return key
+        unknown = unknown_entry(state, source, roles)
+        if unknown:
+            return unknown
     return None
 
 
@@ -169,23 +168,16 @@ def _check_finite(state: dict[str, Any], item: Replacement, optimizer: torch.opt
             )
 
 
-def _is_covered(key: str, value: Tensor, parameter: nn.Parameter) -> bool:
-    if key in FIRST_MOMENTS | SECOND_MOMENTS:
-        return value.shape == parameter.shape
-    if key in ROW_FACTORS:
-        return value.shape == parameter.shape[:-1]
-    return key in COLUMN_FACTORS and value.shape == parameter.shape[:-2] + parameter.shape[-1:]
-
-
-def _carry(key: str, value: Any, item: Replacement, optimizer: torch.optim.Optimizer) -> Any:
+def _carry(
+    key: str, value: Any, item: Replacement, optimizer: torch.optim.Optimizer, roles: Mapping[str, Role]
+) -> Any:
     """One entry of the new state."""
-    if key in FIRST_MOMENTS and isinstance(value, Tensor):
-        return _mapped(key, item.change.moments, optimizer, squared=False)
-    if key in SECOND_MOMENTS and isinstance(value, Tensor):
-        return _mapped(key, item.change.moments, optimizer, squared=True)
-    if key in ROW_FACTORS | COLUMN_FACTORS:
-        return _mapped_factor(key, value, item, optimizer)
-    return value.clone() if isinstance(value, Tensor) else value
+    role = roles.get(key)
+    if not isinstance(value, Tensor) or role is None:
+        return value.clone() if isinstance(value, Tensor) else value
+    if role in ("first", "second"):
+        return _mapped(key, item.change.moments, optimizer, squared=role == "second")
+    return _mapped_factor(key, role, value, item, optimizer)
 
 
 def _mapped(key: str, terms: Sequence[MomentTerm], optimizer: torch.optim.Optimizer, squared: bool) -> Tensor:
@@ -195,10 +187,10 @@ def _mapped(key: str, terms: Sequence[MomentTerm], optimizer: torch.optim.Optimi
     return torch.stack(mapped).sum(dim=0).to(device=moments[0].device, dtype=moments[0].dtype).contiguous()
 
 
-def _mapped_factor(key: str, value: Tensor, item: Replacement, optimizer: torch.optim.Optimizer) -> Tensor:
+def _mapped_factor(key: str, role: Role, value: Tensor, item: Replacement, optimizer: torch.optim.Optimizer) -> Tensor:
     """A factor that lacks the cut axis is an average over it and stays; the other one is mapped."""
     dims = list(range(item.change.parameter.dim()))
-    dims.pop(-1 if key in ROW_FACTORS else -2)
+    dims.pop(-1 if role == "row" else -2)
     first = item.change.moments[0]
     if first.matrix.dim() > 0 and first.dim not in dims:
         return value.clone()

@@ -50,12 +50,16 @@ CARRIED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
     "adagrad": lambda p: torch.optim.Adagrad(p),
+    "nadam": lambda p: torch.optim.NAdam(p),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
     "lion": Lion,
     "adafactor": lambda p: Adafactor(p, lr=1e-3, relative_step=False, scale_parameter=False),
     "adafactor beta1": lambda p: Adafactor(p, lr=1e-3, beta1=0.9, relative_step=False, scale_parameter=False),
 }
 RESET: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "rmsprop centered": lambda p: torch.optim.RMSprop(p, lr=1e-3, centered=True),
+    "rmsprop momentum": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9),
+    "adamax": lambda p: torch.optim.Adamax(p),
     "torch adafactor": lambda p: torch.optim.Adafactor(p),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=family_id)

@@ -1,0 +1,134 @@
+"""What the entries of an optimizer's state are, and which optimizers no cut can follow.
+
+| kind of state | examples | how it follows |
+|---|---|---|
+| first moment | AdamW and Lion `exp_avg`, SGD `momentum_buffer` | the adjoint map of the change, `M m` |
+| second moment | AdamW `exp_avg_sq`, Adagrad `sum`, RMSprop `square_avg` | its squared magnitude, `|M|^2 v` |
+| factored second moment | Adafactor `exp_avg_sq_row`, `exp_avg_sq_col` | `|M|^2` on the factor that has the axis |
+| per-parameter scalar | `step`, `RMS` | kept |
+
+State of a parameter with any other entry is reset as a whole: 8-bit and 4-bit blocks, GaLore's and APOLLO's
+projections, the averaged weights of schedule-free optimizers, RMSprop with momentum (which averages normalised steps,
+that do not follow a change of basis) or centred (whose variance could become negative).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+
+Role = Literal["first", "second", "row", "column"]
+
+ROLES: dict[str, Role] = {
+    "exp_avg": "first",
+    "momentum_buffer": "first",
+    "exp_avg_sq": "second",
+    "max_exp_avg_sq": "second",
+    "square_avg": "second",
+    "sum": "second",
+    "exp_avg_sq_row": "row",
+    "exp_avg_sq_col": "column",
+}
+
+BITSANDBYTES: dict[str, dict[str, Role]] = {
+    "adam": {"state1": "first", "state2": "second"},
+    "lamb": {"state1": "first", "state2": "second"},
+    "lion": {"state1": "first"},
+    "momentum": {"state1": "first"},
+    "lars": {"state1": "first"},
+    "adagrad": {"state1": "second"},
+    "rmsprop": {"state1": "second"},
+}
+"""By the `optimizer_name` of a bitsandbytes optimizer; what it keeps in 8 bits is of no role, whatever its name."""
+
+
+def roles_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Role]:
+    """The entries of this optimizer's state that a cut knows how to map."""
+    if isinstance(optimizer, torch.optim.RMSprop):
+        return {"square_avg": "second"}
+    if type(optimizer).__module__.startswith("bitsandbytes."):
+        return BITSANDBYTES.get(getattr(optimizer, "optimizer_name", ""), {})
+    return ROLES
+
+
+def unknown_entry(state: Mapping[str, Any], parameter: nn.Parameter, roles: Mapping[str, Role]) -> str | None:
+    """Name of the first entry of a parameter's state that no rule covers, or None."""
+    for key, value in state.items():
+        if _is_object(value):
+            return key
+        if not isinstance(value, Tensor):
+            continue
+        if value.numel() > 1 and not (key in roles and is_whole(value) and fits(roles[key], value, parameter)):
+            return key
+    return None
+
+
+def misshapen_entry(
+    state: Mapping[str, Any], parameter: nn.Parameter, roles: Mapping[str, Role]
+) -> tuple[str, Tensor] | None:
+    """The first entry that has a role and not the shape of it; none where an object says what the shapes are."""
+    if any(map(_is_object, state.values())):
+        return None
+    for key, value in state.items():
+        if key in roles and isinstance(value, Tensor) and not fits(roles[key], value, parameter):
+            return key, value
+    return None
+
+
+def _is_object(value: Any) -> bool:
+    """Whether an entry may have tensors of its own, as GaLore's projector has."""
+    return not (value is None or isinstance(value, Tensor | bool | int | float | str))
+
+
+def is_whole(value: Tensor) -> bool:
+    """Whether a tensor holds plain numbers, and not quantised ones."""
+    return type(value) in (Tensor, nn.Parameter) and (value.is_floating_point() or value.is_complex())
+
+
+def fits(role: Role, value: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether an entry has the shape that its role gives it."""
+    if role in ("first", "second"):
+        return value.shape == parameter.shape
+    if role == "row":
+        return value.shape == parameter.shape[:-1]
+    return value.shape == parameter.shape[:-2] + parameter.shape[-1:]
+
+
+def fresh_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
+    """What the optimizer begins with for a parameter: nothing, but for the one that fills it in when it is built."""
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        return {}
+    start = group["initial_accumulator_value"]
+    return dict(torch.optim.Adagrad([parameter], initial_accumulator_value=start).state[parameter])
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Refuse an optimizer that holds on to parameters where a cut cannot exchange them.
+
+    Raises:
+        ValueError: naming the optimizer and the way out.
+    """
+    name = type(optimizer).__name__
+    if isinstance(optimizer, LayerWiseDummyOptimizer):
+        raise ValueError(
+            "A layer-wise optimizer steps in hooks of the parameters, each with an optimizer of its own, and a cut "
+            "cannot follow there. Use the variant that is not layer-wise (galore_adamw for galore_adamw_layerwise, "
+            "apollo_adamw for apollo_adamw_layerwise)."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS) or type(optimizer).__module__.partition(".")[0] == "lomo_optim":
+        raise ValueError(
+            f"{name} keeps what it knows of the parameters outside of its state, where a cut cannot follow. Use "
+            "another optimizer (adamw_torch, or adafactor where memory is short), or cut between two runs with "
+            "hf_compressm.compress."
+        )
+    known = {id(parameter) for parameter in parameters}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    strangers = [tuple(parameter.shape) for parameter in held if id(parameter) not in known]
+    if strangers:
+        raise ValueError(
+            f"{name} holds {len(strangers)} parameter(s) that the model does not have, the first of "
+            f"shape {strangers[0]}. Pass the optimizer that trains this very model, created after its last change."
+        )
