@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
@@ -29,16 +28,18 @@ from hf_compressm.compression import CompressionResult, compress
 from hf_compressm.compression.record import is_count
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.durable import new_directory, quoted, read_json, write_json
+from hf_compressm.fsdp_checkpoints import FULL, SHARDED, Layout, find_layout, plain_weights, read_state, write_state
 from hf_compressm.history import CutEvent, from_record, to_record
 from hf_compressm.loading import load_model, verify_checkpoint
-from hf_compressm.saved_optimizers import SavedOptimizer, restore_saved, to_saved
+from hf_compressm.saved_optimizers import SavedOptimizer, fill_with_zeros, restore_saved, to_saved
 
 
 logger = logging.get_logger(__name__)
 
 CALLBACK = "CompreSSMCallback"
 """Under which name the Trainer's state keeps that of the callback."""
-WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+ANEW = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|_fsdp_\w+\.py")
+"""Weights, and the files of torch that transformers takes for the code of a model that FSDP2 has wrapped."""
 DEEPSPEED = ("zero_to_fp32.py", "latest", "global_step*")
 
 
@@ -50,10 +51,12 @@ def compress_checkpoint(
 ) -> CompressionResult:
     """Cut a Trainer's checkpoint, or a saved model, so that the next launch goes on with the smaller model.
 
-    The model is loaded and measured on the CPU. To resume with `Trainer.train(resume_from_checkpoint=output)`, build
-    the model from `output`; with `CompreSSMCallback` a model of the original size will do. Call `output`
-    `<output_dir>/checkpoint-<step>`, with the same step, for `resume_from_checkpoint=True` and
-    `find_last_complete_checkpoint` to see it.
+    The model is loaded and measured on the CPU. Checkpoints of FSDP are read and written as FSDP does, see
+    `hf_compressm.fsdp_checkpoints`; those with sharded weights need a `config.json` beside them.
+
+    To resume with `Trainer.train(resume_from_checkpoint=output)`, build the model from `output`; with
+    `CompreSSMCallback` a model of the original size will do. Call `output` `<output_dir>/checkpoint-<step>`, with the
+    same step, for `resume_from_checkpoint=True` and `find_last_complete_checkpoint` to see it.
 
     Args:
         checkpoint: a `checkpoint-<step>` directory of a Trainer, or what `save_pretrained` wrote. It stays as it is.
@@ -74,15 +77,19 @@ def compress_checkpoint(
     checkpoint, output = Path(checkpoint), Path(output)
     _check_places(checkpoint, output)
     _refuse_other_kinds(checkpoint)
-    verify_checkpoint(checkpoint)
+    layout = find_layout(checkpoint)
+    with plain_weights(checkpoint, layout) as source:
+        verify_checkpoint(source)
+        model = load_model(source)
     progress = _Progress.read(checkpoint)
-    model = load_model(checkpoint)
-    state = _OptimizerFile.read(checkpoint / OPTIMIZER_NAME, model, config)
+    state = _OptimizerState.read(checkpoint, layout, model, config)
     result = compress(model, config, calibration, state.optimizer, progress.step)
     with new_directory(output) as folder:
         _copy_the_rest(checkpoint, folder)
         model.save_pretrained(folder, **_shard_size(checkpoint))
-        state.write(folder / OPTIMIZER_NAME, model)
+        if layout.weights:
+            write_state(folder / layout.weights, "model", model.state_dict())
+        state.write(folder, model)
         progress.write(folder, result, config)
         seal_checkpoint(folder)
     return result
@@ -140,22 +147,25 @@ class _Progress:
 
 
 @dataclass(frozen=True)
-class _OptimizerFile:
-    """What `optimizer.pt` holds (None if there is none), and the optimizer made of it if its parameters are known."""
+class _OptimizerState:
+    """What was saved of the optimizer (None if nothing was), and one made of it if its parameters are known."""
 
+    layout: Layout
     saved: dict[str, Any] | None
     optimizer: SavedOptimizer | None
     parameters: int
 
     @classmethod
-    def read(cls, path: Path, model: PreTrainedModel, config: CompreSSMConfig) -> "_OptimizerFile":
-        """Read the file without running what may be pickled in it, and find its parameters."""
-        parameters, saved = len(list(model.parameters())), None
-        if not path.exists():
-            return cls(None, None, parameters)
+    def read(
+        cls, checkpoint: Path, layout: Layout, model: PreTrainedModel, config: CompreSSMConfig
+    ) -> "_OptimizerState":
+        """Read the state, and find its parameters."""
+        path, parameters, saved = checkpoint / layout.optimizer, len(list(model.parameters())), None
+        if not layout.optimizer:
+            return cls(layout, None, None, parameters)
         try:
-            saved = _load(path)
-            return cls(saved, restore_saved(saved, model), parameters)
+            saved = read_state(path, "optimizer")
+            return cls(layout, saved, restore_saved(saved, model), parameters)
         except ValueError as error:
             if config.optimizer_state != "reset":
                 raise ValueError(
@@ -163,29 +173,30 @@ class _OptimizerFile:
                     "moments, or cut in place with CompreSSMCallback."
                 ) from error
             logger.warning(f"{path}: all moments are dropped, since it cannot be carried over the cut. {error}")
-            return cls(saved, None, parameters)
+            return cls(layout, saved, None, parameters)
 
-    def write(self, path: Path, model: PreTrainedModel) -> None:
+    def write(self, folder: Path, model: PreTrainedModel) -> None:
         """Write the state after the cut; groups without moments if it was dropped, so that the scheduler goes on."""
-        if self.saved is None:
+        if not self.layout.optimizer:
             return
-        if self.optimizer is not None:
-            torch.save(to_saved(self.optimizer, self.saved, model), path)
-        elif len(list(model.parameters())) == self.parameters:
-            torch.save({**self.saved, "state": {}}, path)
+        state = self._cut_state(model)
+        if state is not None:
+            write_state(folder / self.layout.optimizer, "optimizer", state)
         else:
             logger.warning(
-                f"The cut added parameters, and it is not known to which group of the optimizer they belong: there is "
-                f"no {path.name}. A Trainer starts optimizer and scheduler anew; with CompreSSMCallback and "
-                "allow_optimizer_reset=True the scheduler goes on."
+                "Nothing could be kept of the optimizer: a Trainer starts optimizer and scheduler anew; with "
+                "CompreSSMCallback and allow_optimizer_reset=True the scheduler goes on."
             )
 
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch tells of unknown types, bad archives and bad pickles in many ways
-        raise ValueError(f"It cannot be read: {str(error).splitlines()[0][:200]}.") from error
+    def _cut_state(self, model: PreTrainedModel) -> dict[str, Any] | None:
+        if self.saved is not None and self.optimizer is not None:
+            if self.layout.is_fsdp:
+                fill_with_zeros(self.optimizer)
+            return to_saved(self.optimizer, self.saved, model)
+        known = self.saved is not None and not self.layout.is_fsdp and isinstance(self.saved.get("param_groups"), list)
+        if known and len(list(model.parameters())) == self.parameters:  # new ones would belong to no group
+            return {**(self.saved or {}), "state": {}}
+        return None
 
 
 def _check_places(checkpoint: Path, output: Path) -> None:
@@ -218,10 +229,10 @@ def _refuse_other_kinds(checkpoint: Path) -> None:
 
 def _copy_the_rest(checkpoint: Path, folder: Path) -> None:
     """Copy all files but those that a cut writes anew, byte for byte: none is read."""
-    anew = (CONFIG_NAME, OPTIMIZER_NAME, TRAINER_STATE_FILE, HISTORY_FILE, SEAL)
+    anew = {CONFIG_NAME, OPTIMIZER_NAME, TRAINER_STATE_FILE, HISTORY_FILE, SEAL, *FULL, *SHARDED}
     for path in sorted(checkpoint.rglob("*")):
         name = path.relative_to(checkpoint)
-        if path.is_file() and str(name) not in anew and not WEIGHTS.fullmatch(str(name)):
+        if path.is_file() and name.parts[0] not in anew and not ANEW.fullmatch(str(name)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, folder / name)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_compressm.durable import quoted
@@ -77,6 +77,27 @@ def to_saved(optimizer: SavedOptimizer, saved: Mapping[str, Any], model: nn.Modu
     groups = [{**group, "params": [order[number] for number in group["params"]]} for group in packed["param_groups"]]
     states = {order[number]: state for number, state in packed["state"].items()}
     return {**saved, "state": states, "param_groups": groups}
+
+
+def fill_with_zeros(optimizer: SavedOptimizer) -> None:
+    """Give parameters without state what they would have before their first step: FSDP loads no state with gaps.
+
+    Raises:
+        ValueError: if the state is of a kind that does not begin with zeros of the parameter's shape.
+    """
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    pattern = next((parameter for parameter in held if optimizer.state.get(parameter)), None)
+    if pattern is None:
+        return
+    for parameter in held:
+        if optimizer.state.get(parameter):
+            continue
+        for key, value in optimizer.state[pattern].items():
+            known = isinstance(value, Tensor) and (value.shape == pattern.shape or value.dim() == 0)
+            if not known:
+                raise ValueError(f"FSDP needs state for every parameter, and {key!r} of a new one cannot be made up.")
+            size = parameter.shape if value.shape == pattern.shape else ()
+            optimizer.state[parameter][key] = torch.zeros(size, dtype=value.dtype)
 
 
 def _parts(saved: Any) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:

@@ -32,6 +32,7 @@ FLOORS = {
     "loading": 5,
     "callback": 6,
     "checkpoint_compression": 6,
+    "fsdp_checkpoints": 6,
     "guard": 6,
     "recovery": 6,
     "refusals": 6,

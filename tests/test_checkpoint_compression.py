@@ -33,6 +33,7 @@ OPTIMIZERS = {
     "sgd": {"optim": "sgd", "optim_args": "momentum=0.9"},
     "adafactor": {"optim": "adafactor"},
 }
+WRITTEN_BY_SAVING = ("_name_or_path", "architectures", "auto_map")
 
 
 class Began(TrainerCallback):
@@ -43,11 +44,11 @@ class Began(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == CUT:
-            moments = kwargs["optimizer"].state_dict()["state"]
+            moments, config = kwargs["optimizer"].state_dict()["state"], kwargs["model"].config.to_dict()
             self.seen = {
                 "weights": {name: value.clone() for name, value in kwargs["model"].state_dict().items()},
                 "moments": {number: _copied(state) for number, state in moments.items()},
-                "config": {k: v for k, v in kwargs["model"].config.to_dict().items() if k != "_name_or_path"},
+                "config": {key: value for key, value in config.items() if key not in WRITTEN_BY_SAVING},
             }
 
 
