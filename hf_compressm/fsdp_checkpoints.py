@@ -139,4 +139,7 @@ def plain_weights(checkpoint: Path, layout: Layout) -> Iterator[Path]:
         if isinstance(classes, list):
             config["architectures"] = [str(item).removeprefix(CLASS_PREFIX) for item in classes]
         write_json(folder / CONFIG_NAME, config)
-        yield folder
+        try:
+            yield folder
+        except ValueError as error:
+            raise ValueError(str(error).replace(name, str(checkpoint))) from error

@@ -215,6 +215,13 @@ def no_step(folder: Path) -> None:
     (folder / "trainer_state.json").write_text('{"global_step": "1"}')
 
 
+def pending(folder: Path) -> None:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    run = {"schema_version": 1, "events": [], "recovery": {"pending": {"step": 1}}}
+    state["stateful_callbacks"]["CompreSSMCallback"] = {"args": {}, "attributes": {}, "run": run}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
 def no_norm(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file({name: value for name, value in tensors.items() if "norm" not in name}, folder / "model.safetensors")
@@ -243,6 +250,7 @@ no_state = changed_groups(lambda saved: saved.pop("state"))
         (torn, "not a whole safetensors file"),
         (pickled, "optimizer.pt cannot be carried.*cannot be read.*optimizer_state='reset'"),
         (no_step, "global_step"),
+        (pending, "waited for its metric"),
         (no_norm, "no tensor .*norm"),
         (frozen, "optimizer_state='reset'"),
         (other_order, "moments are not those.*optimizer_state='reset'"),

@@ -92,6 +92,10 @@ def test_what_fsdp_leaves_out_or_splits_is_refused(plain: tuple[Family, Path], t
     (before / "config.json").rename(tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"no config.json.*Copy"):
         compress_checkpoint(before, tmp_path / "out", CompreSSMConfig(fraction=0.5), plain[0].calibration())
+    other = json.loads((tmp_path / "config.json").read_text()) | {"state_size": 5}
+    (before / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=rf"{before}.*config.json is at odds with the weights"):
+        compress_checkpoint(before, tmp_path / "out", CompreSSMConfig(fraction=0.5), plain[0].calibration())
     (tmp_path / "config.json").rename(before / "config.json")
     (before / SHARDED[0] / ".metadata").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"pytorch_model_fsdp_0: It cannot be read"):
