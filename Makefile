@@ -19,7 +19,7 @@ test:
 
 # Whole training runs, crash tests and large sizes; the limit per test is longer than the default one.
 test-slow:
-	$(PYTHON) -m pytest -m slow --timeout=1800
+	$(PYTHON) -m pytest -m slow -n 2 --timeout=1800
 
 # Everything, in fresh environments, as on the build machine.
 ci:

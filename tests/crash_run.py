@@ -167,7 +167,7 @@ def set_up() -> None:
     around(applying, "plan_compression", after="cut: planned")
     around(applying, "commit_replacements", after="cut: parameters in, optimizer old")
     around(applying, "commit_optimizer", after="cut: optimizer in, config old")
-    around(recovery, "_link", "keep: one more file")
+    around(recovery, "link_or_copy", "keep: one more file")
     around(CheckpointLoader, "roll_back", "roll back: begins", "roll back: done")
     around(CheckpointLoader, "load_model", after="load: weights without optimizer")
 

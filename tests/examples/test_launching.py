@@ -1,5 +1,6 @@
 """The launch configurations are ones that accelerate reads, and the launch scripts do what they say."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIGS = sorted((EXAMPLES / "accelerate_configs").glob("*.yaml"))
 SCRIPTS = sorted((EXAMPLES / "launch").glob("*.sh"))
-SMALL = "--hidden_size 8 --state_size 16 --max_steps 8 --num_cuts 2 --end 0.5 --tolerance 0.2 --max_characters 6000"
+SMALL = "--hidden_size 8 --state_size 16 --max_steps 8 --num_cuts 2 --end 0.5 --max_characters 6000"
 SMALL += " --block_size 32 --max_eval_blocks 8 --max_new_tokens 4 --per_device_train_batch_size 2 --disable_tqdm true"
 
 
@@ -49,3 +50,15 @@ def test_two_processes_on_the_cpu(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.count("Reloaded from") == 1  # by one of the two
     assert "timed steps" in process.stdout
+
+
+@pytest.mark.slow
+def test_two_phases_go_on_with_a_smaller_model(tmp_path: Path) -> None:
+    configuration = str(EXAMPLES / "accelerate_configs" / "cpu.yaml")  # accelerate has no FSDP on the CPU
+    settings = {"CONFIG": configuration, "CUT_AT": "3", "TOLERANCE": "0.2", "RUN": str(tmp_path)}
+    process = script("fsdp_two_phase.sh", "--use_cpu", "true", **settings)
+    assert process.returncode == 0, process.stderr[-3000:]
+    sizes = [json.loads((tmp_path / name / "config.json").read_text())["state_size"] for name in ("big", "small")]
+    assert sizes[0] == 16 > sizes[1]
+    state = json.loads((tmp_path / "small" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry][-1] == 8
