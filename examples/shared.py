@@ -14,6 +14,7 @@ import evaluate
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback
 
@@ -77,6 +78,8 @@ def run(main: Callable[[], Any]) -> None:
     """Call a script's main function; a user's mistake ends it with one line and exit code 2."""
     try:
         main()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # its threads may otherwise abort the interpreter at its end
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -41,6 +42,7 @@ def main(folder: Path, name: str, kind: str, checkpoint: Path | None) -> None:
         losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         (folder / "losses.json").write_text(json.dumps(losses))
         torch.save(weights, folder / "weights.pt")
+    dist.destroy_process_group()  # gloo's threads may otherwise abort the interpreter at its end
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
@@ -211,6 +212,7 @@ def main(folder: Path, names: list[str]) -> None:
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
         torch.save(run(name, place / "run", rank), place / f"rank{rank}.pt")
+    dist.destroy_process_group()  # gloo's threads may otherwise abort the interpreter at its end
 
 
 if __name__ == "__main__":

@@ -200,10 +200,11 @@ def _mapped_factor(key: str, role: Role, value: Tensor, item: Replacement, optim
 
 
 def _apply(term: MomentTerm, moment: Tensor, dim: int, squared: bool) -> Tensor:
-    """Apply the term's map along one axis, in float64."""
-    matrix, moment = term.matrix.to(moment.device), moment.double()
+    """Apply the term's map along one axis, in float64 where it computes and does not only select."""
+    matrix = term.matrix.to(moment.device)
     if not matrix.is_floating_point():
         return moment.index_select(dim, matrix)
+    moment = moment.double()
     matrix = matrix.square() if squared else matrix
     if matrix.dim() == 0:
         return matrix * moment

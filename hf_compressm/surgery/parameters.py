@@ -128,7 +128,8 @@ def _check_finite(name: str, value: torch.Tensor) -> None:
 
 def _new_parameter(change: ParameterChange) -> nn.Parameter:
     old = change.parameter
-    value = change.value.to(device=old.device, dtype=old.dtype).contiguous()
+    value = change.value.to(device=old.device, dtype=old.dtype)
+    value = value.clone(memory_format=torch.contiguous_format)  # in strides too, which DDP compares with its buckets
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
     for field in _HOOK_FIELDS:
