@@ -24,11 +24,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import checkpoint as distributed_checkpoint
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_compressm.durable import quoted, read_json, write_json
+from hf_compressm.sharded_states import read_sharded
 
 
 FULL = ("pytorch_model_fsdp.bin", "optimizer.bin")
@@ -72,8 +72,7 @@ def find_layout(checkpoint: Path) -> Layout:
 def read_state(path: Path, key: str) -> Any:
     """A state dict from a file of `torch.save`, or from a directory of `torch.distributed.checkpoint`.
 
-    A file is read without running what may be pickled in it. Of a directory torch unpickles what it describes itself
-    with, here as on resuming: it has to come from where you trust.
+    Nothing that may be pickled in it is run; resuming under FSDP is another matter, where torch reads it in its way.
 
     Args:
         path: of the file or directory.
@@ -85,9 +84,7 @@ def read_state(path: Path, key: str) -> Any:
     try:
         if path.is_file():
             return torch.load(path, map_location="cpu", weights_only=True)
-        with tempfile.TemporaryDirectory() as folder:
-            dcp_to_torch_save(path, Path(folder) / "state.pt")
-            return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)[key]
+        return read_sharded(path)[key]
     except distributed_checkpoint.CheckpointException as error:  # no `Exception`
         cause = next((wrapped[0] for wrapped in error.failures.values()), error)
         raise ValueError(f"It cannot be read: {quoted(str(cause))}.") from error

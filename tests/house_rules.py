@@ -38,6 +38,7 @@ FLOORS = {
     "refusals": 6,
     "resuming": 6,
     "saved_optimizers": 6,
+    "sharded_states": 6,
     "saving": 6,
     "schedule": 6,
     "cli": 7,
