@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -18,6 +17,7 @@ from transformers import Trainer
 
 from hf_compressm.loading import load_model
 from tests.families import LRU, MAMBA, S5, perturbed
+from tests.launched_run import leave
 from tests.training import Examples, arguments
 
 
@@ -42,7 +42,7 @@ def main(folder: Path, name: str, kind: str, checkpoint: Path | None) -> None:
         losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         (folder / "losses.json").write_text(json.dumps(losses))
         torch.save(weights, folder / "weights.pt")
-    dist.destroy_process_group()  # gloo's threads may otherwise abort the interpreter at its end
+    leave()
 
 
 if __name__ == "__main__":

@@ -205,6 +205,14 @@ def run(name: str, folder: Path, rank: int) -> dict[str, Any]:
     return found
 
 
+def leave() -> None:
+    """End this process once all are done, without the end of torch's own threads, which now and then abort it."""
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
@@ -212,7 +220,7 @@ def main(folder: Path, names: list[str]) -> None:
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
         torch.save(run(name, place / "run", rank), place / f"rank{rank}.pt")
-    dist.destroy_process_group()  # gloo's threads may otherwise abort the interpreter at its end
+    leave()
 
 
 if __name__ == "__main__":
