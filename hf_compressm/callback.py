@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from hf_compressm.adapters import is_wrapped
-from hf_compressm.bases import keeps_base_beside, save_base
+from hf_compressm.bases import check_base, keeps_base_beside, save_base
 from hf_compressm.batches import sample_batches
 from hf_compressm.checkpoints import HISTORY_FILE, seal_checkpoint
 from hf_compressm.compression import Scores, check_settings, recorded_cuts, state_scores
@@ -24,7 +24,7 @@ from hf_compressm.guard import guarded_cut, held_out_batches, held_out_loss
 from hf_compressm.history import CutEvent, from_record, rollback_event, scalars, to_record
 from hf_compressm.processes import ALONE, Processes
 from hf_compressm.recovery import RecoveryGuard, metric_name
-from hf_compressm.refusals import check_guards, refuse_adapters, refuse_copies, refuse_engines, refuse_optimizer
+from hf_compressm.refusals import check_guards, refuse_copies, refuse_engines, refuse_optimizer
 from hf_compressm.resuming import watch_loading
 from hf_compressm.saving import watch_saving
 from hf_compressm.scans import enable_fast_selective_scan
@@ -43,7 +43,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     those from before a resume and those that were undone among them.
 
     Under `accelerate launch` or `torchrun` with DDP all processes cut together: calibration batches are divided among
-    them, the first decides, and all compare what they have afterwards.
+    them, the first decides, and all compare new weights and moments before any of them changes.
 
     Pass it to `Trainer(..., callbacks=[...])`: given later, it cannot see to a checkpoint of another state size that
     the run resumes from.
@@ -99,10 +99,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot work before the first step, go on from a checkpoint, and switch on the fast scan."""
-        self._trainer, self._processes = _calling_trainer() or self._trainer, Processes.current()
+        self._trainer = _calling_trainer() or self._trainer
+        self._processes = Processes.current()
         refuse_engines(args, self._trainer() if self._trainer else None, type(self))
         model, dataloader = kwargs["model"], kwargs.get("train_dataloader")
-        refuse_adapters(model)
+        check_base(model)
         refuse_optimizer(kwargs.get("optimizer"), model)
         self._needs_data = any(choice.needs_data for choice in check_settings(model, self.config, calibrated=True))
 
@@ -247,10 +248,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
         kept = self._processes.first(lambda: self._recovery.keep(self._run_folder(), step))
         events = guarded_cut(model, config, sample, optimizer, step, self._reduction_share, loss, self._processes)
-        rebuild_reducers(trainer.model_wrapped)
         self.events += events
         self._recovery.begin(events[-1], kept, state.max_steps)
-        if events[-1].outcome == "cut":
+        if events[-1].outcome == "cut":  # after one that was undone, every parameter is the object that it was
+            rebuild_reducers(trainer.model_wrapped)
             self._last_cut = step
         for event in events:
             self._report(event)

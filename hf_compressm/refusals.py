@@ -13,7 +13,6 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from hf_compressm.adapters import undisturbed
-from hf_compressm.bases import check_base
 from hf_compressm.batches import generators_restored
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.guard import held_out_batches, held_out_loss
@@ -67,11 +66,6 @@ def _engine(args: TrainingArguments, trainer: Trainer) -> str:
     if args.world_size > 1 and not wrappers and any(parameter.requires_grad for parameter in model.parameters()):
         return f"{args.world_size} processes without DistributedDataParallel"
     return ""
-
-
-def refuse_adapters(model: nn.Module) -> None:
-    """Refuse adapters whose base a cut would change, and no checkpoint would hold."""
-    check_base(model)
 
 
 def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
