@@ -23,6 +23,7 @@ again in the backward pass: memory O(length / chunk * batch * channels * N).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,7 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_SIZE = 16  # steps between two stored states
 BLOCK_ENTRIES = 65536  # state entries worked on at once: enough to hide the cost of a call, few enough for the cache
+LOG2_E = math.log2(math.e)
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -52,14 +54,15 @@ class _SelectiveScan(torch.autograd.Function):
         checkpoints = delta.new_empty(-(-length // CHUNK_SIZE), batch, *A.shape)
         for block in _blocks(batch, A):
             decay, states = _chunk_buffers(delta[:, block], A)
-            before = torch.zeros_like(states[0])
+            states[0].zero_()
             for index, chunk in enumerate(_chunks(length)):
-                checkpoints[index, block] = before
+                checkpoints[index, block] = states[0]
                 count = chunk.stop - chunk.start
-                _fill_chunk(decay, states, delta[chunk, block], drive[chunk, block], A, B[chunk, block], before)
-                before.copy_(states[count - 1])
-                y[chunk, block] = torch.matmul(C[chunk, block, None, :], states[:count]).squeeze(-2)
-            last_state[block] = before
+                a, h = decay[:count], states[: count + 1]
+                _fill_chunk(a, h, delta[chunk, block], drive[chunk, block], A, B[chunk, block])
+                y[chunk, block] = torch.matmul(C[chunk, block, None, :], h[1:]).squeeze(-2)
+                states[0] = h[-1]
+            last_state[block] = states[0]
         ctx.save_for_backward(delta, drive, A, B, C, checkpoints)
         return y, last_state
 
@@ -73,24 +76,22 @@ class _SelectiveScan(torch.autograd.Function):
         grad_delta, grad_drive = torch.empty_like(delta), torch.empty_like(drive)
         grad_A, grad_B, grad_C = torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C)
         for block in _blocks(batch, A):
-            decay, carried = _chunk_buffers(delta[:, block], A)
-            adjoint = torch.empty_like(carried)
-            block_grad_A = torch.zeros_like(carried[0])  # (block, N, channels), summed over the block at its end
+            decay, states = _chunk_buffers(delta[:, block], A)
+            adjoint = torch.empty_like(decay)
             incoming = grad_last[block].clone()  # decay_{t+1} * adjoint_{t+1}
-            state = torch.empty_like(incoming)
             for index, chunk in reversed(list(enumerate(_chunks(length)))):
                 count = chunk.stop - chunk.start
-                a, r, g = decay[:count], carried[:count], adjoint[:count]
+                a, h, g = decay[:count], states[: count + 1], adjoint[:count]
                 step, push, out = delta[chunk, block], drive[chunk, block], grad_y[chunk, block]
-                state.copy_(checkpoints[index, block])
-                _fill_carried(a, r, step, push, A, B[chunk, block], state)
-                # h_t = carried_t + drive_t B_t, so that the states themselves need not be stored.
-                grad_C[chunk, block] = _over_channels(out, r) + (out * push).sum(-1, keepdim=True) * B[chunk, block]
-                _fill_adjoint(g, a, r, step, out, C[chunk, block], incoming, block_grad_A)
+                h[0] = checkpoints[index, block]
+                _fill_chunk(a, h, step, push, A, B[chunk, block])
+                _fill_adjoint(g, a, out, C[chunk, block], incoming)
+                grad_C[chunk, block] = _over_channels(out, h[1:])
                 grad_B[chunk, block] = _over_channels(push, g)
                 grad_drive[chunk, block] = torch.matmul(B[chunk, block, None, :], g).squeeze(-2)
-                grad_delta[chunk, block] = r.mul_(A).sum(-2)
-            grad_A += block_grad_A.sum(0)
+                slope = a.mul_(h[:-1]).mul_(g)  # derivative with respect to delta_t A
+                grad_delta[chunk, block] = torch.mul(slope, A, out=g).sum(-2)
+                grad_A += slope.mul_(step[:, :, None]).sum((0, 1))
         return grad_delta, grad_drive, grad_A, grad_B, grad_C
 
 
@@ -239,12 +240,12 @@ def selective_states(
     steps = _step_sizes(delta.to(dtype), delta_bias, delta_softplus)
     drive, steps, B = _time_major(u.to(dtype) * steps), _time_major(steps), _time_major(B.to(dtype))
     decay, states = _chunk_buffers(steps, A, chunk_size)
-    before = torch.zeros_like(states[0])
+    states[0].zero_()
     for chunk in _chunks(steps.shape[0], chunk_size):
         count = chunk.stop - chunk.start
-        _fill_chunk(decay, states, steps[chunk], drive[chunk], A, B[chunk], before)
-        before.copy_(states[count - 1])
-        yield states[:count].transpose(2, 3)
+        _fill_chunk(decay[:count], states[: count + 1], steps[chunk], drive[chunk], A, B[chunk])
+        yield states[1 : count + 1].transpose(2, 3)
+        states[0] = states[count]
 
 
 def _blocks(batch: int, A: Tensor) -> list[slice]:
@@ -259,62 +260,37 @@ def _chunks(length: int, chunk_size: int = CHUNK_SIZE) -> list[slice]:
 
 
 def _chunk_buffers(delta: Tensor, A: Tensor, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor]:
-    """Two uninitialised buffers for the decays and states of a chunk, (steps, batch, N, channels) each."""
-    shape = (min(chunk_size, delta.shape[0]), delta.shape[1], *A.shape)
-    return delta.new_empty(shape), delta.new_empty(shape)
+    """Uninitialised buffers of a chunk: decays (steps, batch, N, channels), and states with the one before them."""
+    steps, batch = min(chunk_size, delta.shape[0]), delta.shape[1]
+    return delta.new_empty(steps, batch, *A.shape), delta.new_empty(1 + steps, batch, *A.shape)
 
 
-def _fill_decay(decay: Tensor, delta: Tensor, A: Tensor) -> None:
-    """Write exp(delta A), (steps, batch, N, channels)."""
-    torch.mul(delta[:, :, None, :], A, out=decay)
-    decay.exp_()
+def _fill_chunk(decay: Tensor, states: Tensor, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor) -> None:
+    """Write the decays exp(delta A) of a chunk and, after the state before it in `states[0]`, its states.
 
-
-def _fill_chunk(
-    decay: Tensor, states: Tensor, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, before: Tensor
-) -> None:
-    """Write the decays and states of one chunk into the buffers; `before` is the state before the chunk."""
-    count = delta.shape[0]
-    decay, states = decay[:count], states[:count]
-    _fill_decay(decay, delta, A)
-    torch.mul(drive[:, :, None, :], B[..., None], out=states)
-    for decay_t, state_t in zip(decay.unbind(0), states.unbind(0), strict=True):
+    A power of two, since torch leaves `exp` to MKL, which on other than Intel's processors takes three times as long
+    as `exp2`.
+    """
+    torch.mul(delta[:, :, None, :], A * LOG2_E, out=decay)
+    decay.exp2_()
+    torch.mul(drive[:, :, None, :], B[..., None], out=states[1:])
+    before, *after = states.unbind(0)
+    for decay_t, state_t in zip(decay.unbind(0), after, strict=True):
         before = state_t.addcmul_(decay_t, before)
 
 
-def _fill_carried(
-    decay: Tensor, carried: Tensor, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, state: Tensor
-) -> None:
-    """Write the decays and carried_t = decay_t * h_{t-1} of one chunk; `state` runs from before it to its end."""
-    _fill_decay(decay, delta, A)
-    steps = zip(decay.unbind(0), carried.unbind(0), drive[:, :, None].unbind(0), B[..., None].unbind(0), strict=True)
-    for decay_t, carried_t, drive_t, B_t in steps:
-        torch.mul(decay_t, state, out=carried_t)
-        torch.addcmul(carried_t, drive_t, B_t, out=state)
+def _fill_adjoint(adjoint: Tensor, decay: Tensor, grad_y: Tensor, C: Tensor, incoming: Tensor) -> None:
+    """Write adjoint_t = C_t grad_y_t + decay_{t+1} adjoint_{t+1} of one chunk, from its last step to its first.
 
-
-def _fill_adjoint(
-    adjoint: Tensor,
-    decay: Tensor,
-    carried: Tensor,
-    delta: Tensor,
-    grad_y: Tensor,
-    C: Tensor,
-    incoming: Tensor,
-    grad_A: Tensor,
-) -> None:
-    """Run adjoint_t = C_t grad_y_t + decay_{t+1} adjoint_{t+1} from the last step of a chunk to its first.
-
-    Turns `carried` into adjoint_t * carried_t, the derivative with respect to delta_t A; adds that, times delta_t, to
-    `grad_A`; leaves decay_t * adjoint_t of the first step in `incoming`.
+    `incoming` holds decay_{t+1} * adjoint_{t+1} of the step after the chunk, and then that of its first step.
     """
-    per_step = [adjoint, decay, carried, delta[:, :, None], grad_y[:, :, None], C[..., None]]
-    steps = zip(*(tensor.unbind(0)[::-1] for tensor in per_step), strict=True)
-    for adjoint_t, decay_t, carried_t, delta_t, grad_t, C_t in steps:
-        torch.addcmul(incoming, grad_t, C_t, out=adjoint_t)
-        torch.mul(decay_t, adjoint_t, out=incoming)
-        carried_t.mul_(adjoint_t)
-        grad_A.addcmul_(carried_t, delta_t)
+    torch.mul(grad_y[:, :, None, :], C[..., None], out=adjoint)
+    adjoint[-1].add_(incoming)
+    pairs = zip(adjoint.unbind(0)[-2::-1], decay.unbind(0)[:0:-1], strict=True)
+    after = adjoint[-1]
+    for adjoint_t, decay_after in pairs:
+        after = adjoint_t.addcmul_(decay_after, after)
+    torch.mul(decay[0], after, out=incoming)
 
 
 def _over_channels(weights: Tensor, states: Tensor) -> Tensor:
