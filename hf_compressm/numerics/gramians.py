@@ -43,10 +43,7 @@ def gramians(system: DiagonalSystem, realization: str = "real") -> tuple[Tensor,
         )
     if realization == "complex":
         return _stein(system.eigenvalues, system.B), _stein(system.eigenvalues.conj(), system.C.mH)
-    doubled = system.with_conjugates()
-    P, Q = gramians(doubled, "complex")
-    U = _conjugates_to_real(system.order)
-    return (U @ P @ U.mH).real, (U @ Q @ U.mH).real
+    return _real_gramian(system.eigenvalues, system.B), _real_gramian(system.eigenvalues.conj(), system.C.mH / 2)
 
 
 def h2_norm(system: DiagonalSystem) -> float:
@@ -54,9 +51,8 @@ def h2_norm(system: DiagonalSystem) -> float:
 
     `||G||_2^2 = sum_k ||Re(C A^k B)||_F^2 = trace(C P C^H)` of the real map.
     """
-    real_map = system.with_conjugates()
-    P = _stein(real_map.eigenvalues, real_map.B)
-    squared = torch.einsum("pi,ij,pj->", real_map.C, P, real_map.C.conj()).real
+    S, R = _stein(system.eigenvalues, system.B), _pseudo_stein(system.eigenvalues, system.B)
+    squared = ((system.C @ S) * system.C.conj() + (system.C @ R) * system.C).real.sum() / 2
     return float(squared.clamp_min(0).sqrt())
 
 
@@ -80,7 +76,13 @@ def _stein(eigenvalues: Tensor, B: Tensor) -> Tensor:
     return (B @ B.mH) / (1 - eigenvalues[:, None] * eigenvalues.conj()[None, :])
 
 
-def _conjugates_to_real(order: int) -> Tensor:
-    """Unitary `(2N, 2N)` that takes `[h; conj h]` to `sqrt(2) [Re h; Im h]`."""
-    identity = torch.eye(order, dtype=torch.complex128)
-    return torch.cat([torch.cat([identity, identity], 1), torch.cat([-1j * identity, 1j * identity], 1)]) / 2**0.5
+def _pseudo_stein(eigenvalues: Tensor, B: Tensor) -> Tensor:
+    """Solve `X - A X A^T = B B^T` for diagonal A: `E[h h^T]` under white input, where `_stein` gives `E[h h^H]`."""
+    return (B @ B.mT) / (1 - eigenvalues[:, None] * eigenvalues[None, :])
+
+
+def _real_gramian(eigenvalues: Tensor, B: Tensor) -> Tensor:
+    """Covariance of `sqrt(2) [Re h; Im h]` under white input, float64 `(2N, 2N)`, from `E[h h^H]` and `E[h h^T]`."""
+    S, R = _stein(eigenvalues, B), _pseudo_stein(eigenvalues, B)
+    upper, lower = torch.cat([(S + R).real, (R - S).imag], 1), torch.cat([(R + S).imag, (S - R).real], 1)
+    return torch.cat([upper, lower])
