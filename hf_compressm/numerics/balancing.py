@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_compressm.numerics.gramians import check_realization, gramians, real_state_space
+from hf_compressm.numerics.gramians import check_realization, gramians, real_input_output
 from hf_compressm.numerics.modal import Modes, gain_ratio, modal_form
 from hf_compressm.numerics.systems import DiagonalSystem
 
@@ -157,14 +157,17 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
             "Leave this layer out with ignore_layers."
         )
     states = min(order.numel(), 2 * rank if balancing.realization == "real" else rank)
+    A = _state_matrix(balancing, order[:states])
     while states > 0:
-        reduced = _project(balancing, order[:states])
-        excess = reduced.system.order - rank if reduced is not None else 1
-        if reduced is not None and excess <= 0:
-            if reduced.system.is_stable:
-                return reduced
-            if balancing.measured:
-                break
+        excess = _count_slots(A[:states, :states]) - rank
+        if excess <= 0:
+            reduced = _project(balancing, order[:states])
+            excess = reduced.system.order - rank if reduced is not None else 1
+            if reduced is not None and excess <= 0:
+                if reduced.system.is_stable:
+                    return reduced
+                if balancing.measured:
+                    break
         states -= max(excess // 2, 1)  # one state less may free several slots, so all the excess would be too much
     raise ValueError(
         f"No stable diagonal system of at most {rank} states was found. "
@@ -173,7 +176,10 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
 
 
 def factor(P: Tensor) -> Tensor:
-    """Factor L of a positive semidefinite `P = L L^H`; negative round-off in the eigenvalues is clipped."""
+    """Factor L of a positive semidefinite `P = L L^H`: Cholesky, or else eigenvectors with negative round-off clipped."""
+    L, failed = torch.linalg.cholesky_ex(P)
+    if not bool(failed.any()):
+        return L
     values, vectors = torch.linalg.eigh((P + P.mH) / 2)
     return vectors * values.clamp_min(0).sqrt()[..., None, :]
 
@@ -181,19 +187,38 @@ def factor(P: Tensor) -> Tensor:
 def _project(balancing: Balancing, states: Tensor) -> BalancedTruncation | None:
     """Project onto the given balanced states and diagonalise; None where that is not possible."""
     system, sigma = balancing.system, balancing.hankel_singular_values
-    weight = sigma[states].rsqrt()
-    T, W = balancing.right[:, states] * weight, weight[:, None] * balancing.left[states]
-    ratio = gain_ratio(system)
-    if balancing.realization == "real":
-        A, B, C = real_state_space(system)
-        modes = modal_form(W @ A @ T, W @ B, C @ T, ratio)
-    else:
-        modes = modal_form((W * system.eigenvalues) @ T, W @ system.B, system.C @ T, ratio)
+    W, T = _projections(balancing, states)
+    B, C = real_input_output(system) if balancing.realization == "real" else (system.B, system.C)
+    modes = modal_form(_state_matrix(balancing, states), W @ B, C @ T, gain_ratio(system))
     if modes is None:
         return None
     bound = 2 * float(sigma.sum() - sigma[states].sum())
     maps = _real_maps(modes, W, T)
     return BalancedTruncation(modes.system, sigma, states.numel(), max(bound, 0.0), *maps)
+
+
+def _projections(balancing: Balancing, states: Tensor) -> tuple[Tensor, Tensor]:
+    """W `(m, n)` and T `(n, m)` of the given balanced states."""
+    weight = balancing.hankel_singular_values[states].rsqrt()
+    return weight[:, None] * balancing.left[states], balancing.right[:, states] * weight
+
+
+def _state_matrix(balancing: Balancing, states: Tensor) -> Tensor:
+    """`W A T` of the given balanced states, `(m, m)`; of the first k of them it is the leading `(k, k)` block."""
+    W, T = _projections(balancing, states)
+    eigenvalues = balancing.system.eigenvalues
+    if balancing.realization == "complex":
+        return (W * eigenvalues) @ T
+    left, right = W.chunk(2, dim=1)  # A is diag(Re lambda) twice on its diagonal, and -+diag(Im lambda) beside it
+    turned = torch.cat(
+        [left * eigenvalues.real + right * eigenvalues.imag, right * eigenvalues.real - left * eigenvalues.imag], 1
+    )
+    return turned @ T
+
+
+def _count_slots(A: Tensor) -> int:
+    """Complex states that the diagonal form of a reduced A needs; a conjugate pair of a real A needs one."""
+    return A.shape[0] if A.is_complex() else int((torch.linalg.eigvals(A).imag >= 0).sum())
 
 
 def _real_maps(modes: Modes, W: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,13 +62,11 @@ def check_realization(realization: str) -> None:
         raise ValueError(f"realization must be 'real' or 'complex', got {realization!r}.")
 
 
-def real_state_space(system: DiagonalSystem) -> tuple[Tensor, Tensor, Tensor]:
-    """Real A `(2N, 2N)`, B `(2N, H)`, C `(P, 2N)` in the coordinates `sqrt(2) [Re h; Im h]`, float64."""
-    real, imaginary = torch.diag(system.eigenvalues.real), torch.diag(system.eigenvalues.imag)
-    A = torch.cat([torch.cat([real, -imaginary], dim=1), torch.cat([imaginary, real], dim=1)])
+def real_input_output(system: DiagonalSystem) -> tuple[Tensor, Tensor]:
+    """Real B `(2N, H)` and C `(P, 2N)` in the coordinates `sqrt(2) [Re h; Im h]`, float64."""
     B = torch.cat([system.B.real, system.B.imag]) * 2**0.5
     C = torch.cat([system.C.real, -system.C.imag], dim=1) / 2**0.5
-    return A, B, C
+    return B, C
 
 
 def _stein(eigenvalues: Tensor, B: Tensor) -> Tensor:

@@ -49,9 +49,10 @@ def modal_form(A: Tensor, B: Tensor, C: Tensor, gain_ratio: float = 1.0) -> Mode
     if not bool(torch.isfinite(torch.view_as_real(A) if A.is_complex() else A).all()):
         return None
     eigenvalues, V = torch.linalg.eig(A)
-    if float(torch.linalg.cond(V)) > MAX_EIGENVECTOR_CONDITION:
+    inverse, failed = torch.linalg.inv_ex(V)
+    condition = float(torch.linalg.matrix_norm(V) * torch.linalg.matrix_norm(inverse))  # Frobenius: no SVD
+    if bool(failed) or not condition <= MAX_EIGENVECTOR_CONDITION:
         return None
-    inverse = torch.linalg.inv(V)
     if A.is_complex():
         weight = torch.ones_like(eigenvalues)
     else:
