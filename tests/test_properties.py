@@ -129,7 +129,7 @@ def test_the_unit_of_a_state_does_not_count(system: DiagonalSystem, realization:
 @given(systems())
 def test_a_state_by_itself_passes_on_no_more_than_there_is(system: DiagonalSystem) -> None:
     balancing = balance(system)
-    scores = balancing.state_scores()
+    scores = balancing.state_scores
     assert scores.shape == (system.order,)
     assert bool(torch.isfinite(scores).all())
     assert bool((scores >= 0).all())

@@ -12,7 +12,7 @@ map of the eigenvalues, and carry every parameter that is one number per state.
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,6 +59,21 @@ class StateCovariance(Statistics):
                 for states in diagonal_states(u, eigenvalues, B, reverse=reverse):  # (batch, chunk, slots)
                     flat = torch.cat([states.real, states.imag], dim=-1).flatten(0, 1)
                     self.add("covariance", 2 * flat.mT @ flat)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """A balanced layer, its states, most wanted first, and the cuts of it: a size is tried before it is taken."""
+
+    balancing: Balancing
+    order: Tensor
+    truncations: dict[int, BalancedTruncation] = field(default_factory=dict)
+
+    def truncate(self, slots: int) -> BalancedTruncation:
+        """The cut to a number of complex slots; raises as `truncate` does."""
+        if slots not in self.truncations:
+            self.truncations[slots] = truncate(self.balancing, slots, self.order)
+        return self.truncations[slots]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,24 +145,24 @@ class LinearAdapter(Adapter):
         sigma = balancing.hankel_singular_values
         if not float(sigma[0]) > 0:
             return Measurement(sigma, free, "no output energy")
-        scores = balancing.state_scores()[None]
-        return Measurement(sigma, _relative_errors(balancing), detail=balancing, scores=scores)
+        scores = balancing.state_scores[None]
+        detail = Ranked(balancing, kept_order(sigma.numel(), method, layer))
+        return Measurement(sigma, _relative_errors(balancing), detail=detail, scores=scores)
 
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
         """Truncate to the slots that `size` states need, and write the result in the layer's parametrisation."""
-        balancing: Balancing = measurement.detail
-        slots, order = self._slots_and_order(layer, method, measurement, size)
-        note = measurement.note
+        ranked: Ranked = measurement.detail
+        slots, note = _slots(layer, ranked, size), measurement.note
         try:
-            truncation = truncate(balancing, slots, order)
+            truncation = ranked.truncate(slots)
         except ValueError:
-            if not balancing.measured:
+            if not ranked.balancing.measured:
                 raise
             note = "cut by the closed-form Gramians: the cut against the data was not stable"
-            balancing = balance(balancing.system, method.realization)
-            truncation = truncate(balancing, slots, order)
-        sigma = balancing.hankel_singular_values
-        kept = sigma[_used(order, sigma)[: truncation.kept]]
+            ranked = Ranked(balance(ranked.balancing.system, method.realization), ranked.order)
+            truncation = ranked.truncate(slots)
+        balancing, sigma = ranked.balancing, ranked.balancing.hankel_singular_values
+        kept = sigma[_used(ranked.order, sigma)[: truncation.kept]]
         return LayerCut(
             changes=self._changes(layer, _fill(balancing.system, truncation, slots)),
             attributes=(AttributeChange(layer.module, "state_size", size),),
@@ -160,19 +175,12 @@ class LinearAdapter(Adapter):
     def values_kept(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> int:
         """Fewer than two values per slot, where real eigenvalues need slots of their own."""
         count = measurement.hankel_singular_values.numel()
-        slots, order = self._slots_and_order(layer, method, measurement, size)
+        ranked: Ranked = measurement.detail
         try:
-            kept = truncate(measurement.detail, slots, order).kept
+            kept = ranked.truncate(_slots(layer, ranked, size)).kept
         except ValueError:  # `cut` says why
             return count
-        return count if kept == _used(order, measurement.hankel_singular_values).numel() else kept
-
-    def _slots_and_order(
-        self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int
-    ) -> tuple[int, Tensor]:
-        """Complex slots that `size` states need, and the balanced states, most wanted first."""
-        slots = size * measurement.detail.system.order // layer.state_size
-        return slots, kept_order(measurement.hankel_singular_values.numel(), method, layer)
+        return count if kept == _used(ranked.order, measurement.hankel_singular_values).numel() else kept
 
     def _bound_factor(self, module: Any) -> float:
         """Both directions of a bidirectional layer add up: `|E_1| + |E_2| <= sqrt(2) |[E_1; E_2]|`."""
@@ -215,6 +223,11 @@ class LinearAdapter(Adapter):
         C_map = _both_directions(C_map) if len(self.directions(module)) == 2 else C_map
         terms |= dict(zip(("C_re", "C_im"), _complex_terms((module.C_re, module.C_im), C_map, dim=1), strict=True))
         return terms
+
+
+def _slots(layer: SSMLayer, ranked: Ranked, size: int) -> int:
+    """Complex slots that `size` states need."""
+    return size * ranked.balancing.system.order // layer.state_size
 
 
 def _used(order: Tensor, sigma: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def _wanted_size(choice: LayerChoice, measurement: Measurement, config: CompreSS
         wanted = min(config.target_state_size or size, size)
     multiple = math.lcm(config.round_to, layer.adapter.granularity(layer.module))
     new_size = round_size(wanted, size, multiple, config.min_state_size)
-    while new_size < size and layer.adapter.values_kept(layer, choice.method, measurement, new_size) < count:
+    while count and new_size < size and layer.adapter.values_kept(layer, choice.method, measurement, new_size) < count:
         new_size = round_size(new_size + 1, size, multiple, config.min_state_size)
     return new_size
 

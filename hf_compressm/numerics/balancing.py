@@ -7,9 +7,9 @@
 | sigma | Hankel singular values (HSVs), `sqrt(eig(P Q))` | `(n,)` |
 | T, W | right and left projection, `W T = 1` | `(n, m)`, `(m, n)` |
 
-Discrete time; n is 2N for the real map of N stored complex states and N for the complex one. The spectrum falls over
-many decades, so nothing is inverted and `P Q` is never formed. Sources: Antoulas (2005), section 7.3; Laub et al.,
-IEEE TAC 32 (1987); CompreSSM, arXiv 2510.02823.
+Discrete time; n is 2N for the real map of N stored complex states and N for the complex one. The spectrum may fall
+over many decades, so nothing is inverted and `P Q` is never formed. Sources: Antoulas (2005), section 7.3; Laub et
+al., IEEE TAC 32 (1987); CompreSSM, arXiv 2510.02823.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,10 @@ from hf_compressm.numerics.systems import DiagonalSystem
 NUMERICAL_RANK = 1e-12
 """HSVs below this share of the largest are round-off of float64 Gramians: no state is kept for them."""
 
+SQUARING_LIMIT = 1e-6
+"""Squared HSVs are taken from an eigenproblem, in half of the SVD's time, if the smallest is above this share of the
+largest: the squaring then costs six of float64's sixteen digits at most."""
+
 
 @dataclass(frozen=True, eq=False)
 class Balancing:
@@ -36,6 +40,8 @@ class Balancing:
         hankel_singular_values: float64 `(n,)`, descending.
         right: `(n, n)`, columns `L_P V`; the projection T of state i is column i over `sqrt(sigma_i)`.
         left: `(n, n)`, rows `U^H L_Q^H`.
+        state_scores: what each present state passes on by itself, `sqrt(P_ii Q_ii)`, float64 `(N,)`: the HSV of it
+            alone.
         measured: whether P came from data; then neither the error bound nor the stability of every cut is a theorem.
     """
 
@@ -44,14 +50,8 @@ class Balancing:
     hankel_singular_values: Tensor
     right: Tensor
     left: Tensor
+    state_scores: Tensor
     measured: bool = False
-
-    def state_scores(self) -> Tensor:
-        """What each present state passes on by itself, `sqrt(P_ii Q_ii)`, float64 `(N,)`: the HSV of it alone."""
-        P = self.right.abs().square().sum(dim=1)
-        Q = self.left.abs().square().sum(dim=0)
-        order = self.system.order
-        return (P.view(-1, order).sum(dim=0) * Q.view(-1, order).sum(dim=0)).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +126,9 @@ def balance(system: DiagonalSystem, realization: str = "real", covariance: Tenso
                 f"got {tuple(covariance.shape)} with realization={realization!r}."
             )
         P = covariance.to(P)
-    L_P, L_Q = factor(P), factor(Q)
-    U, sigma, V_h = torch.linalg.svd(L_Q.mH @ L_P)
-    return Balancing(system, realization, sigma, L_P @ V_h.mH, U.mH @ L_Q.mH, covariance is not None)
+    energies = [X.diagonal().real.view(-1, system.order).sum(dim=0) for X in (P, Q)]
+    scores = (energies[0] * energies[1]).sqrt()
+    return Balancing(system, realization, *_balanced_axes(P, Q), scores, covariance is not None)
 
 
 def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> BalancedTruncation:
@@ -176,12 +176,28 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
 
 
 def factor(P: Tensor) -> Tensor:
-    """Factor L of a positive semidefinite `P = L L^H`: Cholesky, or else eigenvectors with negative round-off clipped."""
+    """Factor L of a positive semidefinite `P = L L^H`: Cholesky, or eigenvectors with negative round-off clipped."""
     L, failed = torch.linalg.cholesky_ex(P)
     if not bool(failed.any()):
         return L
     values, vectors = torch.linalg.eigh((P + P.mH) / 2)
     return vectors * values.clamp_min(0).sqrt()[..., None, :]
+
+
+def _balanced_axes(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """HSVs `(n,)`, `L_P V` and `U^H L_Q^H`, from the SVD `L_Q^H L_P = U S V^H` or its eigenproblem."""
+    L_P = factor(P)
+    squared = L_P.mH @ Q @ L_P  # V S^2 V^H
+    pivots, failed = torch.linalg.cholesky_ex(squared)
+    pivots = pivots.diagonal().abs().square()  # never below the smallest eigenvalue
+    if not bool(failed) and pivots.min() > SQUARING_LIMIT * pivots.max():
+        values, V = torch.linalg.eigh(squared)
+        if values[0] > SQUARING_LIMIT * values[-1]:
+            sigma, right = values.flip(0).sqrt(), L_P @ V.flip(1)
+            return sigma, right, (right.mH @ Q) / sigma[:, None]
+    L_Q = factor(Q)
+    U, sigma, V_h = torch.linalg.svd(L_Q.mH @ L_P)
+    return sigma, L_P @ V_h.mH, U.mH @ L_Q.mH
 
 
 def _project(balancing: Balancing, states: Tensor) -> BalancedTruncation | None:
@@ -198,13 +214,17 @@ def _project(balancing: Balancing, states: Tensor) -> BalancedTruncation | None:
 
 
 def _projections(balancing: Balancing, states: Tensor) -> tuple[Tensor, Tensor]:
-    """W `(m, n)` and T `(n, m)` of the given balanced states."""
+    """W `(m, n)` and T `(n, m)` of the given balanced states; `W T = 1` is restored, which holds only to round-off.
+
+    With eigenvalues within 1e-12 of the unit circle that round-off would decide over stability.
+    """
     weight = balancing.hankel_singular_values[states].rsqrt()
-    return weight[:, None] * balancing.left[states], balancing.right[:, states] * weight
+    W, T = weight[:, None] * balancing.left[states], balancing.right[:, states] * weight
+    return torch.linalg.solve(W @ T, W), T
 
 
 def _state_matrix(balancing: Balancing, states: Tensor) -> Tensor:
-    """`W A T` of the given balanced states, `(m, m)`; of the first k of them it is the leading `(k, k)` block."""
+    """`W A T` of the given balanced states, `(m, m)`; the leading blocks are those of the first of them."""
     W, T = _projections(balancing, states)
     eigenvalues = balancing.system.eigenvalues
     if balancing.realization == "complex":
