@@ -1,0 +1,87 @@
+"""Every speed goal in one table: ours against the named peer in the same run, with ratio and spread.
+
+P1 and P2 need mambapy for that peer, P4 s5-pytorch, P3 to P5 a clone of github.com/camail-official/compressm and a
+Python with jax, equinox and optax (this one, or another); peers that are not there are left out. P1 runs the stock loop
+once, which takes minutes. `--smoke` runs everything ours at toy sizes, in a minute, to see that it runs.
+
+    python examples/benchmarks/goals.py
+    python examples/benchmarks/goals.py --goals P3 P4 P5 --reference ~/compressm --reference_python ~/jax/bin/python
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import goals_lru
+import goals_mamba
+import goals_runs
+from measuring import HEADER, Row, machine
+from plots import draw_goals
+
+
+GOALS = [f"P{number}" for number in range(1, 10)]  # P8 comes with P1
+
+
+def rows_of(goal: str, options: argparse.Namespace, directory: str) -> list[Row]:
+    """Measure one goal."""
+    peers = ["mambapy"] if importlib.util.find_spec("mambapy") else []
+    slow = [] if options.smoke else ["compile", "stock"]
+    size = {"batch": 2, "length": 16} if options.smoke else {}
+    rounds, repeats = options.rounds, 1 if options.smoke else 5
+    reference = (options.reference, options.reference_python)
+    works: dict[str, Callable[[], list[Row]]] = {
+        "P1": lambda: goals_mamba.steps(128, [*peers, *slow], rounds, **size),
+        "P2": lambda: goals_mamba.steps(16, [*peers, *slow], rounds, **size),
+        "P3": lambda: goals_lru.steps("P3", rounds, repeats, *reference),
+        "P4": lambda: goals_lru.steps("P4", rounds, repeats, *reference),
+        "P5": lambda: goals_lru.cut(rounds, repeats, *reference) if options.reference else [],
+        "P6": lambda: [
+            *goals_runs.run("lru", rounds, directory, 40 if options.smoke else None),
+            *goals_runs.run("mamba", rounds, directory, 40 if options.smoke else None),
+        ],
+        "P7": lambda: goals_runs.large_cut(rounds, *([(2, 64, 64, 256)] if options.smoke else [])),
+        "P9": lambda: goals_mamba.decoding(rounds, *((3, 2) if options.smoke else ())),
+    }
+    return works[goal]() if goal in works else []
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--goals", nargs="+", choices=GOALS, default=GOALS)
+    parser.add_argument("--rounds", type=int, default=3, help="how often each pair is measured, for the spread")
+    parser.add_argument("--reference", type=Path, help="clone of the reference implementation")
+    parser.add_argument("--reference_python", default=sys.executable, help="a Python with jax, equinox and optax")
+    parser.add_argument("--output", type=Path, help="folder for goals.json and goals.png")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, without the slow peers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print and draw."""
+    options = parse_arguments()
+    print(machine(), flush=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for goal in options.goals:
+            found = rows_of(goal, options, directory)
+            rows += found
+            for row in found:
+                print("\n".join(row.lines()), flush=True)
+    print(f"\n{HEADER}")
+    lines = [line for row in rows for line in row.lines()]
+    print("\n".join(sorted(lines, key=lambda line: not line.startswith("|"))))
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        record = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        (options.output / "goals.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        draw_goals(rows, options.output / "goals.png")
+
+
+if __name__ == "__main__":
+    main()

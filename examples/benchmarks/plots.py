@@ -1,0 +1,60 @@
+"""Pictures of the benchmarks: ratios against the goals, and cost against length, states, batch and channels."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from measuring import Row
+
+
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#555555"  # told apart by colour-blind eyes
+
+
+def draw_goals(rows: Sequence[Row], path: Path) -> None:
+    """A bar per peer: how many times faster (or smaller) ours is, the range over rounds, and the goal as a line."""
+    bars = [(row, peer) for row in rows for peer in row.peers if row.peers[peer]]
+    figure = Figure(figsize=(9, 1 + 0.42 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    for position, (row, peer) in enumerate(bars):
+        ratios, best = row.ratios(peer), min(row.peers[peer]) / min(row.ours)
+        axes.barh(position, best, color=BLUE, height=0.6)
+        axes.plot([min(ratios), max(ratios)], [position, position], color="black", linewidth=1.5)
+        goal = row.wanted.get(peer)
+        if goal is not None:
+            axes.plot([goal, goal], [position - 0.42, position + 0.42], color=ORANGE, linewidth=3)
+        axes.text(best * 1.06, position + 0.12, f"{best:.3g}", va="center", fontsize=8, color=GREY)
+    names = [f"{row.goal}  {peer}  ({row.work.split(',')[0]}{state(row.work)})" for row, peer in bars]
+    axes.set_yticks(range(len(bars)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("peer's figure over ours (black: range over rounds; orange: the goal)")
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def state(work: str) -> str:
+    """The state size in the name of a piece of work."""
+    found = [part.strip() for part in work.split(",") if "N=" in part]
+    return f", {found[-1]}" if found else ""
+
+
+def draw_scaling(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
+    """A panel per quantity, a curve per scan, and a dotted line of cost in proportion."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (quantity, scans) in zip(panels, curves.items(), strict=True):
+        for (name, points), colour, marker in zip(scans.items(), (BLUE, ORANGE), "os", strict=False):
+            sizes, seconds = zip(*points, strict=True)
+            axes.plot(sizes, seconds, color=colour, marker=marker, markersize=4, label=name)
+            axes.plot(sizes, [seconds[-1] * size / sizes[-1] for size in sizes], color=colour, linestyle=":")
+        axes.set(xscale="log", yscale="log", xlabel=quantity)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("forward and backward, s")
+    panels[0].legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG."""
+    FigureCanvasAgg(figure).print_figure(path, dpi=130)
