@@ -1,7 +1,7 @@
 """Every speed goal in one table: ours against the named peer in the same run, with ratio and spread.
 
 P1 and P2 need mambapy for that peer, P4 s5-pytorch, P3 to P5 a clone of github.com/camail-official/compressm and a
-Python with jax, equinox and optax (this one, or another); peers that are not there are left out. P1 runs the stock loop
+Python with jax, equinox and optax, this one or another; peers that are not there are left out. P1 runs the stock loop
 once, which takes minutes. `--smoke` runs everything ours at toy sizes, in a minute, to see that it runs.
 
     python examples/benchmarks/goals.py

@@ -1,4 +1,4 @@
-"""Mamba-1 on a CPU: a training step, its memory, and decoding, ours against the stock code, mambapy and torch.compile."""
+"""Mamba-1 on a CPU: a training step, its memory, and decoding, against the stock code, mambapy and torch.compile."""
 
 import copy
 import time

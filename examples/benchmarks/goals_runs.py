@@ -97,7 +97,7 @@ def measure_run(family: str, directory: str, steps: int) -> dict[str, Any]:
 
 def run(family: str, rounds: int, directory: str, steps: int | None = None) -> list[Row]:
     """P6: the speed-up reached, as a share of the bound."""
-    before, after, batch, usual = RUNS[family]
+    before, _, batch, usual = RUNS[family]
     steps = steps or usual
     ours, bounds, notes = [], [], []
     for _ in range(rounds):
@@ -115,7 +115,7 @@ def run(family: str, rounds: int, directory: str, steps: int | None = None) -> l
 
 
 def measure_cut(layers: int, hidden_size: int, length: int, vocab_size: int) -> dict[str, float]:
-    """Seconds of a training step, and of calibration on four batches and a cut; the peak of memory before and after."""
+    """Seconds of a training step, and of calibration and a cut; the peak of memory before and after."""
     enable_fast_selective_scan()
     torch.manual_seed(0)
     sizes = {"hidden_size": hidden_size, "num_hidden_layers": layers, "state_size": 16}

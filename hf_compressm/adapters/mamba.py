@@ -61,6 +61,8 @@ class ScanInputs:
         """States in chunks of time, (steps, batch, groups, channels, N)."""
         groups = range(self.A.shape[0])
         streams = [selective_states(self.u[:, g], self.delta[:, g], self.A[g], self.B[:, g]) for g in groups]
+        if len(streams) == 1:  # most layouts: no copy
+            return (chunk.unsqueeze(2) for chunk in streams[0])
         return (torch.stack(chunks, dim=2) for chunks in zip(*streams, strict=True))
 
     def signals(self, out_weight: Tensor) -> Signals:
