@@ -53,8 +53,8 @@ def boundary_adjoint(decay: Tensor, states: Tensor, grad_states: Tensor) -> tupl
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """A complex tensor as contiguous real numbers, (..., 2); lazy conjugation and negation are carried out."""
-    return torch.view_as_real(tensor.resolve_conj().resolve_neg().contiguous())
+    """A complex tensor as contiguous real numbers, (..., 2); a lazy conjugation is carried out."""
+    return torch.view_as_real(tensor.resolve_conj().contiguous())
 
 
 def _launch(kernel: triton.JITFunction, tensors: list[Tensor], batch: int, chunks: int, state_size: int) -> None:
