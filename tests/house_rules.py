@@ -46,10 +46,12 @@ FLOORS = {
 }
 
 OPTIONAL = frozenset(
-    {"causal_conv1d", "datasets", "deepspeed", "kernels", "mamba_ssm", "mambapy", "matplotlib", "peft"}
+    {"causal_conv1d", "datasets", "deepspeed", "kernels", "mamba_ssm", "mambapy", "matplotlib", "peft", "triton"}
 )
 MATHS = frozenset({"torch", "scipy", "numpy"})  # all that floor 1 may know, besides the standard library
 MATHS_EXCEPTIONS = {
+    # Its kernels are written in Triton; it is imported only where that is installed.
+    f"{PACKAGE}.scans.boundary_triton": frozenset({"triton"}),
     # It puts the fast scan in the place of the slow loop inside transformers' own Mamba classes.
     f"{PACKAGE}.scans.stock": frozenset({"transformers", "mamba_ssm"}),
 }

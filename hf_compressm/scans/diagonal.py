@@ -17,18 +17,21 @@ Glossary (discrete time):
 | read          | what the state before a chunk adds to its outputs, [Re, Im]        | (N * 2, T * P)            |
 
 The fast scan never stores the states of the sequence: inside a chunk of T steps inputs act on outputs through
-matrix products alone, and only the states at the chunk boundaries are computed one after the other.
+matrix products alone, and only the states at the chunk boundaries are computed one after the other, in `boundary.py`:
+by a Triton kernel on a GPU where it works, by a loop elsewhere.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .boundary import boundary_scan, has_kernel
 
 
 class _ChunkMatrices(NamedTuple):
@@ -38,33 +41,6 @@ class _ChunkMatrices(NamedTuple):
     write: Tensor  # (T, H, N, 2)
     read: Tensor  # (N, 2, T, P)
     powers: Tensor  # (T + 1, N) complex, lambda^0 ... lambda^T
-
-
-class _BoundaryScan(torch.autograd.Function):
-    """s_0 given, s_{j+1} = decay * s_j + v_j: the states before and after each chunk, with its own backward."""
-
-    @staticmethod
-    def forward(ctx: Any, decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
-        """Decay (N,), inputs (batch, chunks, N), initial state (batch, N) -> (batch, chunks + 1, N), all complex."""
-        batch, chunks, state_size = inputs.shape
-        states = inputs.new_empty(batch, chunks + 1, state_size)
-        states[:, 0] = initial_state
-        for j in range(chunks):
-            torch.addcmul(inputs[:, j], decay, states[:, j], out=states[:, j + 1])
-        ctx.save_for_backward(decay, states)
-        return states
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The adjoint recurrence g_j = grad_j + conj(decay) * g_{j+1}, run from the last chunk to the first."""
-        decay, states = ctx.saved_tensors
-        adjoint = grad_states.clone(memory_format=torch.contiguous_format)  # (batch, chunks + 1, N)
-        conjugate = decay.conj().resolve_conj()
-        for j in range(adjoint.shape[1] - 2, -1, -1):
-            adjoint[:, j].addcmul_(conjugate, adjoint[:, j + 1])
-        grad_decay = (states[:, :-1].conj() * adjoint[:, 1:]).sum(dim=(0, 1))
-        return grad_decay, adjoint[:, 1:], adjoint[:, 0]
 
 
 @torch.compiler.disable(reason="matrix products in complex arithmetic, which torch.compile cannot better")
@@ -201,7 +177,7 @@ def _chunked_scan(
     """Scan whole chunks, then what is left of the sequence as one shorter chunk of the same matrices."""
     length, H = u.shape[1:]
     P = C.shape[0]
-    steps = _choose_chunk_size(length, H, P)
+    steps = _choose_chunk_size(length, H, P, C.shape[1], has_kernel(u.device, C.dtype))
     matrices = _chunk_matrices(eigenvalues, B, C, steps)
     whole = length - length % steps
     y, state = _run_chunks(u[:, :whole], matrices, initial_state)
@@ -226,7 +202,7 @@ def _run_chunks(u: Tensor, matrices: _ChunkMatrices, initial_state: Tensor) -> t
     chunks = length // steps
     rows = u.reshape(batch * chunks, steps * H)
     added = (rows @ matrices.write.reshape(steps * H, state_size * 2)).view(batch, chunks, state_size, 2)
-    states = _BoundaryScan.apply(matrices.powers[-1], torch.view_as_complex(added), initial_state)
+    states = boundary_scan(matrices.powers[-1], torch.view_as_complex(added), initial_state)
     before = torch.view_as_real(states[:, :-1]).reshape(batch * chunks, state_size * 2)
     from_state = before @ matrices.read.reshape(state_size * 2, steps * P)
     y = torch.addmm(from_state, rows, matrices.within.reshape(steps * H, steps * P))
@@ -259,13 +235,24 @@ def _powers(eigenvalues: Tensor, highest: int) -> Tensor:
     return powers[: highest + 1]
 
 
-def _choose_chunk_size(length: int, H: int, P: int) -> int:
+def _choose_chunk_size(length: int, H: int, P: int, state_size: int, one_launch: bool) -> int:
     """Steps per chunk: long enough to make the boundary recurrence cheap, short enough for the T H P products.
 
-    Measured, forward plus backward, seconds of one core: N=256, H=P=8, batch 50, length 784: 0.053 (T=16), 0.051 (32),
-    0.055 (64), 0.081 (128). N=384, H=P=128, batch 8, length 1024: 0.223 (1), 0.186 (2), 0.178 (4), 0.200 (8).
+    With the loop, where a chunk costs a PyTorch operation. Measured, forward plus backward, seconds of one core:
+    N=256, H=P=8, batch 50, length 784: 0.053 (T=16), 0.051 (32), 0.055 (64), 0.081 (128). N=384, H=P=128, batch 8,
+    length 1024: 0.223 (1), 0.186 (2), 0.178 (4), 0.200 (8).
+
+    With the kernel, which does all chunks in one launch, states cost memory traffic only. Not measured, but reckoned:
+    per step of the sequence, `within` takes T H P multiply-adds, and the states move 48 N / T bytes in complex64
+    (`added` and the states are written and read; the states are read once more to be copied, and the copy is written
+    and read). A GPU moves a byte in the time of about ten multiply-adds, so the sum is least at T = sqrt(480 N / H P),
+    which is 32 and 2 for the layers above. At least 2, to halve what is stored and the steps that wait for each other.
     """
-    target = 32 if H * P <= 1024 else (8 if H * P <= 8192 else 4)
+    if one_launch:
+        best = math.isqrt(480 * state_size // max(H * P, 1))
+        target = 2 ** max(1, min(5, best.bit_length() - 1))  # a power of two often divides the length
+    else:
+        target = 32 if H * P <= 1024 else (8 if H * P <= 8192 else 4)
     return min(target, length)
 
 
