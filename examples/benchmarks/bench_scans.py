@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import platform
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from measuring import best_seconds, machine
 from torch import Tensor, nn
 from transformers import Mamba2Config, MambaConfig, MambaForCausalLM
 from transformers.models.mamba2 import modeling_mamba2
@@ -38,18 +36,6 @@ from hf_compressm.scans import (
 
 LAYER_SHAPES = {"long and thin": (256, 8, 50, 784), "wide": (384, 128, 8, 1024)}  # (N, H, batch, length)
 SLOW_STATE_SIZE = 128  # from here on the stock loop takes minutes
-
-
-def best_seconds(function: Callable[[], None], repeats: int, warm_up: bool = True) -> float:
-    """The shortest of several runs, in seconds."""
-    if warm_up:
-        function()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def mamba_step(state_size: int) -> Callable[[], None]:
@@ -137,15 +123,6 @@ def layer_steps(N: int, H: int, batch: int, length: int) -> tuple[Callable[[], N
     return (lambda: step(peer)), (lambda: step(ours))
 
 
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,7 +147,7 @@ def print_row(work: str, peer: float | None, ours: float) -> None:
 def main() -> None:
     """Run the comparisons and print the table."""
     arguments = parse_arguments()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu_name()}")
+    print(machine())
     print(f"| {'forward + backward':<64} | {'peer, s':>9} | {'ours, s':>8} | {'ratio':>6} |")
     print(f"|{'-' * 66}|{'-' * 11}|{'-' * 10}|{'-' * 8}|")
     if not arguments.skip_layers:
@@ -195,7 +172,7 @@ def main() -> None:
         disable_fast_selective_scan()
         peer = None
         if not (slow and arguments.skip_stock_128):
-            peer = best_seconds(step, 1 if slow else min(2, arguments.repeats), warm_up=not slow)
+            peer = best_seconds(step, 1 if slow else min(2, arguments.repeats), warm_up=0 if slow else 1)
         print_row(f"stock Mamba training step, 2 layers, N={state_size}", peer, ours)
 
 
