@@ -41,7 +41,7 @@ from hf_compressm.numerics import interpolation
 class Signals:
     """What a layer's scan computes in one forward call, in float32 at least."""
 
-    states: Iterator[Tensor]  # chunks in time, (steps, batch, groups, channels, N)
+    states: Iterator[Tensor]  # chunks in time, (steps, batch, groups, channels, N), to be overwritten
     gain: Tensor  # (length, batch, groups, channels), 0 at padding
     B: Tensor  # (batch, length, groups, N)
     C: Tensor  # (batch, length, groups, N)
@@ -75,7 +75,7 @@ class CovarianceStatistics(Statistics):
         with maybe_autocast(device_type=signals.B.device.type, enabled=False):
             start = 0
             for states in signals.states:
-                weighted = states * signals.gain[start : start + states.shape[0], ..., None]
+                weighted = states.mul_(signals.gain[start : start + states.shape[0], ..., None])
                 self.add("P", _second_moment(weighted.movedim(2, 0)))
                 if not self.adapter.reads_out:
                     read = signals.C[:, start : start + states.shape[0]].transpose(0, 1).unsqueeze(3)
@@ -90,9 +90,11 @@ class CovarianceStatistics(Statistics):
 
 
 def _second_moment(signal: Tensor) -> Tensor:
-    """Sum of outer products of `(groups, ..., N)` over all but the groups, `(groups, N, N)`."""
-    flat = signal.reshape(signal.shape[0], -1, signal.shape[-1])
-    return flat.mT @ flat
+    """Sum of outer products of `(groups, ..., rows, N)` over all but the groups, `(groups, N, N)`.
+
+    A product for each entry of what lies between: one for all would first copy the states, which lie transposed.
+    """
+    return (signal.mT @ signal).flatten(1, -3).sum(dim=1)
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ def selective_states(
 
     Yields:
         States (chunk, batch, channels, N) in float32 (or float64). The buffer is used again for the next chunk: clone
-        what must be kept.
+        what must be kept. It may be written to.
 
     Raises:
         ValueError: If a shape, a dtype or `chunk_size` is not as above.
@@ -244,8 +244,8 @@ def selective_states(
     for chunk in _chunks(steps.shape[0], chunk_size):
         count = chunk.stop - chunk.start
         _fill_chunk(decay[:count], states[: count + 1], steps[chunk], drive[chunk], A, B[chunk])
-        yield states[1 : count + 1].transpose(2, 3)
         states[0] = states[count]
+        yield states[1 : count + 1].transpose(2, 3)
 
 
 def _blocks(batch: int, A: Tensor) -> list[slice]:
