@@ -1,5 +1,6 @@
 """Pictures of the benchmarks: ratios against the goals, and cost against length, states, batch and channels."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#555555"  # told apart by colour-bli
 def draw_goals(rows: Sequence[Row], path: Path) -> None:
     """A bar per peer: how many times faster (or smaller) ours is, the range over rounds, and the goal as a line."""
     bars = [(row, peer) for row in rows for peer in row.peers if row.peers[peer]]
-    figure = Figure(figsize=(9, 1 + 0.42 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(10, 1 + 0.5 * len(bars)), layout="constrained")
     axes = figure.subplots()
     for position, (row, peer) in enumerate(bars):
         ratios, best = row.ratios(peer), min(row.peers[peer]) / min(row.ours)
@@ -24,19 +25,13 @@ def draw_goals(rows: Sequence[Row], path: Path) -> None:
         if goal is not None:
             axes.plot([goal, goal], [position - 0.42, position + 0.42], color=ORANGE, linewidth=3)
         axes.text(best * 1.06, position + 0.12, f"{best:.3g}", va="center", fontsize=8, color=GREY)
-    names = [f"{row.goal}  {peer}  ({row.work.split(',')[0]}{state(row.work)})" for row, peer in bars]
-    axes.set_yticks(range(len(bars)), names, fontsize=8)
+    names = [textwrap.fill(f"{row.goal} against {peer}: {row.work}", width=58) for row, peer in bars]
+    axes.set_yticks(range(len(bars)), names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("peer's figure over ours (black: range over rounds; orange: the goal)")
+    axes.set_xlabel("peer's figure over ours\n(black: range over rounds; orange: the goal)")
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
-
-
-def state(work: str) -> str:
-    """The state size in the name of a piece of work."""
-    found = [part.strip() for part in work.split(",") if "N=" in part]
-    return f", {found[-1]}" if found else ""
 
 
 def draw_scaling(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
