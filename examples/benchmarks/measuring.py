@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ class Row:
     wanted: dict[str, float]
     unit: str = "s"
     note: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def ratios(self, peer: str) -> list[float]:
         """Peer over ours, for each round; the slowest peers are run once."""

@@ -157,17 +157,15 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
             "Leave this layer out with ignore_layers."
         )
     states = min(order.numel(), 2 * rank if balancing.realization == "real" else rank)
-    A = _state_matrix(balancing, order[:states])
+    A = _state_matrix(balancing, *_projections(balancing, order[:states]))
     while states > 0:
-        excess = _count_slots(A[:states, :states]) - rank
-        if excess <= 0:
-            reduced = _project(balancing, order[:states])
-            excess = reduced.system.order - rank if reduced is not None else 1
-            if reduced is not None and excess <= 0:
-                if reduced.system.is_stable:
-                    return reduced
-                if balancing.measured:
-                    break
+        excess = max(_count_slots(A[:states, :states]) - rank, 0)
+        reduced = None if excess else _project(balancing, order[:states])
+        if reduced is not None and reduced.system.order <= rank:
+            if reduced.system.is_stable:
+                return reduced
+            if balancing.measured:
+                break
         states -= max(excess // 2, 1)  # one state less may free several slots, so all the excess would be too much
     raise ValueError(
         f"No stable diagonal system of at most {rank} states was found. "
@@ -205,7 +203,7 @@ def _project(balancing: Balancing, states: Tensor) -> BalancedTruncation | None:
     system, sigma = balancing.system, balancing.hankel_singular_values
     W, T = _projections(balancing, states)
     B, C = real_input_output(system) if balancing.realization == "real" else (system.B, system.C)
-    modes = modal_form(_state_matrix(balancing, states), W @ B, C @ T, gain_ratio(system))
+    modes = modal_form(_state_matrix(balancing, W, T), W @ B, C @ T, gain_ratio(system))
     if modes is None:
         return None
     bound = 2 * float(sigma.sum() - sigma[states].sum())
@@ -223,9 +221,8 @@ def _projections(balancing: Balancing, states: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve(W @ T, W), T
 
 
-def _state_matrix(balancing: Balancing, states: Tensor) -> Tensor:
-    """`W A T` of the given balanced states, `(m, m)`; the leading blocks are those of the first of them."""
-    W, T = _projections(balancing, states)
+def _state_matrix(balancing: Balancing, W: Tensor, T: Tensor) -> Tensor:
+    """`W A T`, `(m, m)`; its leading blocks belong to the first of the states."""
     eigenvalues = balancing.system.eigenvalues
     if balancing.realization == "complex":
         return (W * eigenvalues) @ T

@@ -16,7 +16,7 @@ from hf_compressm.numerics.systems import DiagonalSystem
 
 
 MAX_EIGENVECTOR_CONDITION = 1e7
-"""Beyond this, float32 parameters can no longer hold the modal form: the reduced A is close to a Jordan block."""
+"""Beyond this (in Frobenius norms) float32 parameters cannot hold the modal form: A is close to a Jordan block."""
 
 
 @dataclass(frozen=True, eq=False)
