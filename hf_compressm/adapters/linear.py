@@ -32,7 +32,7 @@ from hf_compressm.adapters.base import (
     has_finite_parameters,
     kept_order,
 )
-from hf_compressm.numerics import BalancedTruncation, Balancing, DiagonalSystem, balance, h2_norm, truncate
+from hf_compressm.numerics import BalancedTruncation, Balancing, DiagonalSystem, balance, relative_h2_error, truncate
 from hf_compressm.numerics.balancing import NUMERICAL_RANK
 from hf_compressm.numerics.ranks import tail_sums
 from hf_compressm.scans import diagonal_states
@@ -252,7 +252,7 @@ def _predicted_error(balancing: Balancing, truncation: BalancedTruncation, kept:
     """Relative root-mean-square output error: exact under white input, an estimate on measured data."""
     if balancing.measured:
         return float((1 - kept.square().sum() / balancing.hankel_singular_values.square().sum()).clamp_min(0).sqrt())
-    return h2_norm(balancing.system - truncation.system) / max(h2_norm(balancing.system), 1e-300)
+    return relative_h2_error(balancing.system, truncation.system)
 
 
 def _fill(system: DiagonalSystem, truncation: BalancedTruncation, slots: int) -> Reduction:

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from hf_compressm.adapters import Measurement, Statistics, collect_statistics, follow
 from hf_compressm.compression.plan import CompressionPlan, LayerPlan
 from hf_compressm.compression.settings import LayerChoice, check_settings
+from hf_compressm.compression.threads import for_each
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.numerics.ranks import count_by_error, count_by_tolerance, passes_gate, round_size
 from hf_compressm.processes import ALONE, Processes, checksum
@@ -47,7 +48,7 @@ def plan_compression(
     def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> CompressionPlan:
         _raise_on_problems(choices, measurements, config)
         sizes = _choose_sizes(choices, measurements, config, reduction_share)
-        plans = [_plan_layer(*parts) for parts in zip(choices, measurements, sizes, strict=True)]
+        plans = for_each(lambda parts: _plan_layer(*parts), zip(choices, measurements, sizes, strict=True))
         return CompressionPlan(tuple(_one_size_or_none(choices, plans)))
 
     return from_measurements(plan, model, config, calibration, processes)
@@ -79,12 +80,13 @@ def from_measurements(
     _add_up([item for item in statistics if item is not None], model, processes)
 
     def measured() -> T:
-        pairs = zip(choices, statistics, strict=True)
-        return work(
-            choices, [choice.layer.adapter.measure(choice.layer, choice.method, seen) for choice, seen in pairs]
-        )
+        return work(choices, for_each(lambda pair: _measure(*pair), zip(choices, statistics, strict=True)))
 
     return processes.first(measured, model)
+
+
+def _measure(choice: LayerChoice, seen: Statistics | None) -> Measurement:
+    return choice.layer.adapter.measure(choice.layer, choice.method, seen)
 
 
 def _add_up(statistics: Sequence[Statistics], model: nn.Module, processes: Processes) -> None:
@@ -124,7 +126,7 @@ def _choose_sizes(
     reduction_share: float,
 ) -> list[int]:
     """New state size of every layer, by the rank rule; layers of a family with one size share the largest."""
-    wanted = [_wanted_size(*parts, config) for parts in zip(choices, measurements, strict=True)]
+    wanted = for_each(lambda parts: _wanted_size(*parts, config), zip(choices, measurements, strict=True))
     if reduction_share < 1:
         wanted = [_gentler(*parts, config, reduction_share) for parts in zip(choices, wanted, strict=True)]
     for family in {choice.layer.adapter.family for choice in choices if not choice.per_layer}:

@@ -8,7 +8,7 @@ from hf_compressm.numerics.balancing import (
     hankel_singular_values,
     truncate,
 )
-from hf_compressm.numerics.gramians import gramians, h2_norm
+from hf_compressm.numerics.gramians import gramians, h2_norm, relative_h2_error
 from hf_compressm.numerics.systems import DiagonalSystem
 
 
@@ -21,5 +21,6 @@ __all__ = [
     "gramians",
     "h2_norm",
     "hankel_singular_values",
+    "relative_h2_error",
     "truncate",
 ]

@@ -166,7 +166,7 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
                 return reduced
             if balancing.measured:
                 break
-        states -= max(excess // 2, 1)  # one state less may free several slots, so all the excess would be too much
+        states -= max(excess, 1)  # half of the way, as a rule: two states that go free one slot
     raise ValueError(
         f"No stable diagonal system of at most {rank} states was found. "
         "Use criterion='hankel', a larger size, or leave this layer out with ignore_layers."

@@ -6,7 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from hf_compressm.numerics import DiagonalSystem, gramians, h2_norm
+from hf_compressm.numerics import DiagonalSystem, gramians, h2_norm, relative_h2_error
 from tests.numerics.systems import (
     ALL,
     EPS,
@@ -88,6 +88,21 @@ def test_h2_norm_of_the_difference_with_itself_is_round_off() -> None:
     system = random_system(9, 2, 2)
     # The square root of a cancelled sum of order one keeps half of the digits.
     assert h2_norm(system - system) <= 1e3 * math.sqrt(EPS)
+
+
+@pytest.mark.parametrize("name", ["one state", "odd order", "wide", "tall", "real", "zero eigenvalue", "repeated"])
+def test_the_relative_h2_error_is_that_of_the_impulse_responses(name: str) -> None:
+    system = REGULAR[name]
+    other = random_system(4, system.B.shape[1], system.C.shape[0], seed=11)
+    response = system.impulse_response(400)
+    expected = float((response - other.impulse_response(400)).norm() / response.norm())
+    assert relative_h2_error(system, other) == pytest.approx(expected, rel=TAIL)
+    assert relative_h2_error(system, system) <= 1e3 * math.sqrt(EPS)
+
+
+def test_a_silent_system_has_no_relative_error() -> None:
+    for system in SILENT.values():
+        assert relative_h2_error(system, system) == 0
 
 
 @pytest.mark.parametrize("realization", REALIZATIONS)
