@@ -1,4 +1,4 @@
-"""Layers at once: what is done to one layer knows nothing of the others, and small eigenproblems keep one core busy."""
+"""Layers at once: what is done to one knows nothing of the others, and a small eigenproblem keeps one core busy."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
