@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="how often each pair is measured, for the spread")
     parser.add_argument("--reference", type=Path, help="clone of the reference implementation")
     parser.add_argument("--reference_python", default=sys.executable, help="a Python with jax, equinox and optax")
-    parser.add_argument("--output", type=Path, help="folder for goals.json and goals.png")
+    parser.add_argument("--output", type=Path, help="folder for goals.json, which keeps other goals, and goals.png")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, without the slow peers")
     return parser.parse_args()
 
@@ -73,14 +73,24 @@ def main() -> None:
             rows += found
             for row in found:
                 print("\n".join(row.lines()), flush=True)
+    if options.output is not None:
+        rows = record(rows, options.output)
     print(f"\n{HEADER}")
     lines = [line for row in rows for line in row.lines()]
     print("\n".join(sorted(lines, key=lambda line: not line.startswith("|"))))
-    if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine(), "rows": [asdict(row) for row in rows]}
-        (options.output / "goals.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-        draw_goals(rows, options.output / "goals.png")
+
+
+def record(rows: list[Row], folder: Path) -> list[Row]:
+    """Write the rows and draw them, with those of other goals that an earlier run on this machine left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "goals.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if before.get("machine") == machine():
+        new = {row.goal for row in rows}
+        rows = sorted([*rows, *(Row(**row) for row in before["rows"] if row["goal"] not in new)], key=lambda r: r.goal)
+    path.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=2), "utf-8")
+    draw_goals(rows, folder / "goals.png")
+    return rows
 
 
 if __name__ == "__main__":

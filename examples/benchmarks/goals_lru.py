@@ -1,13 +1,16 @@
 """LRU on a CPU: training steps and one cut, against the reference implementation and s5-pytorch's layer."""
 
 import copy
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_scans import layer_steps
 from measuring import Row, best_seconds, in_own_process, in_python
+from torch import Tensor, nn
 
 from hf_compressm import CompreSSMConfig, LRUConfig, LRUForSequenceClassification, compress
+from hf_compressm.scans import diagonal_scan
 
 
 STEPS = {"P3": (1, 256, 8, 50, 784), "P4": (2, 384, 128, 8, 1024)}  # layers, N, H, batch, length
@@ -37,6 +40,43 @@ def measure_step(layers: int, state_size: int, hidden_size: int, batch: int, len
     return best_seconds(step, repeats, warm_up=2)
 
 
+class DiagonalLayer(nn.Module):
+    """What s5-pytorch's layer computes, y = Re(C h) + D u with a zero-order hold, on `diagonal_scan`."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.parameters_of = layer.seq
+
+    def forward(self, u: Tensor) -> Tensor:
+        """U (batch, length, H) -> y (batch, length, H)."""
+        layer = self.parameters_of
+        B, C = layer.get_BC_tilde()
+        eigenvalues = torch.exp(layer.Lambda * torch.exp(layer.log_step))
+        B = ((eigenvalues - 1) / layer.Lambda)[:, None] * B
+        return diagonal_scan(u, eigenvalues, B, C) + layer.D * u
+
+
+def layer_steps(N: int, H: int, batch: int, length: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Forward plus backward of s5-pytorch's layer and of ours with the same parameters; checks that they agree."""
+    torch.manual_seed(0)
+    peer = importlib.import_module("s5.s5_model").S5(H, N)
+    ours = DiagonalLayer(peer)
+    u = torch.randn(batch, length, H, requires_grad=True)
+    with torch.no_grad():
+        left, right = peer(u[:2]), ours(u[:2])
+        difference = ((left - right).abs().max() / left.abs().max()).item()
+    if not difference < 1e-3:
+        raise RuntimeError(
+            f"The two layers differ by {difference:.1e} of the largest output; expected float32 round-off."
+        )
+
+    def step(layer: nn.Module) -> None:
+        layer.zero_grad()
+        layer(u).square().mean().backward()
+
+    return (lambda: step(peer)), (lambda: step(ours))
+
+
 def measure_layer(state_size: int, hidden_size: int, batch: int, length: int, repeats: int) -> tuple[float, float]:
     """Seconds of one layer, forward plus backward: s5-pytorch's and ours."""
     peer, ours = layer_steps(state_size, hidden_size, batch, length)
@@ -44,7 +84,7 @@ def measure_layer(state_size: int, hidden_size: int, batch: int, length: int, re
 
 
 def measure_cut(realization: str, repeats: int) -> float:
-    """Seconds of spectra, plan and writing, with the moments of AdamW to carry."""
+    """Seconds of spectra, plan and writing."""
     layers, state_size, hidden_size, rank = CUT
     made = model(layers, state_size, hidden_size)
     settings = CompreSSMConfig(target_state_size=rank, criterion="hankel", realization=realization)
@@ -64,7 +104,8 @@ def steps(goal: str, rounds: int, repeats: int, clone: Path | None, python: str)
         theirs.append(pair[0])
         layer.append(pair[1])
     size = f"N={state_size}, H={hidden_size}, batch {batch}, length {length}"
-    rows = [Row(goal, f"LRU step, {layers} layers, {size}", ours, {"reference": reference}, WANTED[goal])]
+    work = f"LRU step, {layers} {'layer' if layers == 1 else 'layers'}, {size}"
+    rows = [Row(goal, work, ours, {"reference": reference}, WANTED[goal])]
     wanted = {"s5-pytorch": 3.0} if goal == "P4" else {}
     layer_row = Row(goal, f"one layer alone, forward and backward, {size}", layer, {"s5-pytorch": theirs}, wanted)
     return [*(rows if clone is not None else []), layer_row]

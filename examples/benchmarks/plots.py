@@ -24,10 +24,11 @@ def draw_goals(rows: Sequence[Row], path: Path) -> None:
         goal = row.wanted.get(peer)
         if goal is not None:
             axes.plot([goal, goal], [position - 0.42, position + 0.42], color=ORANGE, linewidth=3)
-        axes.text(best * 1.06, position + 0.12, f"{best:.3g}", va="center", fontsize=8, color=GREY)
+        end = max(best, *ratios, goal or 0)
+        axes.text(end * 1.08, position, f"{best:.3g}", va="center", fontsize=8, color=GREY)
     names = [textwrap.fill(f"{row.goal} against {peer}: {row.work}", width=58) for row, peer in bars]
     axes.set_yticks(range(len(bars)), names, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlabel("peer's figure over ours\n(black: range over rounds; orange: the goal)")
     axes.spines[["top", "right"]].set_visible(False)

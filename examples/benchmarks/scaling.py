@@ -1,7 +1,7 @@
 """How the cost of the scans grows with length, states, batch and channels, and where it departs from a straight line.
 
 Forward and backward, float32, best of several; what does not vary is batch 4, length 1024, 64 channels and 64 states.
-Lengths go from 1 to 65,536, with batch 1 from 8,192 on. `--output` draws `scaling.png`.
+Lengths go from 1 to 65,536, one sequence at a time. `--output` draws `scaling.png`.
 
     python examples/benchmarks/scaling.py --output .
 """
@@ -25,7 +25,6 @@ SIZES = {
     "batch": [1, 2, 4, 8, 16, 32],
     "channels": [1, 4, 16, 64, 256],
 }
-LONG = 8192  # from here on one sequence at a time
 
 
 def selective(length: int, states: int, batch: int, channels: int) -> Callable[[], None]:
@@ -52,14 +51,12 @@ SCANS = {"selective scan (Mamba)": selective, "diagonal scan (S5, LRU)": diagona
 
 
 def measure(quantity: str, sizes: list[int], repeats: int) -> dict[str, list[tuple[int, float]]]:
-    """Seconds of each scan at every size of one quantity; per sequence where long ones go one at a time."""
+    """Seconds of each scan at every size of one quantity."""
     curves: dict[str, list[tuple[int, float]]] = {}
+    usual = USUAL | ({"batch": 1} if quantity == "length" else {})
     for name, make in SCANS.items():
         for size in sizes:
-            shape = USUAL | {quantity: size}
-            if shape["length"] >= LONG:
-                shape["batch"] = 1
-            seconds = best_seconds(make(**shape), repeats) * (USUAL | {quantity: size})["batch"] / shape["batch"]
+            seconds = best_seconds(make(**usual | {quantity: size}), repeats)
             curves.setdefault(name, []).append((size, seconds))
             print(f"| {name} | {quantity} {size} | {seconds:.4f} s | {seconds / size:.3g} s each |", flush=True)
     return curves
