@@ -46,7 +46,7 @@ def draw_scaling(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Pa
             axes.plot(sizes, [seconds[-1] * size / sizes[-1] for size in sizes], color=colour, linestyle=":")
         axes.set(xscale="log", yscale="log", xlabel=quantity)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("forward and backward, s")
+    panels[0].set_ylabel("forward and backward, s\n(dotted: in proportion)")
     panels[0].legend(frameon=False, fontsize=8)
     save(figure, path)
 
