@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import typer
 
 from hf_compressm.cli.compressing import compress
+from hf_compressm.cli.verifying import verify
 
 
 app = typer.Typer(
@@ -16,11 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("compress", no_args_is_help=True)(compress)
-
-
-@app.callback()
-def _several_commands() -> None:
-    """Without this, typer would leave out the name of a single command."""
+app.command("verify", no_args_is_help=True)(verify)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

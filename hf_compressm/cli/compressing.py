@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.table import Table
 
 from hf_compressm.checkpoint_compression import compress_checkpoint
 from hf_compressm.cli.calibration import calibration_batches
 from hf_compressm.cli.options import Expansion, expanded
+from hf_compressm.cli.sources import local_directory
 from hf_compressm.compression import CompressionResult
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.data import SequenceSource, TextSource
@@ -38,7 +38,6 @@ OF_ONE_CUT = (
     "optimizer_state",
     "on_nonfinite",
 )
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]
 
 
 @expanded(
@@ -65,7 +64,7 @@ def compress(
     wanted = _settings(config, settings)
     console = Console(stderr=True, quiet=quiet)
     with console.status("Reading the model and the calibration data ..."):
-        directory = _directory(model)
+        directory = local_directory(model)
         data = {**text, **sequences}
         count, seed = wanted.calibration_batches, wanted.sampling_seed
         batches = calibration_batches(directory, read_config(directory), data, count, batch_size, seed)
@@ -92,19 +91,6 @@ def _settings(path: Path | None, options: dict[str, Any]) -> CompreSSMConfig:
     if any(rule in options for rule in rules):
         values |= dict.fromkeys(rules)
     return CompreSSMConfig.from_dict(values | options)
-
-
-def _directory(model: str) -> str:
-    """A local directory as it is; what is on the Hub is downloaded."""
-    if Path(model).is_dir():
-        return model
-    if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/")):
-        raise ValueError(f"{model} is neither a directory nor an id on the Hub (owner/name).")
-    try:
-        return snapshot_download(model, allow_patterns=MODEL_FILES)
-    except Exception as error:  # of the network, the Hub and its client, in several libraries
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{model} is neither a directory nor a model on the Hub within reach: {reason}") from error
 
 
 def _summary(result: CompressionResult, output: Path) -> dict[str, Any]:

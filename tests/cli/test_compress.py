@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
-from hf_compressm.cli import main
 from hf_compressm.models import LRUConfig, LRUForSequenceClassification
+from tests.cli.running import complaint, run
 from tests.families import LRU, MAMBA
 from tests.training import trainer_of
 
@@ -36,23 +36,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
-
-
-def run(capsys: Any, *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    seen = capsys.readouterr()
-    return ended.value.code, seen.out, seen.err
-
-
-def complaint(capsys: Any, *arguments: object) -> str:
-    """The one line on standard error of a mistake."""
-    code, out, err = run(capsys, *arguments)
-    assert (code, out) == (2, "")
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in err
-    return lines[0]
 
 
 def test_a_model_becomes_smaller_and_loads(model: Path, text: Path, tmp_path: Path, capsys: Any) -> None:

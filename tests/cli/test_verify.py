@@ -1,0 +1,90 @@
+"""`hf-compressm verify` on whole and on broken checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_compressm.checkpoints import SEAL
+from tests.cli.running import complaint, run
+from tests.families import FAMILIES, LRU, STATE_SIZE, Family, family_id
+from tests.training import trainer_of
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+def test_every_family_is_whole_as_it_was_saved(family: Family, tmp_path: Path, capsys: Any) -> None:
+    model = family.build()
+    model.save_pretrained(tmp_path)
+    code, out, _ = run(capsys, "verify", tmp_path, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["checkpoint"] == str(tmp_path)
+    assert not found["sealed"]
+    assert found["model"] == type(model).__name__
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert set(found["state_sizes"].values()) == {STATE_SIZE}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Sealed, after a cut."""
+    trainer_of(LRU, tmp_path, save_strategy="steps", save_steps=6).train()
+    return tmp_path / "checkpoint-6"
+
+
+def test_a_checkpoint_says_its_step(checkpoint: Path, capsys: Any) -> None:
+    assert (checkpoint / SEAL).exists()
+    code, out, err = run(capsys, "verify", checkpoint)
+    assert code == 0
+    assert f"{checkpoint} is whole: LRUForCausalLM" in out
+    assert f"SSM layers of {STATE_SIZE // 2} states, step 6, sealed." in out
+    assert "error" not in err
+    assert run(capsys, "verify", checkpoint, "--quiet")[:2] == (0, "")
+
+
+def change(path: Path, value: float) -> str:
+    """Put a value into the first tensor of a file of weights; returns the tensor's name."""
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    return name
+
+
+def test_what_is_broken_is_named(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    weights = checkpoint / "model.safetensors"
+    whole = weights.read_bytes()
+    change(weights, 3.0)
+    assert f"{weights} is damaged" in complaint(capsys, "verify", checkpoint)
+    (checkpoint / SEAL).unlink()
+    assert run(capsys, "verify", checkpoint)[0] == 0  # without a seal nothing tells what was written
+    for value in (float("nan"), float("inf")):
+        name = change(weights, value)
+        assert f"tensor {name} holds NaN or infinity" in complaint(capsys, "verify", checkpoint)
+    weights.write_bytes(whole[:-7])
+    assert "not a whole safetensors file" in complaint(capsys, "verify", checkpoint)
+    weights.write_bytes(whole)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "state_size": STATE_SIZE}))
+    assert "config.json" in complaint(capsys, "verify", checkpoint)
+    weights.unlink()
+    assert "has no weights" in complaint(capsys, "verify", checkpoint)
+    assert "neither a directory nor an id" in complaint(capsys, "verify", tmp_path / "checkpoint-9")
+    assert "Missing argument" in complaint(capsys, "verify", "--json")
+
+
+def test_adapters_are_verified_with_their_base_or_without(tmp_path: Path, capsys: Any) -> None:
+    peft = pytest.importorskip("peft")
+    model = LRU.build()
+    kind = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=[kind.split(".")[-1]], r=2))
+    adapted.save_pretrained(tmp_path / "adapters")
+    code, out, _ = run(capsys, "verify", tmp_path / "adapters")
+    assert code == 0
+    assert "adapters, without the model" in out
+    LRU.build().save_pretrained(tmp_path / "adapters" / "base_model")
+    found = json.loads(run(capsys, "verify", tmp_path / "adapters", "--json")[1])
+    assert found["model"] == "LRUForCausalLM"
