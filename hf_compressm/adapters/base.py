@@ -244,6 +244,10 @@ class Adapter(ABC):
         """Present number of states of a layer."""
 
     @abstractmethod
+    def state_entries(self, module: Any) -> int:
+        """Real numbers that the state of one sequence has in a layer: what decoding carries from token to token."""
+
+    @abstractmethod
     def statistics(self, module: Any, criterion: str) -> Statistics | None:
         """An empty accumulator for the criterion, or None where no data is needed."""
 

@@ -111,6 +111,10 @@ class LinearAdapter(Adapter):
         """State size as the config counts it."""
         return int(module.state_size)
 
+    def state_entries(self, module: Any) -> int:
+        """Two for each complex slot, in each direction."""
+        return 2 * int(module.B_re.shape[0]) * len(self.directions(module))
+
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
         """Measured covariances are real: complex balancing, the paper's own, is in closed form."""
         if realization == "complex" and wanted == "auto":

@@ -98,6 +98,10 @@ class SurrogateStatistics(Statistics):
 class MambaAdapter(SelectiveAdapter):
     """Adapter of `transformers.models.mamba.MambaMixer` and `mamba_ssm.Mamba`."""
 
+    def state_entries(self, module: Any) -> int:
+        """As many as A has: one for each channel and state."""
+        return int(module.A_log.numel())
+
     def scan_inputs(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None) -> ScanInputs:
         """What the layer feeds to its scan, in float32 at least.
 

@@ -79,6 +79,10 @@ class Mamba2Adapter(SelectiveAdapter):
 
     reads_out: bool = False
 
+    def state_entries(self, module: Any) -> int:
+        """One for each channel and state."""
+        return Shape.of(module).inner * self.state_size(module)
+
     def signals(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
         """What the layer's scan computes."""
         shape = Shape.of(module)

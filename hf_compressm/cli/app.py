@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
+from hf_compressm.cli.analyzing import analyze
 from hf_compressm.cli.compressing import compress
 from hf_compressm.cli.verifying import verify
 
@@ -16,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("analyze", no_args_is_help=True)(analyze)
 app.command("compress", no_args_is_help=True)(compress)
 app.command("verify", no_args_is_help=True)(verify)
 

@@ -1,6 +1,7 @@
 """Calibration batches for a saved model, from the same sources as the examples' training data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def calibration_batches(
     chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[: count * batch_size]
     name = "input_values" if continuous else "input_ids"
     return [{name: examples[part]} for part in chosen.split(batch_size)]
+
+
+@contextmanager
+def names_its_options(model: str, batches: object) -> Iterator[None]:
+    """Where calibration data are missing, the error names the options that give them."""
+    try:
+        yield
+    except ValueError as error:
+        if batches is None and "no calibration was given" in str(error):
+            raise ValueError(f"{model} is measured on data: give --train-file or --dataset-name.") from error
+        raise
 
 
 def _sequences(options: Mapping[str, Any], config: PreTrainedConfig) -> Tensor | None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_compressm.checkpoint_compression import compress_checkpoint
-from hf_compressm.cli.calibration import calibration_batches
+from hf_compressm.cli.calibration import calibration_batches, names_its_options
 from hf_compressm.cli.options import Expansion, expanded
 from hf_compressm.cli.sources import local_directory
 from hf_compressm.compression import CompressionResult
@@ -68,13 +68,8 @@ def compress(
         data = {**text, **sequences}
         count, seed = wanted.calibration_batches, wanted.sampling_seed
         batches = calibration_batches(directory, read_config(directory), data, count, batch_size, seed)
-    with console.status("Measuring and cutting ..."):
-        try:
-            result = compress_checkpoint(directory, output, wanted, batches)
-        except ValueError as error:
-            if batches is None and "no calibration was given" in str(error):
-                raise ValueError(f"{model} is measured on data: give --train-file or --dataset-name.") from error
-            raise
+    with console.status("Measuring and cutting ..."), names_its_options(model, batches):
+        result = compress_checkpoint(directory, output, wanted, batches)
     if as_json and not quiet:
         typer.echo(json.dumps(_summary(result, output), indent=2, allow_nan=False))
     elif not quiet:

@@ -44,14 +44,30 @@ def plan_compression(
         ValueError: for a model without SSM layers, settings that do not fit it, missing calibration or a batch that
             the model rejects; for NaN or Inf only under `on_nonfinite="raise"`.
     """
+    return from_measurements(
+        lambda choices, measurements: plan_sizes(choices, measurements, config, reduction_share),
+        model,
+        config,
+        calibration,
+        processes,
+    )
 
-    def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> CompressionPlan:
-        _raise_on_problems(choices, measurements, config)
-        sizes = _choose_sizes(choices, measurements, config, reduction_share)
-        plans = for_each(lambda parts: _plan_layer(*parts), zip(choices, measurements, sizes, strict=True))
-        return CompressionPlan(tuple(_one_size_or_none(choices, plans)))
 
-    return from_measurements(plan, model, config, calibration, processes)
+def plan_sizes(
+    choices: Sequence[LayerChoice],
+    measurements: Sequence[Measurement],
+    config: CompreSSMConfig,
+    reduction_share: float = 1.0,
+) -> CompressionPlan:
+    """The sizes that the rank rule gives to measured layers, and every new tensor.
+
+    Raises:
+        ValueError: for NaN or Inf under `on_nonfinite="raise"`.
+    """
+    _raise_on_problems(choices, measurements, config)
+    sizes = _choose_sizes(choices, measurements, config, reduction_share)
+    plans = for_each(lambda parts: _plan_layer(*parts), zip(choices, measurements, sizes, strict=True))
+    return CompressionPlan(tuple(_one_size_or_none(choices, plans)))
 
 
 def from_measurements(

@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_compressm.history import CutEvent
+from hf_compressm.reporting.figures import COLOURS, MARKERS, SMALLEST_SHARE, new_figure, save_figure
 
 
-# Okabe and Ito's colours, told apart by all kinds of colour vision; yellow is left out for want of contrast on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_COLUMNS = 4
-SMALLEST_SHARE = 1e-8  # of the largest singular value: what lies below is round-off and would only stretch the axis
 
 
 def plot_spectra(events: Sequence[CutEvent], path: str | Path) -> Path:
@@ -38,7 +35,7 @@ def plot_spectra(events: Sequence[CutEvent], path: str | Path) -> Path:
     names = _layer_names(events)
     columns = min(len(names), MAX_COLUMNS)
     rows = math.ceil(len(names) / columns)
-    figure = _new_figure(max(4.2 * columns, 6.4), 3.0 * rows + 1.4)
+    figure = new_figure(max(4.2 * columns, 6.4), 3.0 * rows + 1.4)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for panel, name in zip(panels.flat, names, strict=False):
         for number, event in enumerate(events):
@@ -58,7 +55,7 @@ def plot_spectra(events: Sequence[CutEvent], path: str | Path) -> Path:
     figure.suptitle(
         "Hankel singular values at each cut: solid up to the marker is kept, dotted is cut off", fontsize=11
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_state_sizes(events: Sequence[CutEvent], path: str | Path, max_steps: int | None = None) -> Path:
@@ -84,7 +81,7 @@ def plot_state_sizes(events: Sequence[CutEvent], path: str | Path, max_steps: in
     layers_by_history: dict[tuple[tuple[int, int], ...], list[str]] = {}
     for name in names:
         layers_by_history.setdefault(_size_history(events, name, last), []).append(name)
-    figure = _new_figure(7.2, 4.6)
+    figure = new_figure(7.2, 4.6)
     axes = figure.subplots()
     for number, (history, layers) in enumerate(layers_by_history.items()):
         steps, sizes = zip(*history, strict=True)
@@ -99,26 +96,7 @@ def plot_state_sizes(events: Sequence[CutEvent], path: str | Path, max_steps: in
     axes.set_title("State size of each layer; markers are cuts", fontsize=11)
     size = 9 if len(layers_by_history) <= MAX_COLUMNS else 7
     figure.legend(loc="outside lower center", ncols=2, fontsize=size, frameon=False)
-    return _save(figure, path)
-
-
-def _new_figure(width: float, height: float) -> Any:
-    """A figure of its own canvas: neither pyplot's global state nor the user's back end is touched."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install hf_compressm[plot]") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def _layer_names(events: Sequence[CutEvent]) -> list[str]:

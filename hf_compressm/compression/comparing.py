@@ -1,0 +1,75 @@
+"""What several tolerances would make of one model, measured once."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_compressm.adapters import Measurement, find_layers
+from hf_compressm.compression.plan import CompressionPlan
+from hf_compressm.compression.planning import from_measurements, plan_sizes
+from hf_compressm.compression.settings import LayerChoice
+from hf_compressm.config import RANK_RULES, CompreSSMConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Alternative:
+    """What one tolerance would make of a model.
+
+    Attributes:
+        tolerance: share of the sum of the HSVs that may go.
+        plan: the cut.
+        parameters: number of the model's parameters after it.
+        state_bytes: of one sequence's state after it, all layers together, in the dtype of the layers' parameters.
+    """
+
+    tolerance: float
+    plan: CompressionPlan
+    parameters: int
+    state_bytes: int
+
+
+def compare_tolerances(
+    model: nn.Module,
+    tolerances: Sequence[float],
+    config: CompreSSMConfig | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+) -> list[Alternative]:
+    """Plan a cut for each tolerance, without touching the model.
+
+    Args:
+        model: any module with SSM layers of a known family.
+        tolerances: shares of the sum of the HSVs that may go, each between 0 and 1.
+        config: all other settings; its own rank rule is not used.
+        calibration: iterable of model-input dicts, needed by selective layers.
+
+    Raises:
+        ValueError: as `plan_compression`.
+    """
+    others = (config or CompreSSMConfig()).to_dict() | dict.fromkeys(RANK_RULES)
+    settings = [CompreSSMConfig.from_dict({**others, "tolerance": tolerance}) for tolerance in tolerances]
+
+    def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> list[CompressionPlan]:
+        return [plan_sizes(choices, measurements, setting) for setting in settings]
+
+    plans = from_measurements(plan, model, settings[0], calibration)
+    return [_alternative(model, *pair) for pair in zip(tolerances, plans, strict=True)]
+
+
+def count_state_bytes(model: nn.Module, plan: CompressionPlan | None = None) -> int:
+    """Bytes of one sequence's state in all SSM layers, as they are or after a planned cut."""
+    sizes = {} if plan is None else {layer.name: layer.new_state_size for layer in plan.layers}
+    total = 0
+    for layer in find_layers(model):
+        entries = layer.adapter.state_entries(layer.module) * sizes.get(layer.name, layer.state_size)
+        total += entries // layer.state_size * next(layer.module.parameters()).element_size()
+    return total
+
+
+def _alternative(model: nn.Module, tolerance: float, plan: CompressionPlan) -> Alternative:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    for cut in (layer.cut for layer in plan.layers if layer.cut is not None):
+        parameters += sum(change.value.numel() - change.parameter.numel() for change in cut.changes)
+        parameters += sum(addition.value.numel() for addition in cut.additions)
+    return Alternative(tolerance, plan, parameters, count_state_bytes(model, plan))

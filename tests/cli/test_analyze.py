@@ -1,0 +1,107 @@
+"""`hf-compressm analyze` as a user would try it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_compressm import CompreSSMConfig, compress, plan_compression
+from hf_compressm.compression import compare_tolerances, count_state_bytes
+from tests.caches import cache_of
+from tests.cli.running import complaint, run
+from tests.families import (
+    FAMILIES,
+    LRU,
+    MAMBA,
+    MAMBA_FAMILIES,
+    STATE_SIZE,
+    Family,
+    family_id,
+    same,
+    snapshot,
+    token_batch,
+)
+
+
+def save(family: Family, folder: Path) -> Path:
+    family.build().save_pretrained(folder)
+    return folder
+
+
+def test_a_table_and_a_picture(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    model, picture = save(LRU, tmp_path / "model"), tmp_path / "pictures" / "spectra.png"
+    code, out, _ = run(capsys, "analyze", model, "--tolerances", "0.3,0.05", "--plot", picture)
+    assert code == 0
+    assert "0.05" in out.split("0.3")[0]  # in ascending order
+    assert "parameters" in out
+    assert "state bytes" in out
+    assert max(map(len, out.splitlines())) <= max(80, len(f"Drawn in {picture}."))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_has_what_the_cut_then_does(tmp_path: Path, capsys: Any) -> None:
+    model = save(LRU, tmp_path / "model")
+    code, out, _ = run(capsys, "analyze", model, "--tolerances", "0.1", "--json")
+    found = json.loads(out)
+    (cut,) = found["tolerances"]
+    assert code == 0
+    assert len(cut["layers"][0]["hankel_singular_values"]) == 2 * STATE_SIZE
+    arguments = ("compress", model, "--output", tmp_path / "small", "--tolerance", 0.1, "--json")
+    done = json.loads(run(capsys, *arguments)[1])
+    assert cut["parameters"] == done["parameters_after"] < found["parameters"]
+    assert {layer["name"]: layer["new_state_size"] for layer in cut["layers"]} == done["state_sizes_after"]
+    assert json.loads(run(capsys, "analyze", tmp_path / "small", "--json")[1])["state_bytes"] == cut["state_bytes"]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+def test_every_tolerance_is_planned_as_by_itself_and_counted_as_cut(family: Family) -> None:
+    model = family.build()
+    before = snapshot(model)
+    data, tolerances = family.calibration(), [0.02, 0.4]
+    found = compare_tolerances(model, tolerances, CompreSSMConfig(fraction=0.5, min_reduction=0.0), data)
+    assert same(snapshot(model), before)
+    for tolerance, alternative in zip(tolerances, found, strict=True):
+        settings = CompreSSMConfig(tolerance=tolerance, min_reduction=0.0)
+        alone = plan_compression(model, settings, data)
+        sizes = [layer.new_state_size for layer in alone.layers]
+        assert [layer.new_state_size for layer in alternative.plan.layers] == sizes
+        cut = family.build()
+        compress(cut, settings, data)
+        assert alternative.parameters == sum(parameter.numel() for parameter in cut.parameters())
+        assert alternative.state_bytes == count_state_bytes(cut)
+
+
+@pytest.mark.parametrize("family", MAMBA_FAMILIES, ids=family_id)
+def test_bytes_of_state_are_those_of_a_cache(family: Family) -> None:
+    model = family.build()
+    with torch.no_grad():
+        cache = cache_of(model(**token_batch(1, 4), use_cache=True))
+    states: list[torch.Tensor] = []
+    for layer in cache.layers:
+        held = getattr(layer, "recurrent_states", None)
+        states += list(held.values()) if isinstance(held, dict) else [held] if isinstance(held, torch.Tensor) else []
+    assert count_state_bytes(model) == 4 * sum(state.numel() for state in states)
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: Any) -> None:
+    model = save(MAMBA, tmp_path / "model")
+    assert "--train-file" in complaint(capsys, "analyze", model)
+    assert "takes numbers with commas" in complaint(capsys, "analyze", model, "--tolerances", "0.1;0.2")
+    assert "neither a directory nor an id" in complaint(capsys, "analyze", tmp_path / "nothing")
+    other = save(LRU, tmp_path / "other")
+    assert "tolerance must lie in" in complaint(capsys, "analyze", other, "--tolerances", "0.1,2")
+    assert "No such option" in complaint(capsys, "analyze", other, "--tolerance", "0.1")
+
+
+def test_what_cannot_be_measured_says_why(tmp_path: Path, capsys: Any) -> None:
+    model = LRU.build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("C_re", "C_im")):
+                parameter.zero_()
+    model.save_pretrained(tmp_path)
+    out = run(capsys, "analyze", tmp_path)[1]
+    assert "cannot be cut: no output energy" in out
