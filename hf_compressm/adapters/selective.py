@@ -73,32 +73,20 @@ class CovarianceStatistics(Statistics):
         signals = self.adapter.signals(module, hidden_states, kwargs.get("attention_mask"))
         self.tokens += int(signals.mask.sum())
         with maybe_autocast(device_type=signals.B.device.type, enabled=False):
-            start, length = 0, signals.mask.shape[1]
-            every = _sampling_interval(length, signals.B.shape[-1])
-            weight = length / len(range(0, length, every))
+            start = 0
             for states in signals.states:
-                steps, part = slice(start, start + states.shape[0]), slice((length - 1 - start) % every, None, every)
-                start = steps.stop
-                weighted = states[part].mul_(signals.gain[steps][part, ..., None])
-                self.add("P", weight * _second_moment(weighted.movedim(2, 0)))
+                weighted = states.mul_(signals.gain[start : start + states.shape[0], ..., None])
+                self.add("P", _second_moment(weighted.movedim(2, 0)))
                 if not self.adapter.reads_out:
-                    read = signals.C[:, steps][:, part].transpose(0, 1).unsqueeze(3)
-                    self.add("M", weight * _second_moment((weighted * read).movedim(2, 0)))
+                    read = signals.C[:, start : start + states.shape[0]].transpose(0, 1).unsqueeze(3)
+                    self.add("M", _second_moment((weighted * read).movedim(2, 0)))
+                start += states.shape[0]
             self.add("Q", _second_moment((signals.C * signals.mask[..., None, None]).movedim(2, 0)))
         if self.adapter.sampled_tokens:
             for name, signal in (("B", signals.B), ("C", signals.C)):
                 rows = signal.detach()[signals.mask > 0]
                 every = max(1, rows.shape[0] // self.adapter.sampled_tokens)
                 self.samples.setdefault(name, []).append(rows[::every].to("cpu", torch.float64))
-
-
-def _sampling_interval(length: int, state_size: int) -> int:
-    """Every how many time steps the states are looked at, the last step always: their products cost N per state.
-
-    From 64 states on fewer steps are multiplied, 32 at least, so that the cost stays that of the scan; neighbouring
-    states are much alike, and every channel counts.
-    """
-    return max(1, min(state_size, length) // 32)
 
 
 def _second_moment(signal: Tensor) -> Tensor:

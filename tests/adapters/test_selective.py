@@ -15,7 +15,6 @@ from transformers import Trainer, TrainingArguments
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress, plan_compression
 from hf_compressm.adapters import find_layers
-from hf_compressm.adapters.selective import CovarianceStatistics
 from tests.families import (
     BAMBA,
     FALCON_H1,
@@ -23,7 +22,6 @@ from tests.families import (
     GRANITE,
     JAMBA,
     LAYERS,
-    MAMBA,
     MAMBA2,
     MAMBA_FAMILIES,
     NEMOTRON_H,
@@ -115,37 +113,6 @@ def test_the_gain_is_that_from_the_scan_to_the_output(family: Family) -> None:
     expected = layer.module(inputs[0]).abs()
     found = (y * signals.gain).abs().flatten(2).transpose(0, 1)[..., :shown]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
-
-
-@pytest.mark.parametrize(("length", "looked_at"), [(31, 31), (40, 40), (64, 32), (150, 38), (200, 50)])
-@pytest.mark.parametrize("family", [MAMBA, MAMBA2], ids=family_id)
-@torch.no_grad()
-def test_many_states_are_looked_at_every_few_steps_up_to_the_last(
-    family: Family, length: int, looked_at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = family.build(state_size=128)
-    batch = token_batch(2, length)
-    every = -(-length // looked_at)
-    wanted = slice((length - 1) % every, None, every)
-    layer = find_layers(model)[0]
-    inputs: list[Tensor] = []
-    layer.module.register_forward_pre_hook(
-        lambda module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    outputs(model, batch)
-    signals = layer.adapter.signals(layer.module, inputs[0], None)
-    states = torch.cat([chunk.clone() for chunk in signals.states])[wanted] * signals.gain[wanted, ..., None]
-    assert states.shape[0] == looked_at
-    read = signals.C.transpose(0, 1)[wanted].unsqueeze(3)
-    statistics = CovarianceStatistics(layer.adapter)
-    statistics.update(layer.module, (inputs[0],), {})
-    for name, seen in (("P", states), ("M", states * read)):
-        if name in statistics.sums:
-            rows = seen.movedim(2, 0).flatten(1, -2).double()
-            expected = rows.mT @ rows * length / looked_at
-            found = statistics.sums[name]
-            torch.testing.assert_close(found, expected, rtol=SINGLE, atol=SINGLE * float(expected.abs().max()))
-    assert ("M" in statistics.sums) == (family is MAMBA2)
 
 
 def assert_loads_as_itself(model: Any, family: Family, folder: Path) -> None:
