@@ -38,6 +38,10 @@ from hf_compressm.numerics.ranks import tail_sums
 from hf_compressm.scans import diagonal_states
 
 
+FAILURES = (ValueError, torch.linalg.LinAlgError)
+"""No stable diagonal system of the size, or a decomposition that did not converge."""
+
+
 class StateCovariance(Statistics):
     """Covariance of `sqrt(2) [Re h; Im h]` over the tokens of the calibration data."""
 
@@ -63,7 +67,7 @@ class StateCovariance(Statistics):
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """A balanced layer, its states, most wanted first, and the cuts of it: a size is tried before it is taken."""
+    """A balanced layer, its states, most wanted first, and the last cut of it: a size is tried before it is taken."""
 
     balancing: Balancing
     order: Tensor
@@ -72,6 +76,7 @@ class Ranked:
     def truncate(self, slots: int) -> BalancedTruncation:
         """The cut to a number of complex slots; raises as `truncate` does."""
         if slots not in self.truncations:
+            self.truncations.clear()  # each holds maps of the full order
             self.truncations[slots] = truncate(self.balancing, slots, self.order)
         return self.truncations[slots]
 
@@ -159,7 +164,7 @@ class LinearAdapter(Adapter):
         slots, note = _slots(layer, ranked, size), measurement.note
         try:
             truncation = ranked.truncate(slots)
-        except ValueError:
+        except FAILURES:
             if not ranked.balancing.measured:
                 raise
             note = "cut by the closed-form Gramians: the cut against the data was not stable"
@@ -182,7 +187,7 @@ class LinearAdapter(Adapter):
         ranked: Ranked = measurement.detail
         try:
             kept = ranked.truncate(_slots(layer, ranked, size)).kept
-        except ValueError:  # `cut` says why
+        except FAILURES:  # `cut` says why
             return count
         return count if kept == _used(ranked.order, measurement.hankel_singular_values).numel() else kept
 

@@ -141,7 +141,7 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
 
     Raises:
         ValueError: for a rank below 1, for a system without output that would have to shrink, or if no order up to
-            `rank` has a stable diagonal form.
+            `rank` has a stable diagonal form; against a measured covariance the largest that fits must.
     """
     system, sigma = balancing.system, balancing.hankel_singular_values
     if rank < 1:
@@ -166,7 +166,7 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
                 return reduced
             if balancing.measured:
                 break
-        states -= max(excess, 1)  # half of the way, as a rule: two states that go free one slot
+        states -= max(excess // 2, 1)  # one state less may free several slots, so all the excess would be too much
     raise ValueError(
         f"No stable diagonal system of at most {rank} states was found. "
         "Use criterion='hankel', a larger size, or leave this layer out with ignore_layers."
