@@ -1,8 +1,9 @@
 """Every speed goal in one table: ours against the named peer in the same run, with ratio and spread.
 
-P1 and P2 need mambapy for that peer, P4 s5-pytorch, P3 to P5 a clone of github.com/camail-official/compressm and a
-Python with jax, equinox and optax, this one or another; peers that are not there are left out. P1 runs the stock loop
-once, which takes minutes. `--smoke` runs everything ours at toy sizes, in a minute, to see that it runs.
+P1 and P2 need mambapy for that peer, P3 and P4 s5-pytorch, P3 to P5 a clone of github.com/camail-official/compressm
+and a Python with jax, equinox and optax, this one or another; without mambapy or the clone those peers are left out,
+and P5 with them. P8 comes with P1, which runs the stock loop once, in minutes: its ratio per round is then the spread
+of ours. `--smoke` takes toy sizes where there are such, and leaves the slow peers out, to see that all of it runs.
 
     python examples/benchmarks/goals.py
     python examples/benchmarks/goals.py --goals P3 P4 P5 --reference ~/compressm --reference_python ~/jax/bin/python
@@ -81,13 +82,13 @@ def main() -> None:
 
 
 def record(rows: list[Row], folder: Path) -> list[Row]:
-    """Write the rows and draw them, with those of other goals that an earlier run on this machine left there."""
+    """Write the rows and draw them, with other rows that an earlier run on this machine left there."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "goals.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if before.get("machine") == machine():
-        new = {row.goal for row in rows}
-        rows = sorted([*rows, *(Row(**row) for row in before["rows"] if row["goal"] not in new)], key=lambda r: r.goal)
+        new = {row.work for row in rows}
+        rows = sorted([*rows, *(Row(**row) for row in before["rows"] if row["work"] not in new)], key=lambda r: r.goal)
     path.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=2), "utf-8")
     draw_goals(rows, folder / "goals.png")
     return rows

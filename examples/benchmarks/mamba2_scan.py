@@ -1,7 +1,7 @@
 """The scan of a Mamba-2 layer, `ssd_scan`, against the PyTorch code of stock `Mamba2ForCausalLM`, at several N.
 
 Forward and backward, float32, best of several, each in a process of its own: batch 8, length 512, 8 heads of 64
-channels, one group. transformers 5.17 takes a quarter of a minute and more for the stock scan, and several gigabytes.
+channels, one group.
 
     python examples/benchmarks/mamba2_scan.py
 """

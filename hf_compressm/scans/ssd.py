@@ -181,7 +181,7 @@ def ssd_states(
 
     Yields:
         States (chunk, batch, heads, head_dim, N) in float32 (or float64). The buffer is used again for the next chunk:
-        clone what must be kept.
+        clone what must be kept. It may be written to.
 
     Raises:
         ValueError: If a shape, a dtype, `dt_limit` or `chunk_size` is not as above.

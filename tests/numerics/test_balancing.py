@@ -438,3 +438,19 @@ def test_any_stable_system_gives_a_stable_cut_within_the_bound(
     assert bool((sigma.diff() <= 0).all())
     assert cut.system.is_stable
     assert h_infinity(system - cut.system, points=100) <= cut.error_bound + slack(system, sigma)
+
+
+def test_the_largest_order_that_fits_is_kept() -> None:
+    """Systems with nearly real eigenvalues, whose reduced systems have real ones that need slots of their own."""
+    generator = torch.Generator().manual_seed(5)
+    for order in range(3, 9):
+        for _ in range(6):
+            phase = 0.05 * torch.rand(order, generator=generator, dtype=torch.float64)
+            modulus = 0.3 + 0.65 * torch.rand(order, generator=generator, dtype=torch.float64)
+            B, C = (torch.randn(order, 2, dtype=torch.complex128, generator=generator) for _ in range(2))
+            balancing = balance(DiagonalSystem(torch.polar(modulus, phase), B, C.T))
+            for rank in range(1, order):
+                kept = truncate(balancing, rank).kept
+                for states in range(kept + 1, 2 * rank + 1):
+                    fitting = _project(balancing, torch.arange(states))
+                    assert fitting is None or not fitting.system.is_stable or fitting.system.order > rank
