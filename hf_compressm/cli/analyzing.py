@@ -11,34 +11,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from hf_compressm.cli.calibration import calibration_batches, names_its_options
+from hf_compressm.cli.calibration import OF_MEASURING, calibration_batches, names_its_options
 from hf_compressm.cli.options import Expansion, expanded
 from hf_compressm.cli.sources import local_directory
 from hf_compressm.compression import Alternative, compare_tolerances, count_state_bytes
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.data import SequenceSource, TextSource
-from hf_compressm.loading import load_model, read_config, verify_checkpoint
+from hf_compressm.loading import load_model, verify_checkpoint
 from hf_compressm.reporting.analysis import plot_alternatives
 
 
-OF_AN_ANALYSIS = (
-    "criterion",
-    "realization",
-    "per_layer",
-    "compat",
-    "round_to",
-    "min_state_size",
-    "min_reduction",
-    "layers",
-    "ignore_layers",
-    "calibration_batches",
-    "sampling_seed",
-)
 TOLERANCES = "0.01,0.02,0.05,0.1,0.2"
 
 
 @expanded(
-    settings=Expansion(CompreSSMConfig, "How states are ranked", OF_AN_ANALYSIS),
+    settings=Expansion(CompreSSMConfig, "How states are ranked", OF_MEASURING),
     text=Expansion(TextSource, "Calibration data"),
     sequences=Expansion(SequenceSource, "Calibration data"),
 )
@@ -64,9 +51,7 @@ def analyze(
     with console.status("Reading the model and the calibration data ..."):
         directory = local_directory(model)
         verify_checkpoint(directory)
-        data = {**text, **sequences}
-        count, seed = wanted.calibration_batches, wanted.sampling_seed
-        batches = calibration_batches(directory, read_config(directory), data, count, batch_size, seed)
+        batches = calibration_batches(directory, wanted, {**text, **sequences}, batch_size)
         loaded = load_model(directory).eval()
     with console.status("Measuring ..."), names_its_options(model, batches):
         found = compare_tolerances(loaded, shares, wanted, batches)

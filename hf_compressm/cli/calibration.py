@@ -10,35 +10,52 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
+from hf_compressm.config import CompreSSMConfig
 from hf_compressm.data import ByteTokenizer, SequenceSource, TextSource, read_sequences, read_texts, split_into_blocks
+from hf_compressm.loading import read_config
+
+
+OF_MEASURING = (
+    "criterion",
+    "realization",
+    "per_layer",
+    "compat",
+    "round_to",
+    "min_state_size",
+    "min_reduction",
+    "layers",
+    "ignore_layers",
+    "calibration_batches",
+    "sampling_seed",
+)
+"""Settings of what is measured and which sizes are allowed, for every command that plans."""
 
 
 def calibration_batches(
-    directory: str | Path, config: PreTrainedConfig, options: Mapping[str, Any], count: int, batch_size: int, seed: int
+    directory: str | Path, settings: CompreSSMConfig, options: Mapping[str, Any], batch_size: int
 ) -> list[dict[str, Tensor]] | None:
     """Batches of model inputs.
 
     Args:
-        directory: with the model's tokenizer, if it has one.
-        config: the model's.
+        directory: of the model, with its tokenizer, if it has one.
+        settings: with the number of batches, and the seed of the choice of examples.
         options: fields of `TextSource` and `SequenceSource`.
-        count: number of batches.
         batch_size: examples in each.
-        seed: of the choice of examples.
 
     Returns:
-        At most `count` batches; None where no source is given and there is no default for this model.
+        At most `settings.calibration_batches`; None where no source is given and there is no default for this model.
 
     Raises:
         ValueError: if a source cannot be read, gives no example, or does not suit the model.
     """
+    config, count = read_config(directory), settings.calibration_batches * batch_size
     continuous = getattr(config, "input_size", None) is not None
     examples = _sequences(options, config) if continuous else _blocks(directory, config, options)
     if examples is None:
         return None
     if not len(examples):
         raise ValueError("The calibration data give no example. Give more text, or a smaller block_size.")
-    chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[: count * batch_size]
+    chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(settings.sampling_seed))[:count]
     name = "input_values" if continuous else "input_ids"
     return [{name: examples[part]} for part in chosen.split(batch_size)]
 

@@ -9,35 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_compressm.checkpoint_compression import compress_checkpoint
-from hf_compressm.cli.calibration import calibration_batches, names_its_options
+from hf_compressm.cli.calibration import OF_MEASURING, calibration_batches, names_its_options
 from hf_compressm.cli.options import Expansion, expanded
 from hf_compressm.cli.sources import local_directory
 from hf_compressm.compression import CompressionResult
-from hf_compressm.config import CompreSSMConfig
+from hf_compressm.config import RANK_RULES, CompreSSMConfig
 from hf_compressm.data import SequenceSource, TextSource
-from hf_compressm.loading import read_config
 
 
-OF_ONE_CUT = (
-    "tolerance",
-    "max_error",
-    "fraction",
-    "target_state_size",
-    "criterion",
-    "keep",
-    "realization",
-    "per_layer",
-    "compat",
-    "round_to",
-    "min_state_size",
-    "min_reduction",
-    "layers",
-    "ignore_layers",
-    "calibration_batches",
-    "sampling_seed",
-    "optimizer_state",
-    "on_nonfinite",
-)
+OF_ONE_CUT = (*RANK_RULES, "keep", *OF_MEASURING, "optimizer_state", "on_nonfinite")
 
 
 @expanded(
@@ -65,9 +45,7 @@ def compress(
     console = Console(stderr=True, quiet=quiet)
     with console.status("Reading the model and the calibration data ..."):
         directory = local_directory(model)
-        data = {**text, **sequences}
-        count, seed = wanted.calibration_batches, wanted.sampling_seed
-        batches = calibration_batches(directory, read_config(directory), data, count, batch_size, seed)
+        batches = calibration_batches(directory, wanted, {**text, **sequences}, batch_size)
     with console.status("Measuring and cutting ..."), names_its_options(model, batches):
         result = compress_checkpoint(directory, output, wanted, batches)
     if as_json and not quiet:
@@ -82,9 +60,8 @@ def _settings(path: Path | None, options: dict[str, Any]) -> CompreSSMConfig:
     if path is None:
         return CompreSSMConfig.from_dict(options)
     values = CompreSSMConfig.from_file(path).to_dict()
-    rules = ("tolerance", "max_error", "fraction", "target_state_size")
-    if any(rule in options for rule in rules):
-        values |= dict.fromkeys(rules)
+    if any(rule in options for rule in RANK_RULES):
+        values |= dict.fromkeys(RANK_RULES)
     return CompreSSMConfig.from_dict(values | options)
 
 
