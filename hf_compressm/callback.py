@@ -21,12 +21,14 @@ from hf_compressm.compression.record import is_number
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.durable import quoted, write_json
 from hf_compressm.guard import guarded_cut, held_out_batches, held_out_loss
-from hf_compressm.history import CutEvent, from_record, rollback_event, scalars, to_record
+from hf_compressm.history import CutEvent, from_record, rollback_event, to_record
+from hf_compressm.pace import StepClock, watch_losses
 from hf_compressm.processes import ALONE, Processes
 from hf_compressm.recovery import RecoveryGuard, metric_name
 from hf_compressm.refusals import check_guards, refuse_copies, refuse_engines, refuse_optimizer
 from hf_compressm.resuming import watch_loading
 from hf_compressm.saving import watch_saving
+from hf_compressm.scalars import scalars
 from hf_compressm.scans import enable_fast_selective_scan
 from hf_compressm.schedule import Trigger, trigger_for
 from hf_compressm.surgery import rebuild_reducers
@@ -72,6 +74,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._last_cut: int | None = None
         self._measured: int | None = None  # the step after which the ranking was measured last
         self._learning_rates: list[Any] | None = None
+        self._clock = StepClock()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the callback: settings and history. Sizes are in the model's config."""
@@ -92,8 +95,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Find the Trainer, to whose log the callback writes, and stand in front of its loading of checkpoints."""
         self._trainer = _calling_trainer()
         if self._trainer is not None and (trainer := self._trainer()) is not None:
-            watch_loading(trainer, self.config.allow_optimizer_reset)
-            watch_saving(trainer, self._measure, self._seal)
+            self._watch(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,8 +120,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._last_cut = state.global_step if cut_on_disk else _last_cut_before(model, state.global_step)
         self._measured = state.global_step
         trainer = self._present_trainer()
-        watch_loading(trainer, self.config.allow_optimizer_reset)
-        watch_saving(trainer, self._measure, self._seal)
+        self._watch(trainer)
+        self._clock = StepClock()
         check_guards(trainer, self.config, self._trigger, state.max_steps)
         logger.info(f"CompreSSM cuts {self._trigger.describe()}, of {state.max_steps}.")
 
@@ -140,6 +142,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self._roll_back(step, kwargs["model"], args)
         elif self.cut_follows(step):
             self._cut(args, state, kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"])
+        self._clock.step_begins()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -165,6 +168,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Measure the ranking, and ask for the evaluations and checkpoints that guards and settings need."""
+        self._clock.step_ends()
         step = state.global_step
         self._measure()
         follows = self.cut_follows(step)
@@ -179,12 +183,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the metric to the guard that waits for it."""
+        self._clock.interrupt()
         if self._recovery.is_on:
             metrics = self._processes.first(lambda: dict(kwargs.get("metrics", {})))
             self._recovery.see(args, state.global_step, metrics, self.cut_follows(state.global_step))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remove what was kept for a rollback that can no longer come, now that a checkpoint is sealed."""
+        self._clock.interrupt()
         if args.should_save:
             self._recovery.clean(self._run_folder())
 
@@ -219,6 +225,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             if state.global_step >= state.max_steps:  # a run that was stopped may go on, from before a verdict
                 self._recovery.clean(folder)
 
+    def _watch(self, trainer: Trainer) -> None:
+        """Stand in front of the Trainer's methods that load, save and log."""
+        watch_loading(trainer, self.config.allow_optimizer_reset)
+        watch_saving(trainer, self._measure, self._seal)
+        watch_losses(trainer, lambda: self._clock.take())
+
     def _measure(self) -> None:
         """Measure the ranking of this step, once."""
         step = self._present_trainer().state.global_step
@@ -226,6 +238,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self._measured = step
             logged = self._trigger.observe(step)
             if logged:
+                self._clock.interrupt()
                 self._present_trainer().log(logged)
 
     def _seal(self, folder: Path) -> None:
@@ -237,7 +250,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def _cut(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any, dataloader: Any) -> None:
         """Cut under the guard, and begin a recovery where the metric is to be seen later."""
-        step, config, trainer = state.global_step, self.config, self._present_trainer()
+        step, config, trainer, pace = state.global_step, self.config, self._present_trainer(), self._clock.take()
+        self._clock.restart()
         sample = self._sample(args, state, dataloader, config.sampling_seed + step)
         loss = None
         if config.max_loss_increase is not None:
@@ -254,11 +268,13 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             rebuild_reducers(trainer.model_wrapped)
             self._last_cut = step
         for event in events:
-            self._report(event)
+            self._report(event, pace)
 
     def _roll_back(self, step: int, model: Any, args: TrainingArguments) -> None:
         """Return to the checkpoint from before the cut, and let the next cut take half."""
         start, pending, trainer = time.perf_counter(), self._recovery.pending, self._present_trainer()
+        pace = self._clock.take()
+        self._clock.restart()
         assert pending is not None  # the caller has looked
         with self._processes.together():
             loader = watch_loading(trainer, self.config.allow_optimizer_reset)
@@ -275,7 +291,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 f"{pending.before:.4g} to {pending.after:.4g} in {pending.due - pending.step} steps. The next cut "
                 f"takes {self._reduction_share:g} of what the settings ask for."
             )
-        self._report(event)
+        self._report(event, pace)
 
     def _sample(
         self, args: TrainingArguments, state: TrainerState, dataloader: Any, seed: int
@@ -292,9 +308,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             return 1.0
         return min((step - self._last_cut + 1) / (self.config.rewarmup_steps + 1), 1.0)
 
-    def _report(self, event: CutEvent) -> None:
-        """Log an event through the Trainer."""
-        self._present_trainer().log(scalars(event))
+    def _report(self, event: CutEvent, pace: dict[str, float]) -> None:
+        """Log an event through the Trainer, and how fast the steps before it were."""
+        self._present_trainer().log(scalars(event) | pace)
         before = event.result.state_sizes_before
         sizes = ", ".join(f"{name} {before[name]} -> {size}" for name, size in event.sizes.items())
         logger.info(f"CompreSSM, {event.outcome} after step {event.step}: {sizes} ({event.result.seconds:.2f} s).")

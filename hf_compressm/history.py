@@ -1,4 +1,4 @@
-"""The cuts of one training run: what the callback remembers, logs, and writes beside the weights."""
+"""The cuts of one training run: what the callback remembers, and writes beside the weights."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +55,7 @@ class CutEvent:
         """JSON-ready dict; numbers that are not finite are null."""
         own = {name: getattr(self, name) for name in ("step", "outcome", "attempt", "reduction_share")}
         own |= {name: _finite(getattr(self, name)) for name in ("before", "after")}
-        result = {name: getattr(self.result, name) for name in _RESULT_FIELDS}
+        result = {name: getattr(self.result, name) for name in (*_RESULT_FIELDS, *_LATER_RESULT_FIELDS)}
         return own | result | self.result.plan.to_dict()
 
     @classmethod
@@ -65,14 +65,21 @@ class CutEvent:
         Raises:
             ValueError: if the dict is not of that form.
         """
-        _check_values(values, _EVENT_FIELDS | _RESULT_FIELDS | {"layers": _is_list_of_layers})
+        if isinstance(values, Mapping):
+            values = {**dict.fromkeys(_LATER_RESULT_FIELDS), **values}
+        result_fields = _RESULT_FIELDS | _LATER_RESULT_FIELDS
+        _check_values(values, _EVENT_FIELDS | result_fields | {"layers": _is_list_of_layers})
         layers = tuple(_layer(layer) for layer in values["layers"])
-        result = CompressionResult(CompressionPlan(layers), **{name: values[name] for name in _RESULT_FIELDS})
+        result = CompressionResult(CompressionPlan(layers), **{name: values[name] for name in result_fields})
         return cls(result=result, **{name: values[name] for name in _EVENT_FIELDS})
 
 
 def _is_optional_number(value: Any) -> bool:
     return value is None or is_number(value)
+
+
+def _is_optional_count(value: Any) -> bool:
+    return value is None or is_count(value)
 
 
 def _is_text(value: Any) -> bool:
@@ -115,6 +122,11 @@ _RESULT_FIELDS: dict[str, Callable[[Any], bool]] = {
     "parameters_before": is_count,
     "parameters_after": is_count,
 }
+_LATER_RESULT_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "state_bytes_before": _is_optional_count,
+    "state_bytes_after": _is_optional_count,
+}
+"""Those that earlier records do not have."""
 _LAYER_FIELDS: dict[str, Callable[[Any], bool]] = {
     "name": is_name,
     "family": is_name,
@@ -158,6 +170,8 @@ def rollback_event(step: int, cut: CutEvent, before: float, after: float | None,
         state_sizes_after=done.state_sizes_before,
         parameters_before=done.parameters_after,
         parameters_after=done.parameters_before,
+        state_bytes_before=done.state_bytes_after,
+        state_bytes_after=done.state_bytes_before,
     )
     return CutEvent(step, result, "rolled back", cut.attempt, cut.reduction_share, before, after)
 
@@ -184,35 +198,6 @@ def from_record(record: Any) -> list[CutEvent]:
     if not isinstance(events, list) or len(events) > LONGEST_RECORD:
         raise ValueError(f"The history must hold a list of events, got {quoted(events)}.")
     return [CutEvent.from_dict(event) for event in events]
-
-
-def scalars(event: CutEvent) -> dict[str, float]:
-    """Flat numbers of one event for a Trainer's log; layers are numbered in model order."""
-    result = event.result
-    layers = result.plan.layers
-    values: dict[str, float] = {
-        "compressm/cut": float(event.outcome == "cut"),
-        "compressm/state_size_mean": sum(event.sizes.values()) / len(layers),
-        "compressm/energy_kept": min(layer.energy_kept for layer in layers),
-        "compressm/predicted_error": max(layer.predicted_error for layer in layers),
-        "compressm/skipped_layers": float(sum(layer.status == "skipped" for layer in layers)),
-        "compressm/parameters": float(
-            result.parameters_before if event.outcome == "undone" else result.parameters_after
-        ),
-        "compressm/seconds": result.seconds,
-        "compressm/attempt": float(event.attempt),
-        "compressm/undone": float(event.outcome == "undone"),
-        "compressm/rolled_back": float(event.outcome == "rolled back"),
-    }
-    bounds = [layer.error_bound for layer in layers if layer.error_bound is not None]
-    if bounds:
-        values["compressm/error_bound"] = max(bounds)
-    for name in ("before", "after"):
-        if getattr(event, name) is not None:
-            values[f"compressm/guard_{name}"] = float(getattr(event, name))
-    for number, size in enumerate(event.sizes.values()):
-        values[f"compressm/layer_{number:02d}/state_size"] = float(size)
-    return values
 
 
 def _layer(values: Mapping[str, Any]) -> LayerPlan:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress
 from hf_compressm.compression import check_record, recorded_cuts
-from hf_compressm.history import CutEvent, from_record, scalars, to_record
+from hf_compressm.history import CutEvent, from_record, to_record
 from hf_compressm.recovery import RecoveryGuard
+from hf_compressm.scalars import scalars
 from hf_compressm.schedule import StableRanking
 from tests.families import LRU
 

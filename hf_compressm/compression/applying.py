@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_compressm.adapters import LayerCut, find_layers, underlying
 from hf_compressm.bases import keep_base_beside
+from hf_compressm.compression.comparing import count_state_bytes
 from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan
 from hf_compressm.compression.planning import plan_compression
 from hf_compressm.compression.record import record_cut
@@ -80,7 +81,7 @@ def apply_plan(
         RuntimeError: if processes have other weights or moments than the first one; likewise.
     """
     start = time.perf_counter()
-    parameters_before = _count_parameters(model)
+    parameters_before, state_bytes_before = _count_parameters(model), count_state_bytes(model)
     with processes.together():
         cuts = _fresh_cuts(plan)
         replacements = prepare_replacements(model, [change for _, cut in cuts for change in cut.changes])
@@ -120,6 +121,8 @@ def apply_plan(
         state_sizes_after={layer.name: layer.new_state_size for layer in plan.layers},
         parameters_before=parameters_before,
         parameters_after=_count_parameters(model),
+        state_bytes_before=state_bytes_before,
+        state_bytes_after=count_state_bytes(model),
     )
 
 

@@ -104,6 +104,8 @@ class CompressionResult:
         state_sizes_after: likewise.
         parameters_before: number of parameters of the model.
         parameters_after: likewise.
+        state_bytes_before: of one sequence's state, all layers together; None in records that do not tell.
+        state_bytes_after: likewise.
     """
 
     plan: CompressionPlan
@@ -113,6 +115,8 @@ class CompressionResult:
     state_sizes_after: dict[str, int]
     parameters_before: int
     parameters_after: int
+    state_bytes_before: int | None = None
+    state_bytes_after: int | None = None
 
 
 def _row(layer: LayerPlan) -> tuple[str, ...]:

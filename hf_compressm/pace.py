@@ -1,0 +1,88 @@
+"""How fast a run goes: steps per second between two lines of the Trainer's log, cuts, evaluations and saves left out.
+
+The number goes into the line that the Trainer logs anyway. A callback sees that line when the Trainer's history and
+the trackers have it already, so the Trainer's method is stood in front of.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Trainer
+
+
+PACE = "compressm/steps_per_second"
+
+
+class StepClock:
+    """Counts steps and their seconds, with the loading of data between them, until they are taken.
+
+    The first step of a run, and the first after a cut, pays for new buffers or is compiled, and is not counted.
+
+    A Trainer on an accelerator waits for it in every step, when it looks whether the loss is finite
+    (`logging_nan_inf_filter`); where that is off, a line of the log is as exact as the queue of work is short.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._seconds = 0.0
+        self._since: float | None = None
+        self._skips = True
+
+    def step_begins(self) -> None:
+        """Start, unless the clock runs since the step before."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def step_ends(self) -> None:
+        """Count the step; the clock runs on."""
+        if self._since is not None:
+            now = time.perf_counter()
+            if not self._skips:
+                self._seconds += now - self._since
+                self._steps += 1
+            self._since, self._skips = now, False
+
+    def interrupt(self) -> None:
+        """Stop until the next step begins."""
+        self._since = None
+
+    def restart(self) -> None:
+        """Stop, and leave out the next step."""
+        self._since, self._skips = None, True
+
+    def take(self) -> dict[str, float]:
+        """Steps per second since the last call, as an entry of a log; empty if no step was counted."""
+        steps, seconds = self._steps, self._seconds
+        self._steps, self._seconds = 0, 0.0
+        return {PACE: steps / seconds} if steps and seconds > 0 else {}
+
+
+class LossLogger:
+    """Stands in front of a Trainer's method that logs, and completes the lines that hold a training loss.
+
+    Args:
+        trainer: whose method is stood in front of.
+        more: gives the entries to add.
+    """
+
+    def __init__(self, trainer: Trainer, more: Callable[[], dict[str, float]]) -> None:
+        """Take the Trainer's method."""
+        self.more = more
+        self._log: Callable[..., None] = trainer.log
+        vars(trainer).update(log=self.log)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the Trainer does, with the further entries where there is a loss."""
+        if "loss" in logs:
+            logs.update(self.more())
+        self._log(logs, *args, **kwargs)
+
+
+def watch_losses(trainer: Trainer, more: Callable[[], dict[str, float]]) -> LossLogger:
+    """The logger that stands in front of a Trainer's method, put there by the first call."""
+    logger = getattr(trainer.log, "__self__", None)
+    if not isinstance(logger, LossLogger):
+        return LossLogger(trainer, more)
+    logger.more = more
+    return logger
