@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         output = reloaded.generate(prompt, max_new_tokens=data_args.max_new_tokens, do_sample=False)
         print(f"\nReloaded from {folder} with plain transformers; it continues {data_args.prompt!r}:")
         print(tokenizer.decode(output[0]))
-        print(f"\nNext: look at {folder}/spectra.png; cut more with --tolerance 0.2; train longer with --max_steps.")
+        print(f"\nNext: look at {folder}/report.html; cut more with --tolerance 0.2; train longer with --max_steps.")
     return experiment.final
 
 

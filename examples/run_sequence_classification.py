@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             predicted = int(reloaded(input_values=example["input_values"][None]).logits.argmax())
         folder = training_args.output_dir
         print(f"\nReloaded from {folder}: the first test example is a {int(example['labels'])}, read as {predicted}.")
-        print(f"Next: look at {folder}/spectra.png; cut more with --tolerance 0.2; try --model_type lru.")
+        print(f"Next: look at {folder}/report.html; cut more with --tolerance 0.2; try --model_type lru.")
     return experiment.final
 
 

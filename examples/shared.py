@@ -19,7 +19,7 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, find_last_complete_checkpoint
-from hf_compressm.reporting import plot_spectra, plot_state_sizes
+from hf_compressm.reporting import write_report
 
 
 try:
@@ -179,18 +179,18 @@ class Experiment:
         self.final: dict[str, float] = {}
 
     def train_and_report(self) -> PreTrainedModel:
-        """Train, evaluate, save into `output_dir`, print the tables and draw the plots."""
+        """Train, evaluate, save into `output_dir` with model card and report, and print the tables."""
         trainer = self.trainer
         args = trainer.args
         checkpoint = args.resume_from_checkpoint
         trainer.train(find_last_complete_checkpoint(args.output_dir) if checkpoint == "last" else checkpoint)
         metrics = trainer.evaluate()
         self.final = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        trainer.save_model(args.output_dir)
+        trainer.save_model(args.output_dir)  # with model card, history and pictures
         if trainer.is_world_process_zero():
             self._print_cuts()
             self._print_summary()
-            self._draw(Path(args.output_dir))
+            self._report(Path(args.output_dir))
         return trainer.model
 
     def _print_cuts(self) -> None:
@@ -240,14 +240,10 @@ class Experiment:
             for name, digits, value in rows
         ]
 
-    def _draw(self, folder: Path) -> None:
-        if any(event.outcome == "cut" for event in self.compressm.events):
-            max_steps = self.trainer.state.max_steps
-            paths = (
-                plot_spectra(self.compressm.events, folder / "spectra.png"),
-                plot_state_sizes(self.compressm.events, folder / "state_sizes.png", max_steps),
-            )
-            print(f"Plots: {', '.join(map(str, paths))}")
+    def _report(self, folder: Path) -> None:
+        if self.compressm.events:
+            page, _ = write_report(folder)
+            print(f"Report: {page}; model card: {folder / 'README.md'}")
 
 
 def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hf_compressm.adapters import is_wrapped
 from hf_compressm.bases import check_base, keeps_base_beside, save_base
 from hf_compressm.batches import sample_batches
-from hf_compressm.checkpoints import HISTORY_FILE, seal_checkpoint
+from hf_compressm.checkpoints import HISTORY_FILE, TRAINER_STATE_FILE, seal_checkpoint
 from hf_compressm.compression import Scores, check_settings, recorded_cuts, state_scores
 from hf_compressm.compression.record import is_number
 from hf_compressm.config import CompreSSMConfig
@@ -24,6 +24,7 @@ from hf_compressm.guard import guarded_cut, held_out_batches, held_out_loss
 from hf_compressm.history import CutEvent, from_record, rollback_event, to_record
 from hf_compressm.pace import StepClock, watch_losses
 from hf_compressm.processes import ALONE, Processes
+from hf_compressm.publishing import Publisher, watch_publishing
 from hf_compressm.recovery import RecoveryGuard, metric_name
 from hf_compressm.refusals import check_guards, refuse_copies, refuse_engines, refuse_optimizer
 from hf_compressm.resuming import watch_loading
@@ -197,9 +198,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the base of a cut PEFT model beside its adapters, since the Trainer pushes only files that it knows."""
-        if args.should_save and args.output_dir and keeps_base_beside(kwargs["model"]):
-            save_base(kwargs["model"], args.output_dir)
+        """Complete what is about to be pushed, since the Trainer pushes only files that it knows."""
+        if args.should_save and args.output_dir:
+            if keeps_base_beside(kwargs["model"]):
+                save_base(kwargs["model"], args.output_dir)
+            self._publisher().publish(Path(args.output_dir))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -219,17 +222,28 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         folder = self._run_folder()
         if args.should_save and self.events and folder.is_dir():
             try:
-                write_json(folder / HISTORY_FILE, self._run())
+                self._write_traces(folder)
             except OSError as error:  # the trained model must not be lost over it
                 logger.warning(f"The history of the cuts could not be written: {error}")
             if state.global_step >= state.max_steps:  # a run that was stopped may go on, from before a verdict
                 self._recovery.clean(folder)
 
     def _watch(self, trainer: Trainer) -> None:
-        """Stand in front of the Trainer's methods that load, save and log."""
+        """Stand in front of the Trainer's methods that load, save, log and publish."""
         watch_loading(trainer, self.config.allow_optimizer_reset)
         watch_saving(trainer, self._measure, self._seal)
         watch_losses(trainer, lambda: self._clock.take())
+        self._publisher()
+
+    def _publisher(self) -> Publisher:
+        return watch_publishing(self._present_trainer(), lambda: self.events, self._write_traces)
+
+    def _write_traces(self, folder: Path) -> None:
+        """Write the history of the cuts, and the Trainer's state with its log, as a checkpoint has them."""
+        state: Any = self._present_trainer().state
+        state.stateful_callbacks[type(self).__name__] = self.state()
+        write_json(folder / HISTORY_FILE, self._run())
+        state.save_to_json(str(folder / TRAINER_STATE_FILE))
 
     def _measure(self) -> None:
         """Measure the ranking of this step, once."""

@@ -23,7 +23,7 @@ _EXCERPT.maxstring = _EXCERPT.maxother = 80
 
 
 def write_json(path: str | Path, values: Any) -> None:
-    """Write JSON so that a reader finds the old file or the new one, after a crash and a power cut too.
+    """Write JSON as `write_text` does.
 
     Args:
         path: of the file; its directory must be there.
@@ -33,11 +33,24 @@ def write_json(path: str | Path, values: Any) -> None:
         OSError: from the file system; the earlier file is then untouched.
         ValueError: if the values are not JSON.
     """
-    path = Path(path)
     try:
         text = json.dumps(values, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} was not written, since its values are not JSON: {error}.") from error
+    write_text(path, text)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write text so that a reader finds the old file or the new one, after a crash and a power cut too.
+
+    Args:
+        path: of the file; its directory must be there.
+        text: of it.
+
+    Raises:
+        OSError: from the file system; the earlier file is then untouched.
+    """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     file = temporary.open("x", encoding="utf-8")  # readable by whom the files beside it are, unlike one of tempfile
     try:

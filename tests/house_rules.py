@@ -36,15 +36,16 @@ FLOORS = {
     "fsdp_checkpoints": 6,
     "guard": 6,
     "pace": 6,
+    "publishing": 6,
     "recovery": 6,
     "refusals": 6,
+    "reporting": 6,
     "resuming": 6,
     "saved_optimizers": 6,
     "sharded_states": 6,
     "saving": 6,
     "schedule": 6,
     "cli": 7,
-    "reporting": 7,
 }
 
 OPTIONAL = frozenset(

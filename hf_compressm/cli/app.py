@@ -7,6 +7,7 @@ import typer
 
 from hf_compressm.cli.analyzing import analyze
 from hf_compressm.cli.compressing import compress
+from hf_compressm.cli.reporting import report
 from hf_compressm.cli.verifying import verify
 
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command("analyze", no_args_is_help=True)(analyze)
 app.command("compress", no_args_is_help=True)(compress)
+app.command("report", no_args_is_help=True)(report)
 app.command("verify", no_args_is_help=True)(verify)
 
 
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(_complain(str(error))) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -39,13 +39,21 @@ def flags(settings: dict) -> list[str]:
 
 
 def check_run(folder: Path, printed: str) -> None:
-    """The record tells of a cut, the plots are there, and the model was used after it had been saved."""
+    """The record tells of a cut, report and card are there, and the model was used after it had been saved."""
     config = json.loads((folder / "config.json").read_text())
     record = config["compressm"]
     assert sum(record["state_sizes_after"].values()) < sum(record["state_sizes_before"].values())
-    for plot in ("spectra.png", "state_sizes.png"):
-        assert (folder / plot).stat().st_size > 0
-    for line in ("loss before", "training tokens per second", "Peak memory", f"Reloaded from {folder}", "Next:"):
+    for name in ("report.html", "report.md", "report_figures/spectra.png", "compressm_figures/spectra.png"):
+        assert (folder / name).stat().st_size > 0
+    assert "## Compression" in (folder / "README.md").read_text()
+    for line in (
+        "loss before",
+        "training tokens per second",
+        "Peak memory",
+        "report.html",
+        f"Reloaded from {folder}",
+        "Next:",
+    ):
         assert line in printed
 
 
