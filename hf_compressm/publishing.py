@@ -97,7 +97,8 @@ class Publisher:
         return Path(self.trainer.args.output_dir or ".")
 
     def _has_something_to_tell(self) -> bool:
-        return self.trainer.args.should_save and bool(self.events() or self._run().record)
+        cut = any(event.outcome == "cut" for event in self.events())
+        return self.trainer.args.should_save and bool(cut or self._run().record)
 
     def _run(self) -> Run:
         """The run so far."""
