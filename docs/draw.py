@@ -104,12 +104,12 @@ def spectrum() -> None:
     figure = new_figure(10, 3.8)
     left, right = figure.subplots(1, 2)
     for number, (when, plan) in enumerate(plans.items()):
-        for layer in plan.layers:
+        for place, layer in enumerate(plan.layers, start=1):
             sigma = layer.hankel_singular_values
-            index = [(place + 1) / 2 for place in range(len(sigma))]
-            style = {"color": COLOURS[number], "linestyle": "-" if layer.name.endswith("0.layer") else "--"}
+            index = [(count + 1) / 2 for count in range(len(sigma))]
+            style = {"color": COLOURS[number], "linestyle": "-" if place == 1 else "--"}
             energy = (sigma.cumsum(0) / sigma.sum()).tolist()
-            name = f"{when}, layer {1 + plan.layers.index(layer)}"
+            name = f"{when}, layer {place}"
             left.plot(index, (sigma / sigma[0]).clamp(min=1e-8).tolist(), label=name, **style)
             right.plot(index, energy, **style)
             print(f"spectrum: {name}: {layer.new_state_size} of {layer.state_size} states at tolerance 0.1")
@@ -167,7 +167,7 @@ def ranking() -> None:
     axes.plot(steps, to_last, color=COLOURS[0], marker="o", markersize=4, label="with the ranking at the end")
     axes.plot(steps[1:], between, color=COLOURS[1], marker="s", markersize=4, label="with the one 10 steps before")
     axes.axhline(0.95, color="black", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="optimizer steps done", ylabel="rank correlation of the states", ylim=(-0.1, 1.02))
+    axes.set(xlabel="optimizer steps done", ylabel="rank correlation of the states", ylim=(0, 1.02))
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     save_figure(figure, FIGURES / "ranking.png")
     print("ranking: to the end:", *(f"{step}: {value:.3f}," for step, value in zip(steps, to_last, strict=True)))

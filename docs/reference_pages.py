@@ -67,11 +67,14 @@ def _inherited(ancestor: ast.ClassDef) -> str:
 @cache
 def _parsed(path: Path) -> ast.Module:
     """The source of a file, where every expression remembers how it is written."""
-    source = path.read_text(encoding="utf-8")
-    tree = ast.parse(source)
+    source = path.read_bytes()
+    tree, lines = ast.parse(source), source.splitlines()
     for node in ast.walk(tree):
-        if isinstance(node, ast.expr):
-            vars(node)["text"] = " ".join((ast.get_source_segment(source, node) or "").split())
+        if isinstance(node, ast.expr) and node.end_lineno and node.end_col_offset:
+            last = lines[node.end_lineno - 1][: node.end_col_offset]
+            whole = [*lines[node.lineno - 1 : node.end_lineno - 1], last]
+            whole[0] = whole[0][node.col_offset :]
+            vars(node)["text"] = " ".join(b"\n".join(whole).decode("utf-8").split())
     return tree
 
 
