@@ -159,13 +159,11 @@ def test_the_trainer_s_own_card_gets_the_section_and_is_kept_once_changed(tmp_pa
 
 
 def test_without_a_cut_nothing_is_written(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, settings={"tolerance": 0.0, "num_cuts": 1, "end": 2, "layers": ["layers.0.ssm"]})
+    trainer = trained(tmp_path, settings={"tolerance": 0.0, "num_cuts": 1, "end": 2})
     trainer.save_model()
-    assert (tmp_path / HISTORY_FILE).exists()  # the attempt is told of
-    other = trainer_of(LRU, tmp_path / "plain", settings=None)
-    other.train()
-    other.save_model()
-    assert not {"README.md", HISTORY_FILE, FIGURES_FOLDER} & {path.name for path in (tmp_path / "plain").iterdir()}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert HISTORY_FILE in written  # the attempt is told of
+    assert not {"README.md", FIGURES_FOLDER} & written
 
 
 def test_a_model_that_cannot_be_explained_is_saved_all_the_same(tmp_path: Path) -> None:
