@@ -36,6 +36,7 @@ TEST = [
     "pytest-xdist",
     "scipy",
     "tensorboard",
+    "trackio",
     "trl",
     *ORACLES,
     *EXAMPLES,

@@ -27,17 +27,17 @@ from hf_compressm.checkpoints import (
 from hf_compressm.compression import CompressionResult, compress
 from hf_compressm.compression.record import is_count
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.durable import new_directory, quoted, read_json, write_json
+from hf_compressm.durable import new_directory, quoted, read_json, write_json, write_text
 from hf_compressm.fsdp_checkpoints import FULL, SHARDED, Layout, find_layout, plain_weights, read_state, write_state
-from hf_compressm.history import CutEvent, from_record, to_record
+from hf_compressm.history import CALLBACK, CutEvent, from_record, to_record
 from hf_compressm.loading import load_model, verify_checkpoint
+from hf_compressm.reporting.cards import CARD_FILE, FIGURES_FOLDER, card_of
+from hf_compressm.reporting.pages import HTML_FILE, MARKDOWN_FILE, PICTURES_FOLDER
 from hf_compressm.saved_optimizers import SavedOptimizer, fill_with_zeros, restore_saved, to_saved
 
 
 logger = logging.get_logger(__name__)
 
-CALLBACK = "CompreSSMCallback"
-"""Under which name the Trainer's state keeps that of the callback."""
 ANEW = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|_fsdp_\w+\.py")
 """Weights, and the files of torch that transformers takes for the code of a model that FSDP2 has wrapped."""
 DEEPSPEED = ("zero_to_fp32.py", "latest", "global_step*")
@@ -91,6 +91,7 @@ def compress_checkpoint(
             write_state(folder / layout.weights, "model", model.state_dict())
         state.write(folder, model)
         progress.write(folder, result, config)
+        _renew_card(folder)
         seal_checkpoint(folder)
     return result
 
@@ -230,11 +231,23 @@ def _refuse_other_kinds(checkpoint: Path) -> None:
 def _copy_the_rest(checkpoint: Path, folder: Path) -> None:
     """Copy all files but those that a cut writes anew, byte for byte: none is read."""
     anew = {CONFIG_NAME, OPTIMIZER_NAME, TRAINER_STATE_FILE, HISTORY_FILE, SEAL, *FULL, *SHARDED}
+    anew |= {HTML_FILE, MARKDOWN_FILE, PICTURES_FOLDER, FIGURES_FOLDER}  # of the run up to here
     for path in sorted(checkpoint.rglob("*")):
         name = path.relative_to(checkpoint)
         if path.is_file() and name.parts[0] not in anew and not ANEW.fullmatch(str(name)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, folder / name)
+
+
+def _renew_card(folder: Path) -> None:
+    """Let a model card that came along tell of this cut too."""
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return
+    try:
+        write_text(path, card_of(folder) or "")
+    except ValueError as error:
+        logger.warning(f"{CARD_FILE} stays as it was, since it cannot be read: {error}")
 
 
 def _shard_size(checkpoint: Path) -> dict[str, Any]:

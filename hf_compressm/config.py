@@ -62,14 +62,15 @@ class CompreSSMConfig:
 
     tolerance: float | None = _setting(
         None,
-        f"Share of the energy (plain sum of Hankel singular values) a cut may discard. Default {DEFAULT_TOLERANCE}.",
+        f"Share of the energy (plain sum of Hankel singular values) each cut may discard. Default "
+        f"{DEFAULT_TOLERANCE}.",
     )
     max_error: float | None = _setting(
         None, "Relative output error a cut may add: a guarantee for S5/LRU in closed form, a prediction otherwise."
     )
     fraction: float | None = _setting(None, "Share of the present states that each cut removes.")
     target_state_size: int | None = _setting(None, "State size to reach, at the first cut.")
-    criterion: str = _setting("auto", f"How states are ranked, one of {_CHOICES['criterion']}.")
+    criterion: str = _setting("auto", f"How states are ranked: {', '.join(_CHOICES['criterion'])}.")
     keep: str = _setting("largest", "Which states stay: largest, or for ablations smallest or random.")
     realization: str = _setting("real", "Balance the real system that S5/LRU compute, or the complex one (paper).")
     per_layer: bool | None = _setting(

@@ -13,6 +13,8 @@ from hf_compressm.durable import quoted
 
 
 SCHEMA_VERSION = 1
+CALLBACK = "CompreSSMCallback"
+"""Under which name a Trainer's state keeps that of the callback."""
 OUTCOMES = ("cut", "unchanged", "undone", "rolled back")
 LONGEST_TEXT = 10_000
 

@@ -11,8 +11,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 
+from hf_compressm import CompreSSMConfig, compress_checkpoint
 from hf_compressm.checkpoints import HISTORY_FILE, TRAINER_STATE_FILE
-from hf_compressm.reporting import read_run
+from hf_compressm.reporting import read_run, write_report
 from hf_compressm.reporting.cards import FIGURES_FOLDER, TAGS, CardFacts, is_by_hand, write_card
 from tests.families import LRU, MAMBA, Family, family_id
 from tests.reporting.test_plots import assert_is_picture
@@ -202,3 +203,20 @@ def test_markup_in_names_does_not_reach_the_card(tmp_path: Path) -> None:
     assert "datasets" not in data
     again = write_card(read_run(tmp_path), facts, text)
     assert again == text
+
+
+def test_a_cut_on_disk_renews_the_card_and_leaves_the_report_behind(tmp_path: Path) -> None:
+    trained(tmp_path / "run").save_model()
+    card = tmp_path / "run" / "README.md"
+    card.write_text(card.read_text().replace("# run\n", f"# run\n\n{OWN_TEXT}", 1))
+    write_report(tmp_path / "run")
+    compress_checkpoint(tmp_path / "run", tmp_path / "smaller", CompreSSMConfig(target_state_size=2))
+    text = (tmp_path / "smaller" / "README.md").read_text()
+    assert OWN_TEXT in text
+    assert "8 states per layer became 2 in 2 cuts" in text
+    assert "![" not in text  # the pictures were those of the run before
+    names = {path.name for path in (tmp_path / "smaller").iterdir()}
+    assert not {FIGURES_FOLDER, "report.html", "report.md", "report_figures"} & names
+    (tmp_path / "run" / "README.md").write_bytes(b"\xff\xfe")
+    compress_checkpoint(tmp_path / "run", tmp_path / "again", CompreSSMConfig(target_state_size=2))
+    assert (tmp_path / "again" / "README.md").read_bytes() == b"\xff\xfe"

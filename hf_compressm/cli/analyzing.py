@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from hf_compressm.cli.calibration import OF_MEASURING, calibration_batches, names_its_options
+from hf_compressm.cli.calibration import OF_MEASURING, calibration_batches, names_its_options, read_settings
 from hf_compressm.cli.options import Expansion, expanded
 from hf_compressm.cli.sources import local_directory
 from hf_compressm.compression import Alternative, compare_tolerances, count_state_bytes
@@ -35,8 +35,10 @@ def analyze(
         str, typer.Option(help="Shares of the sum of the HSVs that may go, with commas.")
     ] = TOLERANCES,
     plot: Annotated[Path | None, typer.Option(help="Image to draw: spectra and recommended sizes.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; options win over it.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a calibration batch.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it, spectra too, as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     *,
     settings: dict[str, Any],
     text: dict[str, Any],
@@ -44,10 +46,11 @@ def analyze(
 ) -> None:
     """Show what a saved model could do without: recommended state sizes, predicted errors, and what a cut saves.
 
-    Nothing is changed. A tolerance that suits goes to `hf-compressm compress --tolerance`, or into a training run.
+    Nothing is changed. A tolerance that suits goes to `hf-compressm compress --tolerance`, or into a training run. The
+    sizes are those after one cut; in a run each further cut may discard that share again.
     """
-    wanted, shares = CompreSSMConfig.from_dict(settings), _numbers(tolerances)
-    console = Console(stderr=True)
+    wanted, shares = read_settings(config, settings), _numbers(tolerances)
+    console = Console(stderr=True, quiet=quiet)
     with console.status("Reading the model and the calibration data ..."):
         directory = local_directory(model)
         verify_checkpoint(directory)
@@ -57,6 +60,8 @@ def analyze(
         found = compare_tolerances(loaded, shares, wanted, batches)
     if plot is not None:
         plot_alternatives(found, plot)
+    if quiet:
+        return
     if as_json:
         typer.echo(json.dumps(_summary(loaded, found), indent=2, allow_nan=False))
         return

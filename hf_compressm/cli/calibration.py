@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from hf_compressm.config import CompreSSMConfig
+from hf_compressm.config import RANK_RULES, CompreSSMConfig
 from hf_compressm.data import ByteTokenizer, SequenceSource, TextSource, read_sequences, read_texts, split_into_blocks
 from hf_compressm.loading import read_config
 
@@ -29,6 +29,20 @@ OF_MEASURING = (
     "sampling_seed",
 )
 """Settings of what is measured and which sizes are allowed, for every command that plans."""
+
+
+def read_settings(path: Path | None, options: dict[str, Any]) -> CompreSSMConfig:
+    """The settings of a file, and on top of them the options; a rank rule among those replaces that of the file.
+
+    Raises:
+        ValueError: for a file that cannot be read, an unknown setting, or a value that it cannot have.
+    """
+    if path is None:
+        return CompreSSMConfig.from_dict(options)
+    values = CompreSSMConfig.from_file(path).to_dict()
+    if any(rule in options for rule in RANK_RULES):
+        values |= dict.fromkeys(RANK_RULES)
+    return CompreSSMConfig.from_dict(values | options)
 
 
 def calibration_batches(
@@ -54,7 +68,7 @@ def calibration_batches(
     if examples is None:
         return None
     if not len(examples):
-        raise ValueError("The calibration data give no example. Give more text, or a smaller block_size.")
+        raise ValueError("The calibration data give no example. Give more text, or a smaller --block-size.")
     chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(settings.sampling_seed))[:count]
     name = "input_values" if continuous else "input_ids"
     return [{name: examples[part]} for part in chosen.split(batch_size)]
@@ -73,7 +87,7 @@ def names_its_options(model: str, batches: object) -> Iterator[None]:
 
 def _sequences(options: Mapping[str, Any], config: PreTrainedConfig) -> Tensor | None:
     """`(examples, length, features)`; None if no source is given."""
-    _refuse(options, "train_file", "the model reads sequences of numbers: use mnist_dir or dataset_name")
+    _refuse(options, "train_file", "the model reads sequences of numbers: use --mnist-dir or --dataset-name")
     splits = read_sequences(SequenceSource(**_known(options, SequenceSource)))
     if not splits:
         return None
@@ -87,7 +101,7 @@ def _sequences(options: Mapping[str, Any], config: PreTrainedConfig) -> Tensor |
 
 def _blocks(directory: str | Path, config: PreTrainedConfig, options: Mapping[str, Any]) -> Tensor | None:
     """`(blocks, tokens)`; None if no source is given and the model is not one of bytes."""
-    _refuse(options, "mnist_dir", "the model reads tokens: use train_file or dataset_name")
+    _refuse(options, "mnist_dir", "the model reads tokens: use --train-file or --dataset-name")
     source = TextSource(**_known(options, TextSource))
     tokenizer = _tokenizer(directory, config)
     if not (source.train_file or source.dataset_name) and not isinstance(tokenizer, ByteTokenizer):
@@ -118,4 +132,4 @@ def _known(options: Mapping[str, Any], kind: Any) -> dict[str, Any]:
 
 def _refuse(options: Mapping[str, Any], name: str, reason: str) -> None:
     if name in options:
-        raise ValueError(f"{name} does not fit: {reason}.")
+        raise ValueError(f"--{name.replace('_', '-')} does not fit: {reason}.")

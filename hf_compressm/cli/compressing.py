@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from hf_compressm.checkpoint_compression import compress_checkpoint
-from hf_compressm.cli.calibration import OF_MEASURING, calibration_batches, names_its_options
+from hf_compressm.cli.calibration import OF_MEASURING, calibration_batches, names_its_options, read_settings
 from hf_compressm.cli.options import Expansion, expanded
 from hf_compressm.cli.sources import local_directory
 from hf_compressm.compression import CompressionResult
@@ -39,9 +39,9 @@ def compress(
 ) -> None:
     """Cut a saved model, or a checkpoint with its optimizer, and write it to another directory.
 
-    The next launch resumes from there with the smaller model, under FSDP and DeepSpeed too.
+    The next launch resumes from there with the smaller model, under FSDP too.
     """
-    wanted = _settings(config, settings)
+    wanted = read_settings(config, settings)
     console = Console(stderr=True, quiet=quiet)
     with console.status("Reading the model and the calibration data ..."):
         directory = local_directory(model)
@@ -55,16 +55,6 @@ def compress(
         typer.echo(_closing_line(result, output))
 
 
-def _settings(path: Path | None, options: dict[str, Any]) -> CompreSSMConfig:
-    """The file's settings, and on top of them the options; a rank rule among those replaces that of the file."""
-    if path is None:
-        return CompreSSMConfig.from_dict(options)
-    values = CompreSSMConfig.from_file(path).to_dict()
-    if any(rule in options for rule in RANK_RULES):
-        values |= dict.fromkeys(RANK_RULES)
-    return CompreSSMConfig.from_dict(values | options)
-
-
 def _summary(result: CompressionResult, output: Path) -> dict[str, Any]:
     numbers = {name: getattr(result, name) for name in ("changed", "parameters_before", "parameters_after", "seconds")}
     sizes = {name: getattr(result, name) for name in ("state_sizes_before", "state_sizes_after")}
@@ -73,7 +63,7 @@ def _summary(result: CompressionResult, output: Path) -> dict[str, Any]:
 
 def _table(result: CompressionResult) -> Table:
     """One row per layer."""
-    table = Table("layer", "states", "energy kept", "predicted error", "status")
+    table = Table(Column("layer", overflow="fold"), "states", "energy kept", "predicted error", "status")
     for layer in result.plan.layers:
         sizes = f"{layer.state_size} -> {layer.new_state_size}"
         status = f"{layer.status}: {layer.reason}" if layer.reason else layer.status

@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,9 +16,9 @@ from transformers.utils import logging
 
 from hf_compressm.reporting import tables
 from hf_compressm.reporting.pages import ERRORS_IN_WORDS
-from hf_compressm.reporting.pictures import Picture
+from hf_compressm.reporting.pictures import Picture, present_pictures
 from hf_compressm.reporting.rendering import render
-from hf_compressm.reporting.runs import Run
+from hf_compressm.reporting.runs import Run, read_run, tells_of_a_cut
 
 
 logger = logging.get_logger(__name__)
@@ -73,6 +74,29 @@ def write_card(run: Run, facts: CardFacts, existing: str | None = None, by_hand:
         return _sealed(fresh)
     card = _with_section(_with_metadata(existing, _metadata(run, facts)), fresh)
     return card if by_hand else _sealed(card)
+
+
+def card_of(directory: str | Path, repo_id: str | None = None) -> str | None:
+    """The model card that a directory should have, by what is in it; nothing is written.
+
+    Args:
+        directory: of a saved model or checkpoint.
+        repo_id: on the Hub, if it has one.
+
+    Returns:
+        The text; that of the present card, or None without one, where nothing in the directory tells of a cut.
+
+    Raises:
+        ValueError: if the history or the present card cannot be read.
+    """
+    directory = Path(directory)
+    path = directory / CARD_FILE
+    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    if not tells_of_a_cut(directory):
+        return existing
+    name = repo_id.split("/")[-1] if repo_id else directory.resolve().name
+    facts = CardFacts(name, repo_id, pictures=present_pictures(directory / FIGURES_FOLDER))
+    return write_card(read_run(directory), facts, existing)
 
 
 def is_by_hand(card: str) -> bool:

@@ -44,6 +44,15 @@ def draw_pictures(run: Run, folder: str | Path) -> list[Picture]:
     return drawn
 
 
+def present_pictures(folder: str | Path) -> list[Picture]:
+    """The pictures that were drawn into a folder earlier."""
+    return [
+        Picture(Path(folder) / f"{name}.png", title, caption)
+        for name, title, caption, _, _ in _PICTURES
+        if (Path(folder) / f"{name}.png").is_file()
+    ]
+
+
 def _has_spectra(run: Run) -> bool:
     return any(event.outcome in ("cut", "unchanged") for event in run.events)
 

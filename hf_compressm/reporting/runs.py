@@ -13,11 +13,10 @@ from hf_compressm.compression import check_record
 from hf_compressm.compression.record import is_count, is_number
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.durable import read_json
-from hf_compressm.history import CutEvent, from_record
+from hf_compressm.history import CALLBACK, CutEvent, from_record
 from hf_compressm.pace import PACE
 
 
-CALLBACK = "CompreSSMCallback"
 BEFORE_CUT, AFTER_CUT = "before_cut", "after_cut"
 """Prefixes of metrics that are taken at a cut's own step, where somebody evaluates there: see the examples."""
 _NO_METRIC = re.compile(r"(runtime|per_second|preparation_time|mem_\w+)$")
@@ -131,6 +130,12 @@ def read_run(directory: str | Path) -> Run:
         settings=_settings(state),
         steps=max(steps if is_count(steps) else 0, last),
     )
+
+
+def tells_of_a_cut(directory: str | Path) -> bool:
+    """Whether a saved model or checkpoint has a history, or a configuration with a record of cuts."""
+    directory = Path(directory)
+    return (directory / HISTORY_FILE).exists() or bool(_read_if_there(directory / "config.json").get("compressm"))
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_sequences_of_numbers(tmp_path: Path, capsys: Any) -> None:
     arguments = ("compress", tmp_path / "model", "--output", tmp_path / "small", "--fraction", 0.5, "--json")
     _, out, _ = run(capsys, *arguments, "--criterion", "empirical", "--mnist-dir", tmp_path)
     assert set(json.loads(out)["state_sizes_after"].values()) == {8}
-    assert "use mnist_dir" in complaint(capsys, *arguments[:-3], "--train-file", tmp_path / "x")
+    assert "use --mnist-dir" in complaint(capsys, *arguments[:-3], "--train-file", tmp_path / "x")
 
 
 def test_mistakes_are_one_line(model: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
@@ -107,7 +107,7 @@ def test_mistakes_are_one_line(model: Path, text: Path, tmp_path: Path, capsys: 
         capsys, "compress", model, *output, "--train-file", "nowhere.txt"
     )
     assert "give no example" in complaint(capsys, "compress", model, *output, *data, "--block-size", 10**6)
-    assert "use train_file" in complaint(capsys, "compress", model, *output, "--mnist-dir", tmp_path)
+    assert "use --train-file" in complaint(capsys, "compress", model, *output, "--mnist-dir", tmp_path)
     assert "cuts.toml" in complaint(capsys, "compress", model, *output, "--config", tmp_path / "cuts.toml")
     assert "something in it" in complaint(capsys, "compress", model, "--output", model.parent, *data)
     assert not (tmp_path / "small").exists()

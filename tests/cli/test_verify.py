@@ -76,6 +76,13 @@ def test_what_is_broken_is_named(checkpoint: Path, tmp_path: Path, capsys: Any) 
     assert "Missing argument" in complaint(capsys, "verify", "--json")
 
 
+def test_the_folder_of_a_run_names_its_checkpoint(checkpoint: Path, capsys: Any) -> None:
+    folder = checkpoint.parent
+    for command in ("verify", "analyze"):
+        line = complaint(capsys, command, folder)
+        assert line.endswith(f"{folder} has no model itself. The last complete checkpoint in it is {checkpoint}.")
+
+
 def test_adapters_are_verified_with_their_base_or_without(tmp_path: Path, capsys: Any) -> None:
     peft = pytest.importorskip("peft")
     model = LRU.build()
