@@ -7,6 +7,7 @@ from huggingface_hub import snapshot_download
 from hf_compressm.checkpoints import find_last_complete_checkpoint
 
 
+OF_A_MODEL = ("config.json", "adapter_config.json", "*.safetensors")
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]
 
 
@@ -30,9 +31,7 @@ def local_directory(model: str) -> str:
 
 def _refuse_run_folder(folder: str) -> None:
     """Name the checkpoint that is meant, where the model is not in the folder but in one below it."""
-    has_model = any(
-        any(Path(folder).glob(pattern)) for pattern in ("config.json", "adapter_config.json", "*.safetensors")
-    )
+    has_model = any(any(Path(folder).glob(pattern)) for pattern in OF_A_MODEL)
     checkpoint = None if has_model else find_last_complete_checkpoint(folder)
     if checkpoint is not None:
         raise ValueError(f"{folder} has no model itself. The last complete checkpoint in it is {checkpoint}.")

@@ -53,6 +53,7 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> tup
     """
     run = read_run(directory)
     output = Path(directory if output is None else output)
+    output.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(run, output / PICTURES_FOLDER)
     common = {"run": run, "headline": tables.headline(run), "sections": sections(run), "version": own_version()}
     embedded = [(picture, base64.b64encode(picture.path.read_bytes()).decode()) for picture in pictures]

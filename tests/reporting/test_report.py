@@ -141,7 +141,7 @@ def test_a_model_that_was_only_cut_and_saved_has_a_report(tmp_path: Path) -> Non
     model = LRU.build()
     compress(model, CompreSSMConfig(fraction=0.5))
     model.save_pretrained(tmp_path)
-    page, summary = write_report(tmp_path)
+    page, summary = write_report(tmp_path, tmp_path / "new" / "place")
     assert f"{STATE_SIZE} states per layer became {STATE_SIZE // 2} in 1 cut" in summary.read_text()
     assert Page(page.read_text()).images == []
 
