@@ -7,14 +7,18 @@ pull requests, files small (inside the commit) and large (LFS). A commit is ther
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -31,6 +35,7 @@ WRITE_TOKEN = "hf_test"
 READ_TOKEN = "hf_read"
 OWNER = "me"
 
+ROOT = Path(__file__).resolve().parents[1]
 Answer = tuple[int, Any, dict[str, str]]
 
 
@@ -39,7 +44,7 @@ class Fault:
     """What happens to the requests number `first` to `last` of those that match.
 
     `outcome` is a status, `"reset"` (the connection breaks in the middle of the upload), or `"lost"` (the request is
-    carried out, and the connection breaks before the answer).
+    carried out, and the connection breaks before the answer), or `"garbled"` (a page for people in the place of JSON).
     """
 
     method: str
@@ -126,6 +131,8 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             return self.break_connection()
         self.body = self.rfile.read(length) if length else self.read_chunks()
+        if outcome == "garbled":
+            return self.send(200, b"<html>", {})
         answer = Refusal(outcome, message="as the test wants it").answer if isinstance(outcome, int) else None
         answer = answer or self.routed(url.path)
         if outcome == "lost":
@@ -216,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.server.repos:
             return 409, content | {"error": "You already created this model repo"}, {}
         first = Commit("initial commit", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
-        self.server.repos[name] = Repo(bool(wanted.get("private")), {"main": [first]})
+        self.server.repos[name] = Repo(wanted.get("visibility") == "private", {"main": [first]})
         return 200, content, {}
 
     def branch(self, repo: str, branch: str) -> Answer:
@@ -356,3 +363,21 @@ def point_client_at(server: HubServer, patch: pytest.MonkeyPatch, token: str = W
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(hf_api.api, "endpoint", server.url)
     patch.setattr(transformers_hub, "_hf_api", None, raising=False)
+
+
+def in_another_process(server: HubServer, home: Path, code: str, *arguments: object) -> str:
+    """What a fresh process prints that takes the server for the Hub, with a cache of its own."""
+    hidden = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_MODULES_CACHE", "HF_HUB_CACHE")
+    inherited = {name: text for name, text in os.environ.items() if name not in hidden}
+    process = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=home,
+        env={**inherited, **server.environment(home), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,  # a prompt for trust would fail
+        timeout=200,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
