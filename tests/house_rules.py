@@ -35,6 +35,7 @@ FLOORS = {
     "checkpoint_compression": 6,
     "fsdp_checkpoints": 6,
     "guard": 6,
+    "hub": 6,
     "pace": 6,
     "publishing": 6,
     "recovery": 6,

@@ -7,6 +7,7 @@ import typer
 
 from hf_compressm.cli.analyzing import analyze
 from hf_compressm.cli.compressing import compress
+from hf_compressm.cli.pushing import push
 from hf_compressm.cli.reporting import report
 from hf_compressm.cli.verifying import verify
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command("analyze", no_args_is_help=True)(analyze)
 app.command("compress", no_args_is_help=True)(compress)
+app.command("push", no_args_is_help=True)(push)
 app.command("report", no_args_is_help=True)(report)
 app.command("verify", no_args_is_help=True)(verify)
 
