@@ -16,6 +16,7 @@ app = typer.Typer(
     name="hf-compressm",
     help="Compress the hidden state of state-space models (Mamba, S5, LRU).",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
 )

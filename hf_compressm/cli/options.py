@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import typer
 
@@ -63,7 +63,18 @@ def _options(expansion: Expansion) -> list[inspect.Parameter]:
         text = field.metadata["help"]
         if field.default not in (None, dataclasses.MISSING):
             text = f"{text.removesuffix('.')} ({field.default} unless given)."
-        option = typer.Option(None, help=text, rich_help_panel=expansion.panel, show_default=False)
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(name, kind, default=option, annotation=hints[name] | None))
+        kind, hint = inspect.Parameter.KEYWORD_ONLY, hints[name]
+        switch: dict[str, Any] = {}
+        if bool in (hint, *get_args(hint)):  # typer would make two flags of it, and the column of these is wide
+            hint, switch = str, {"parser": _truth, "metavar": "true|false"}
+        option = typer.Option(None, help=text, rich_help_panel=expansion.panel, show_default=False, **switch)
+        parameters.append(inspect.Parameter(name, kind, default=option, annotation=hint | None))
     return parameters
+
+
+def _truth(text: str | bool) -> bool:
+    """`true` or `false`, as the examples take them too."""
+    words = {"true": True, "false": False}
+    if str(text).lower() not in words:
+        raise ValueError(f"{text!r} is neither true nor false.")
+    return words[str(text).lower()]

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_compressm.adapters import Measurement, find_layers
 from hf_compressm.compression.plan import CompressionPlan
-from hf_compressm.compression.planning import from_measurements, plan_sizes
+from hf_compressm.compression.planning import from_measurements, plan_sizes, tell_problems
 from hf_compressm.compression.settings import LayerChoice
 from hf_compressm.config import RANK_RULES, CompreSSMConfig
 
@@ -51,6 +51,7 @@ def compare_tolerances(
     settings = [CompreSSMConfig.from_dict({**others, "tolerance": tolerance}) for tolerance in tolerances]
 
     def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> list[CompressionPlan]:
+        tell_problems(choices, measurements, settings[0])
         return [plan_sizes(choices, measurements, setting) for setting in settings]
 
     plans = from_measurements(plan, model, settings[0], calibration)

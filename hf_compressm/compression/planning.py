@@ -44,13 +44,12 @@ def plan_compression(
         ValueError: for a model without SSM layers, settings that do not fit it, missing calibration or a batch that
             the model rejects; for NaN or Inf only under `on_nonfinite="raise"`.
     """
-    return from_measurements(
-        lambda choices, measurements: plan_sizes(choices, measurements, config, reduction_share),
-        model,
-        config,
-        calibration,
-        processes,
-    )
+
+    def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> CompressionPlan:
+        tell_problems(choices, measurements, config)
+        return plan_sizes(choices, measurements, config, reduction_share)
+
+    return from_measurements(plan, model, config, calibration, processes)
 
 
 def plan_sizes(
@@ -59,12 +58,7 @@ def plan_sizes(
     config: CompreSSMConfig,
     reduction_share: float = 1.0,
 ) -> CompressionPlan:
-    """The sizes that the rank rule gives to measured layers, and every new tensor.
-
-    Raises:
-        ValueError: for NaN or Inf under `on_nonfinite="raise"`.
-    """
-    _raise_on_problems(choices, measurements, config)
+    """The sizes that the rank rule gives to measured layers, and every new tensor."""
     sizes = _choose_sizes(choices, measurements, config, reduction_share)
     plans = for_each(lambda parts: _plan_layer(*parts), zip(choices, measurements, sizes, strict=True))
     return CompressionPlan(tuple(_one_size_or_none(choices, plans)))
@@ -120,9 +114,14 @@ def _add_up(statistics: Sequence[Statistics], model: nn.Module, processes: Proce
         item.samples = {name: [rows for seen in every for rows in seen.get(name, ())] for name in every[0]}
 
 
-def _raise_on_problems(
+def tell_problems(
     choices: Sequence[LayerChoice], measurements: Sequence[Measurement], config: CompreSSMConfig
 ) -> None:
+    """Warn of layers that cannot be cut.
+
+    Raises:
+        ValueError: for NaN or Inf under `on_nonfinite="raise"`.
+    """
     for choice, measurement in zip(choices, measurements, strict=True):
         layer = choice.layer
         if not measurement.problem:
