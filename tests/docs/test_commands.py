@@ -10,10 +10,6 @@ from hf_compressm.cli.app import app
 from tests.docs.pages import LINKED_PAGES, ROOT, blocks
 
 
-PLANNED = ("push", "report")
-"""Documented in `reports_and_hub.md`; looked at as soon as the command line has them."""
-
-
 def lines(text: str) -> list[list[str]]:
     """Calls of `hf-compressm` in shell code, split into words."""
     whole = text.replace("\\\n", " ").splitlines()
@@ -31,8 +27,6 @@ CALLS = [
 @pytest.mark.parametrize("call", CALLS)
 def test_command_and_options_exist(call):
     commands = typer.main.get_command(app).commands
-    if call[1] in PLANNED and call[1] not in commands:
-        pytest.skip(f"there is no command {call[1]} yet")
     assert call[1] in commands
     options = {name for item in commands[call[1]].params for name in [*item.opts, *item.secondary_opts]}
     given = {word.partition("=")[0] for word in call[2:] if word.startswith("--")}
