@@ -200,6 +200,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Complete what is about to be pushed, since the Trainer pushes only files that it knows."""
         if args.should_save and args.output_dir:
+            self._finish_push()
             if keeps_base_beside(kwargs["model"]):
                 save_base(kwargs["model"], args.output_dir)
             self._publisher().publish(Path(args.output_dir))
@@ -221,6 +222,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             )
         folder = self._run_folder()
         if args.should_save and self.events and folder.is_dir():
+            self._finish_push()
             try:
                 self._write_traces(folder)
             except OSError as error:  # the trained model must not be lost over it
@@ -234,6 +236,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         watch_saving(trainer, self._measure, self._seal)
         watch_losses(trainer, lambda: self._clock.take())
         self._publisher()
+
+    def _finish_push(self) -> None:
+        """Wait for a push that is going on: it reads the directory that is about to be written to.
+
+        It would find the configuration of one size and weights of another; or a file that has gone when its turn
+        comes, and then nothing of it is pushed, without a word.
+        """
+        self._present_trainer()._finish_current_push()
 
     def _publisher(self) -> Publisher:
         return watch_publishing(self._present_trainer(), lambda: self.events, self._write_traces)

@@ -21,7 +21,8 @@ from hf_compressm.schedule import resolve
 
 logger = logging.get_logger(__name__)
 
-KEPT_PREFIX = "before-cut-"
+KEPT_PREFIX = "_before-cut-"
+"""With the mark of what a Trainer does not push; `checkpoint-*` is the other, and its rotation removes these."""
 
 
 @dataclass(frozen=True)

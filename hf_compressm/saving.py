@@ -1,14 +1,15 @@
 """Checkpoints inside a Trainer: whoever asks for one, it counts only when all of it is there.
 
 A Trainer writes over a checkpoint of the same step file by file, when a run goes on from an earlier one or is told to
-end just after a save; and its just-in-time checkpoint tells no callback. So the method by which a Trainer saves is
-stood in front of.
+end just after a save; and its just-in-time checkpoint tells no callback; and it pushes a checkpoint before the
+callback has put in what is its own. So the method by which a Trainer saves is stood in front of.
 """
 
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,31 @@ class CheckpointSaver:
                 unseal_checkpoint(folder)
         with processes.together():  # each process writes a file of its own, and all of them have to be there
             try:
-                self._save(model, trial)
+                with _pushes_held(self.trainer) as pushes:
+                    self._save(model, trial)
             except Exception as error:
                 _raise_if_full(folder, error)
                 raise
         with processes.together():
             if writes and folder.is_dir():
                 self.finish(folder)
+        for pushed in pushes:
+            self.trainer._push_from_checkpoint(pushed)
+
+
+@contextmanager
+def _pushes_held(trainer: Trainer) -> Iterator[list[str]]:
+    """Collect the checkpoints that a Trainer would push at once: an upload is to find them with all their files."""
+    held: list[str] = []
+    own = vars(trainer).get("_push_from_checkpoint")
+    vars(trainer).update(_push_from_checkpoint=held.append)
+    try:
+        yield held
+    finally:
+        if own is None:
+            del vars(trainer)["_push_from_checkpoint"]
+        else:
+            vars(trainer).update(_push_from_checkpoint=own)
 
 
 def _raise_if_full(folder: Path, error: Exception) -> None:

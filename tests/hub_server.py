@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from tests.hub_repos import Commit, Repo, blob_oid, described, is_large
 WRITE_TOKEN = "hf_test"
 READ_TOKEN = "hf_read"
 OWNER = "me"
+SLOW_SECONDS = 0.2
 
 ROOT = Path(__file__).resolve().parents[1]
 Answer = tuple[int, Any, dict[str, str]]
@@ -43,8 +45,9 @@ Answer = tuple[int, Any, dict[str, str]]
 class Fault:
     """What happens to the requests number `first` to `last` of those that match.
 
-    `outcome` is a status, `"reset"` (the connection breaks in the middle of the upload), or `"lost"` (the request is
-    carried out, and the connection breaks before the answer), or `"garbled"` (a page for people in the place of JSON).
+    `outcome` is a status, `"reset"` (the connection breaks in the middle of the upload), `"lost"` (the request is
+    carried out, and the connection breaks before the answer), `"garbled"` (a page for people in the place of JSON), or
+    `"slow"` (the answer takes its time).
     """
 
     method: str
@@ -131,6 +134,8 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             return self.break_connection()
         self.body = self.rfile.read(length) if length else self.read_chunks()
+        if outcome == "slow":
+            time.sleep(SLOW_SECONDS)
         if outcome == "garbled":
             return self.send(200, b"<html>", {})
         answer = Refusal(outcome, message="as the test wants it").answer if isinstance(outcome, int) else None

@@ -276,7 +276,7 @@ def test_an_adapter_has_to_be_whole_too(folder: Path) -> None:
 
 
 def test_other_folders_and_files_are_no_checkpoints(folder: Path) -> None:
-    for name in ("checkpoint-abc", "checkpoint-", "checkpoint-99-old", "before-cut-checkpoint-98", "xcheckpoint-97"):
+    for name in ("checkpoint-abc", "checkpoint-", "checkpoint-99-old", "_before-cut-checkpoint-98", "xcheckpoint-97"):
         shutil.copytree(folder, folder.with_name(name))
     folder.with_name("checkpoint-96").write_text("a file")
     folder.with_name("checkpoint-95").mkdir()

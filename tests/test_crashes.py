@@ -121,7 +121,7 @@ def whole_run(processes: Processes, **job: Any) -> dict[str, Any]:
     if key not in processes.wholes:
         folder = processes.folder / f"whole-{len(processes.wholes)}"
         processes.run(folder, **job)
-        processes.wholes[key] = {**ending(folder), "kept": [path.name for path in folder.glob("before-cut-*")]}
+        processes.wholes[key] = {**ending(folder), "kept": [path.name for path in folder.glob("_before-cut-*")]}
     return processes.wholes[key]
 
 
@@ -269,5 +269,5 @@ def test_a_rollback_that_is_pending_survives_kills(
         kill_in(phase, count, processes, tmp_path / "killed", **job)
     processes.run(tmp_path / "killed", **job)
     assert different(whole, ending(tmp_path / "killed")) == []
-    kept = [path.name for path in (tmp_path / "killed").glob("before-cut-*")]
+    kept = [path.name for path in (tmp_path / "killed").glob("_before-cut-*")]
     assert kept == whole["kept"]

@@ -285,9 +285,9 @@ def test_a_recovery_of_any_content_is_taken_or_refused(tmp_path: Path, state: di
 @pytest.mark.parametrize("step", ["5/../../victim", "../victim", 5.0, True, None, [5], "5"], ids=repr)
 def test_a_recovery_cannot_name_a_folder_outside_the_run(step: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    (run / "before-cut-checkpoint-5").mkdir(parents=True)
+    (run / "_before-cut-checkpoint-5").mkdir(parents=True)
     (tmp_path / "victim").mkdir()
-    pending = {"step": step, "due": 9, "folder": f"before-cut-checkpoint-{step}", "before": 1.0, "after": 2.0}
+    pending = {"step": step, "due": 9, "folder": f"_before-cut-checkpoint-{step}", "before": 1.0, "after": 2.0}
     guard = RecoveryGuard(CompreSSMConfig())
     with pytest.raises(ValueError, match="cannot be read"):
         guard.restore({"pending": pending | {"worse": True}}, run)

@@ -149,7 +149,7 @@ def test_a_rollback_whose_checkpoint_is_gone_is_refused_at_the_start(tmp_path: P
     trainer = trainer_with(LRU, tmp_path, {4: 0.5, 6: 0.4}, max_steps=12)
     trainer.train()
     trainer = trainer_with(LRU, tmp_path, {})
-    with pytest.raises(ValueError, match=r"before-cut-checkpoint-4.*is not there"):
+    with pytest.raises(ValueError, match=r"_before-cut-checkpoint-4.*is not there"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
