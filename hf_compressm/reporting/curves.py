@@ -81,7 +81,7 @@ def plot_stability(run: Run, path: str | Path) -> Path:
     axes.set_ylim(top=1.02)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     axes.set_title("How settled the ranking of the states is", fontsize=11)
     return save_figure(figure, path)
 
