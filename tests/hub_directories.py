@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-from hf_compressm.checkpoints import seal_checkpoint
+from hf_compressm.checkpoints import HISTORY_FILE, seal_checkpoint
 from tests.families import LRU, S5, Family
 
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "merges.txt", "chat_template.jinja")
 OWN = ("README.md", "compressm_history.json", "compressm_figures/spectra.png")
+EMPTY_HISTORY = '{"schema_version": 1, "events": []}'
 LEFT = (
     "optimizer.pt",
     "scheduler.pt",
@@ -27,7 +28,9 @@ LEFT_FOLDERS = ("checkpoint-3/", "runs/", ".cache/")
 
 
 def fill(path: Path, text: str = "{}") -> None:
+    """Write a file with little in it; a history has no cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = EMPTY_HISTORY if path.name == HISTORY_FILE else text
     path.write_text(text, encoding="utf-8")
 
 

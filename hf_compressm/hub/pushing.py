@@ -18,7 +18,7 @@ from hf_compressm.checkpoints import BASE_FOLDER
 from hf_compressm.durable import quoted, read_json
 from hf_compressm.hub.failures import WAITS, explained, passing_reason, retried
 from hf_compressm.hub.files import Selection, choose_files, stale_files
-from hf_compressm.reporting.cards import CARD_FILE
+from hf_compressm.reporting.cards import CARD_FILE, card_of
 
 
 logger = logging.get_logger(__name__)
@@ -55,10 +55,12 @@ def push_directory(
     revision: str | None = None,
     message: str = MESSAGE,
     create_pr: bool = False,
-    write_card: Callable[[Path, str], str] | None = None,
     say: Callable[[str], None] = logger.warning,
 ) -> PushResult:
     """Push a saved model or a Trainer's checkpoint to the Hub; the directory stays as it is.
+
+    A model that was cut gets a card that says so, with the id in its loading code: a new one, unless the repo has one,
+    or the directory's with its section written anew.
 
     What may pass, a broken connection or a Hub that is down, is tried again, except the commit of a pull request,
     which could be opened twice.
@@ -70,7 +72,6 @@ def push_directory(
         revision: branch to push to, made from `main` if it is not there; by default `main`.
         message: title of the commit.
         create_pr: open a pull request in the place of a commit to `main`.
-        write_card: makes the text of README.md, from the directory and the repo's id, where neither has one.
         say: told of each failure that is followed by another attempt.
 
     Raises:
@@ -79,10 +80,11 @@ def push_directory(
     """
     check_target(repo_id, revision, message, create_pr)
     selection = choose_files(directory)
+    card_of(directory, repo_id)  # a history that cannot be read is found before a repo is made
     _check_reach()
     push = _Push(Path(directory), repo_id, selection, revision, message, create_pr, say)
     try:
-        return push.run(private, write_card)
+        return push.run(private)
     except Exception as error:  # of the network, the Hub and its client, in several libraries
         raise ValueError(push.failure(error)) from error
 
@@ -127,7 +129,7 @@ class _Push:
     created: bool = False
     committing: bool = False
 
-    def run(self, private: bool, write_card: Callable[[Path, str], str] | None) -> PushResult:
+    def run(self, private: bool) -> PushResult:
         """Look the repo up, make what is not there, and commit."""
         if "/" not in self.repo_id:
             owner = retried(self.api.whoami, self.say)["name"]
@@ -143,7 +145,7 @@ class _Push:
             branch = str(self.revision)
             retried(lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True), self.say)
         self.committing = True
-        return retried(lambda: self._commit(write_card), self.say, () if self.create_pr else WAITS)
+        return retried(self._commit, self.say, () if self.create_pr else WAITS)
 
     def failure(self, error: BaseException) -> str:
         """What went wrong, and what is on the Hub because of it."""
@@ -171,14 +173,15 @@ class _Push:
         else:
             self.created = True
 
-    def _commit(self, write_card: Callable[[Path, str], str] | None) -> PushResult:
+    def _commit(self) -> PushResult:
         """Commit on top of what is there now: a second attempt after a lost answer finds that nothing has changed."""
         head = self.api.model_info(self.repo_id, revision=self.revision)
         present = {file.rfilename for file in head.siblings or ()}
         removed = stale_files(self.selection, present)
         contents = self._own_contents()
-        if write_card is not None and CARD_FILE not in self.selection.names | present:
-            contents[CARD_FILE] = write_card(self.directory, self.repo_id).encode()
+        card = card_of(self.directory, self.repo_id)
+        if card is not None and (CARD_FILE in self.selection.names or CARD_FILE not in present):
+            contents[CARD_FILE] = card.encode()
         on_disk = {file.name: str(file.path.absolute()) for file in self.selection.files}
         sources: dict[str, str | bytes] = {**on_disk, **contents}
         done = self.api.create_commit(

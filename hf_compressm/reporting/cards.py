@@ -18,7 +18,7 @@ from hf_compressm.reporting import tables
 from hf_compressm.reporting.pages import ERRORS_IN_WORDS
 from hf_compressm.reporting.pictures import Picture, present_pictures
 from hf_compressm.reporting.rendering import render
-from hf_compressm.reporting.runs import Run, read_run, tells_of_a_cut
+from hf_compressm.reporting.runs import Run, find_run
 
 
 logger = logging.get_logger(__name__)
@@ -92,11 +92,12 @@ def card_of(directory: str | Path, repo_id: str | None = None) -> str | None:
     directory = Path(directory)
     path = directory / CARD_FILE
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
-    if not tells_of_a_cut(directory):
+    run = find_run(directory)
+    if run is None:
         return existing
     name = repo_id.split("/")[-1] if repo_id else directory.resolve().name
     facts = CardFacts(name, repo_id, pictures=present_pictures(directory / FIGURES_FOLDER))
-    return write_card(read_run(directory), facts, existing)
+    return write_card(run, facts, existing)
 
 
 def is_by_hand(card: str) -> bool:

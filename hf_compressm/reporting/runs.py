@@ -4,7 +4,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,22 +104,29 @@ def read_run(directory: str | Path) -> Run:
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory. Give the output_dir of a run, or a saved model.")
     source = directory
-    if not (directory / HISTORY_FILE).exists():
+    if not any((directory / name).exists() for name in (HISTORY_FILE, "config.json", BASE_FOLDER)):
         source = Path(find_last_complete_checkpoint(directory) or directory)
-    state = _read_if_there(source / TRAINER_STATE_FILE)
-    config = _read_if_there(source / "config.json") or _read_if_there(source / BASE_FOLDER / "config.json")
-    check_record(config.get("compressm"))
-    events: list[CutEvent] = []
-    if (source / HISTORY_FILE).exists():
-        try:
-            events = from_record(read_json(source / HISTORY_FILE))
-        except ValueError as error:
-            raise ValueError(f"{source / HISTORY_FILE}: {error}") from error
-    if not events and not config.get("compressm"):
+    run = find_run(source)
+    if run is None:
         raise ValueError(
             f"{directory} tells of no cut: it has no {HISTORY_FILE}, no complete checkpoint with one, and no model "
             "that was cut. A run with CompreSSMCallback writes its history at its end and beside every checkpoint."
         )
+    return replace(run, name=directory.resolve().name)
+
+
+def find_run(directory: Path) -> Run | None:
+    """What the files of one directory tell of a run; None where they tell of no cut.
+
+    Raises:
+        ValueError: naming the file that cannot be read.
+    """
+    state = _read_if_there(directory / TRAINER_STATE_FILE)
+    config = _read_if_there(directory / "config.json") or _read_if_there(directory / BASE_FOLDER / "config.json")
+    check_record(config.get("compressm"))
+    events = _events(directory / HISTORY_FILE)
+    if not events and not config.get("compressm"):
+        return None
     steps: Any = state.get("global_step")
     last = max((event.step for event in events), default=0)
     return Run(
@@ -132,10 +139,15 @@ def read_run(directory: str | Path) -> Run:
     )
 
 
-def tells_of_a_cut(directory: str | Path) -> bool:
-    """Whether a saved model or checkpoint has a history, or a configuration with a record of cuts."""
-    directory = Path(directory)
-    return (directory / HISTORY_FILE).exists() or bool(_read_if_there(directory / "config.json").get("compressm"))
+def _events(path: Path) -> list[CutEvent]:
+    """The attempts of a history; none without one."""
+    if not path.exists():
+        return []
+    values = read_json(path)
+    try:
+        return from_record(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 
-from hf_compressm.hub import push_directory
+from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.hub.failures import WAITS
 from tests.cli.running import complaint, run
-from tests.families import LRU, MAMBA, S5
+from tests.families import LRU, MAMBA, S5, STATE_SIZE
 from tests.hub_directories import (
     LEFT,
     LEFT_FOLDERS,
@@ -147,12 +147,40 @@ def test_adapters_go_with_their_base_and_without_the_name_of_a_place(
     assert not any(name.startswith("base_model/") for name in hub.repos["me/adapters"].files())
 
 
-def test_a_card_is_written_where_there_is_none(hub: HubServer, folder: Path) -> None:
+def test_a_cut_model_gets_a_card_with_its_id(hub: HubServer, tmp_path: Path, capsys: Any) -> None:
+    model = LRU.build()
+    compress(model, CompreSSMConfig(fraction=0.5))
+    model.save_pretrained(folder := tmp_path / "model")
     before = contents(folder)
-    for text in ("# First\n", "# Second\n"):
-        push_directory(folder, "me/cut", write_card=lambda place, repo, text=text: f"{text}{place.name} {repo}\n")
-    assert hub.repos["me/cut"].files()["README.md"] == b"# First\nmodel me/cut\n"  # the second leaves it alone
+    assert run(capsys, "push", folder, "me/cut")[0] == 0
+    card = hub.repos["me/cut"].files()["README.md"].decode()
+    assert "# cut" in card
+    assert 'from_pretrained("me/cut", trust_remote_code=True)' in card
+    assert f"{STATE_SIZE} states per layer became {STATE_SIZE // 2} in 1 cut" in card
+    assert "compressm" in ModelCard(card).data.tags
     assert contents(folder) == before
+
+
+def test_a_card_that_is_there_stays(hub: HubServer, folder: Path, capsys: Any) -> None:
+    model = LRU.build()
+    assert run(capsys, "push", folder, "me/cut")[0] == 0
+    assert "README.md" not in hub.repos["me/cut"].files()  # nothing was cut
+    (folder / "README.md").write_text("# Mine\n")
+    assert run(capsys, "push", folder, "me/cut")[0] == 0
+    (folder / "README.md").unlink()
+    compress(model, CompreSSMConfig(fraction=0.5))
+    model.save_pretrained(folder)
+    assert run(capsys, "push", folder, "me/cut")[0] == 0
+    assert hub.repos["me/cut"].files()["README.md"] == b"# Mine\n"  # the directory has none of its own
+    (folder / "README.md").write_text("# Yours\n")
+    assert run(capsys, "push", folder, "me/cut")[0] == 0
+    card = hub.repos["me/cut"].files()["README.md"].decode()
+    assert "# Yours" in card
+    assert "## Compression" in card
+    assert (folder / "README.md").read_text() == "# Yours\n"
+    (folder / "compressm_history.json").write_text("{")
+    assert "compressm_history.json is not whole" in complaint(capsys, "push", folder, "me/other")
+    assert "me/other" not in hub.repos
 
 
 PASSING = {
