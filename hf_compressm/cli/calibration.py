@@ -121,8 +121,10 @@ def _tokenizer(directory: str | Path, config: PreTrainedConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if tokenizer("text", add_special_tokens=False)["input_ids"]:
             return tokenizer
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # there is none
         pass
+    except Exception as error:  # of whatever reads it: its files are of anybody
+        raise ValueError(f"The tokenizer of {directory} cannot be read ({type(error).__name__}: {error}).") from error
     return ByteTokenizer() if config.vocab_size == ByteTokenizer.vocab_size else None
 
 

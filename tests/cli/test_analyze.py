@@ -56,6 +56,34 @@ def test_json_has_what_the_cut_then_does(tmp_path: Path, capsys: Any) -> None:
     assert json.loads(run(capsys, "analyze", tmp_path / "small", "--json")[1])["state_bytes"] == cut["state_bytes"]
 
 
+def test_settings_come_from_a_file_too_and_quiet_is_quiet(tmp_path: Path, capsys: Any) -> None:
+    model = save(LRU, tmp_path / "model")
+    (tmp_path / "cuts.yaml").write_text("min_state_size: 6\ntolerance: 0.3\n")  # its rank rule is not used here
+    arguments = ("analyze", model, "--tolerances", "0.9", "--config", tmp_path / "cuts.yaml")
+
+    def sizes(*more: object) -> set[int]:
+        layers = json.loads(run(capsys, *arguments, "--json", *more)[1])["tolerances"][0]["layers"]
+        return {layer["new_state_size"] for layer in layers}
+
+    assert sizes() == {6}
+    assert sizes("--min-state-size", 5) == {5}
+    assert run(capsys, *arguments, "--quiet", "--plot", tmp_path / "plot.png")[:2] == (0, "")
+    assert (tmp_path / "plot.png").exists()
+
+
+def test_switches_take_true_and_false(tmp_path: Path, capsys: Any) -> None:
+    model = save(LRU, tmp_path / "model")
+    assert run(capsys, "analyze", model, "--per-layer", "False")[0] == 0
+    assert "'maybe' is neither true nor false" in complaint(capsys, "analyze", model, "--per-layer", "maybe")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, capsys: Any) -> None:
+    model = save(MAMBA, tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert f"The tokenizer of {model} cannot be read" in complaint(capsys, "analyze", model)
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=family_id)
 def test_every_tolerance_is_planned_as_by_itself_and_counted_as_cut(family: Family) -> None:
     model = family.build()
