@@ -29,7 +29,7 @@ from .selective import compute_dtype, feed_through_and_gate, step_sizes
 
 
 ROUNDS = 20  # of doubling: what is more than 2^20 chunks back, 4 million steps at least, is forgotten
-SELECTIVE_CHUNK_SIZE = 16  # a round of doubling touches a sixteenth of the states, so that all cost as much as one step
+SELECTIVE_CHUNK_SIZE = 16  # all rounds together touch about as many states as there are steps
 
 
 def diagonal_scan_in_pairs(u: Tensor, eigenvalues: Tensor, B: Tensor, C: Tensor, reverse: bool = False) -> Tensor:

@@ -49,8 +49,8 @@ def enable_fast_selective_scan() -> bool:
     Per call: a working kernel (mamba-ssm on this device, or one from the Hub that `use_kernels=True` put in place)
     runs untouched; `use_mambapy=True` is obeyed; while `torch.compile` or `torch.jit.trace` look on, the stock PyTorch
     code runs, and while `torch.export` does, for Mamba-1 layouts a scan that leaves the length open, which the stock
-    code cannot; in all other cases the fast scan does. Results, dtypes and caches are those of the stock code. May be called any number of times; kernels are looked for anew each time. Undone by
-    `disable_fast_selective_scan`.
+    code cannot; in all other cases the fast scan does. Results, dtypes and caches are those of the stock code. May be
+    called any number of times; kernels are looked for anew each time. Undone by `disable_fast_selective_scan`.
 
     Returns:
         Whether stock models of any of these families now run a fast scan on the current accelerator (on the CPU if

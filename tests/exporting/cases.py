@@ -10,17 +10,16 @@ from hf_compressm import CompreSSMConfig, compress
 from tests.families import Family
 
 
-KEPT = 4  # states, of the 8 that the families start with
 SIZES = [(3, 9), (1, 1), (2, 70), (1, 33)]
 """(batch, length) that no example had: a single step, both sides of a chunk, several chunks."""
 
 
-def compressed(family: Family, **kwargs: Any) -> PreTrainedModel:
-    """A model of the family, cut to half of its states, which changed what it computes."""
+def compressed(family: Family, kept: int = 4, **kwargs: Any) -> PreTrainedModel:
+    """A model of the family, cut to `kept` of its 8 states."""
     model = family.build(**kwargs)
     before = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    compress(model, CompreSSMConfig(target_state_size=KEPT), calibration=family.calibration())
-    assert getattr(model.config, family.size_field) == KEPT
+    compress(model, CompreSSMConfig(target_state_size=kept), calibration=family.calibration())
+    assert getattr(model.config, family.size_field) == kept
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} != before
     return model
 

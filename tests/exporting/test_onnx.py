@@ -64,4 +64,5 @@ def test_the_runtime_computes_what_the_model_does_at_every_size(
     for size in SIZES:
         inputs = inputs_of(family, *size, masked=masked)
         expected = logits_of(model, inputs).numpy()
-        np.testing.assert_allclose(run(session, inputs), expected, rtol=TOLERANCE, atol=TOLERANCE * abs(expected).max())
+        atol = TOLERANCE * abs(expected).max()
+        np.testing.assert_allclose(run(session, inputs), expected, rtol=TOLERANCE, atol=atol)
