@@ -23,6 +23,7 @@ INSTALL_REQUIRES = [
     "typer",
 ]
 
+EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 EXAMPLES = ["datasets", "evaluate", "matplotlib", "psutil", "scikit-learn"]
 
 # The oracles are outside implementations that the tests compare with; the package itself never imports them.
@@ -37,13 +38,16 @@ TEST = [
     "scipy",
     "tensorboard",
     "trackio",
+    "torchao",  # only here: with a torch that it does not fit, transformers cannot be imported
     "trl",
     *ORACLES,
     *EXAMPLES,
+    *EXPORT,
 ]
 
 EXTRAS_REQUIRE = {
     "examples": EXAMPLES,
+    "export": EXPORT,
     "plot": ["matplotlib"],
     "peft": ["peft"],
     "cuda": ["causal-conv1d", "kernels", "mamba-ssm"],

@@ -210,7 +210,7 @@ def test_a_record_that_lacks_anything_is_refused(kind: str, valid: dict[str, Any
 
 LAYERS = ("backbone.layers.0.ssm", "backbone.layers.1.ssm")
 OPTIONAL = (*LAYERS, "step", "state_bytes_before", "state_bytes_after")
-"""Keys that may be absent: any of a table, the step of a cut outside training, and what earlier records did not have."""
+"""Keys that may be absent: any of a table, the step of a cut outside training, what earlier records did not have."""
 
 
 @reader

@@ -20,8 +20,9 @@ from .configuration_diagonal_ssm import DiagonalSSMConfig
 
 
 try:
-    from hf_compressm.scans import diagonal_scan
+    from hf_compressm.scans import diagonal_scan, exported
 except ImportError:  # this file was loaded as custom code, in a process that does not have the package
+    exported = None  # type: ignore[assignment]
 
     def diagonal_scan(u, eigenvalues, B, C, initial_state=None, return_last_state=False, reverse=False):
         """Plain recurrence with the signature and results of `hf_compressm.scans.diagonal_scan`."""
@@ -73,6 +74,10 @@ class DiagonalSSMLayer(nn.Module):
         """
         raise NotImplementedError
 
+    def system_in_pairs(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns `system()` without complex numbers, as [Re, Im] in one more dimension: what can be exported."""
+        raise NotImplementedError
+
     def init_weights(self) -> None:
         """Initialises the parameters in place, leaving alone those that a checkpoint has filled."""
         raise NotImplementedError
@@ -93,13 +98,16 @@ class DiagonalSSMLayer(nn.Module):
         Raises:
             ValueError: When a bidirectional layer is asked to start from or return a state.
         """
-        if self.bidirectional and (initial_state is not None or return_last_state):
+        stateful = initial_state is not None or return_last_state
+        if self.bidirectional and stateful:
             raise ValueError("A bidirectional layer has no state to carry on from; call it on whole sequences only.")
         dtype = torch.promote_types(torch.promote_types(u.dtype, self.D.dtype), torch.float32)
         with maybe_autocast(device_type=u.device.type, enabled=False):
-            eigenvalues, B, C = self.system(dtype)
             inputs = u.to(dtype)
             outputs: Any
+            if torch.compiler.is_exporting() and exported is not None and not stateful:
+                return (self._exported(inputs) + self.D.to(dtype) * inputs).to(u.dtype)
+            eigenvalues, B, C = self.system(dtype)
             if self.bidirectional:
                 forward_C, backward_C = C.chunk(2)
                 outputs = diagonal_scan(inputs, eigenvalues, B, forward_C)
@@ -110,6 +118,15 @@ class DiagonalSSMLayer(nn.Module):
                 outputs = diagonal_scan(inputs, eigenvalues, B, C, initial_state)
             outputs = (outputs + self.D.to(dtype) * inputs).to(u.dtype)
         return (outputs, state) if return_last_state else outputs
+
+    def _exported(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Re(C h), as `torch.export` records it: for sequences of any length, in real arithmetic."""
+        eigenvalues, B, C = self.system_in_pairs(inputs.dtype)
+        scan = exported.diagonal_scan_in_pairs
+        if not self.bidirectional:
+            return scan(inputs, eigenvalues, B, C)
+        forward_C, backward_C = C.chunk(2)
+        return scan(inputs, eigenvalues, B, forward_C) + scan(inputs, eigenvalues, B, backward_C, reverse=True)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

@@ -156,7 +156,8 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
             inputs_embeds: Encoded input `(batch, length, H)`.
             input_values: Continuous frames `(batch, length, input_size)`.
             cache: States after the steps that came before; updated in place. Gradients stop there.
-            use_cache: Whether to return the states; by default `config.use_cache` outside training.
+            use_cache: Whether to return the states; by default `config.use_cache` outside training, and not while
+                `torch.export` looks on.
             output_hidden_states: Whether to return the encoded input and every block's output.
             return_dict: Whether to return a [`DiagonalSSMOutput`] rather than a tuple.
             cache_params: An older name of `cache`.
@@ -235,8 +236,8 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
                 "`cache` cannot be used with gradient checkpointing, which would run each step twice: call "
                 "`model.eval()` or switch gradient checkpointing off first."
             )
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+        if use_cache is None:  # exported programs have no place for complex states, unless they are asked for
+            use_cache = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
         if self.layers and self.layers[0].ssm.bidirectional:
             use_cache = False
         if cache is None and use_cache and not checkpointing:

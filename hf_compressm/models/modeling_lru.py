@@ -58,6 +58,14 @@ class LRULayer(DiagonalSSMLayer):
         B = torch.complex(gamma * self.B_re.to(dtype), gamma * self.B_im.to(dtype))
         return eigenvalues, B, torch.complex(self.C_re.to(dtype), self.C_im.to(dtype))
 
+    def system_in_pairs(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns `system()` as pairs [Re, Im]; see [`DiagonalSSMLayer.system_in_pairs`]."""
+        modulus, theta = (-self.nu_log.to(dtype).exp()).exp(), self.theta.to(dtype)
+        eigenvalues = modulus[:, None] * torch.stack([theta.cos(), theta.sin()], dim=-1)
+        B = torch.stack([self.B_re.to(dtype), self.B_im.to(dtype)], dim=-1)
+        C = torch.stack([self.C_re.to(dtype), self.C_im.to(dtype)], dim=-1)
+        return eigenvalues, self.gamma_log.to(dtype).exp()[:, None, None] * B, C
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draws eigenvalues uniformly on the ring `r_min <= |lambda| <= r_max` and normalises the inputs by gamma.

@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 from .configuration_s5 import S5Config
 from .heads_diagonal_ssm import DiagonalSSMForCausalLM, DiagonalSSMForSequenceClassification
 from .hippo import hippo_normal_blocks
-from .layers_diagonal_ssm import DiagonalSSMLayer
+from .layers_diagonal_ssm import DiagonalSSMLayer, exported
 from .modeling_diagonal_ssm import DiagonalSSMBlock, DiagonalSSMModel
 
 
@@ -27,6 +27,8 @@ from .modeling_diagonal_ssm import DiagonalSSMBlock, DiagonalSSMModel
 LARGEST_REAL_PART = -1e-4
 # Standard deviation of a standard normal variable truncated to [-2, 2], by which Lecun's scheme divides.
 TRUNCATED_NORMAL_STD = 0.87962566103423978
+# (exp(z) - 1) / z is 1 to the last digit of float64 where |z|^2 is below this, which float32 still has as a number.
+TINY_SQUARE = 1e-32
 
 
 def expm1_ratio(z: torch.Tensor) -> torch.Tensor:
@@ -60,6 +62,28 @@ def discretize(
         return torch.exp(z), (Delta * expm1_ratio(z))[:, None] * B
     denominator = 1 - z / 2
     return (1 + z / 2) / denominator, (Delta / denominator)[:, None] * B
+
+
+def discretize_in_pairs(
+    Lambda: torch.Tensor, B: torch.Tensor, Delta: torch.Tensor, method: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what `discretize` does, for pairs [Re, Im] in the last dimension: `(slots, 2)` and `(slots, H, 2)`.
+
+    With `z = x + iy`, `exp(z) - 1 = expm1(x) cos y - 2 sin(y / 2)^2 + i exp(x) sin y`, which loses nothing near 0.
+    """
+    z = Lambda * Delta[:, None]
+    one = torch.tensor([1.0, 0.0], dtype=z.dtype, device=z.device)
+    if method == "zoh":
+        x, y = z.unbind(-1)
+        Lambda_bar = x.exp()[:, None] * torch.stack([y.cos(), y.sin()], dim=-1)
+        real = torch.expm1(x) * y.cos() - 2 * (y / 2).sin() ** 2
+        difference = torch.stack([real, x.exp() * y.sin()], dim=-1)
+        is_tiny = (z * z).sum(-1, keepdim=True) < TINY_SQUARE
+        scale = torch.where(is_tiny, one, exported.divide_pairs(difference, z))
+    else:
+        Lambda_bar = exported.divide_pairs(one + z / 2, one - z / 2)
+        scale = exported.divide_pairs(one, one - z / 2)
+    return Lambda_bar, exported.multiply_pairs((Delta[:, None] * scale)[:, None], B)
 
 
 def _truncated_normal(rows: int, columns: int, fan_in: int) -> torch.Tensor:
@@ -113,6 +137,19 @@ class S5Layer(DiagonalSSMLayer):
         if self.bidirectional:
             C = torch.cat(C.chunk(2, dim=1))  # (H, 2 slots) -> (2H, slots)
         eigenvalues, B = discretize(Lambda, B, self.log_step.to(dtype).exp(), self.discretization)
+        return eigenvalues, B, 2 * C if self.conj_sym else C
+
+    def system_in_pairs(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns `system()` as pairs [Re, Im]; see [`DiagonalSSMLayer.system_in_pairs`]."""
+        real_part = self.Lambda_re.to(dtype)
+        if self.clip_eigs:
+            real_part = real_part.clamp(max=LARGEST_REAL_PART)
+        Lambda = torch.stack([real_part, self.Lambda_im.to(dtype)], dim=-1)
+        B = torch.stack([self.B_re.to(dtype), self.B_im.to(dtype)], dim=-1)
+        C = torch.stack([self.C_re.to(dtype), self.C_im.to(dtype)], dim=-1)
+        if self.bidirectional:
+            C = torch.cat(C.chunk(2, dim=1))  # (H, 2 slots, 2) -> (2H, slots, 2)
+        eigenvalues, B = discretize_in_pairs(Lambda, B, self.log_step.to(dtype).exp(), self.discretization)
         return eigenvalues, B, 2 * C if self.conj_sym else C
 
     @torch.no_grad()

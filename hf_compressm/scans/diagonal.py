@@ -252,8 +252,13 @@ def _choose_chunk_size(length: int, H: int, P: int, state_size: int, one_launch:
         best = math.isqrt(480 * state_size // max(H * P, 1))
         target = 2 ** max(1, min(5, best.bit_length() - 1))  # a power of two often divides the length
     else:
-        target = 32 if H * P <= 1024 else (8 if H * P <= 8192 else 4)
+        target = loop_chunk_size(H, P)
     return min(target, length)
+
+
+def loop_chunk_size(H: int, P: int) -> int:
+    """Steps per chunk, a power of two, where a chunk costs a PyTorch operation; measured in `_choose_chunk_size`."""
+    return 32 if H * P <= 1024 else (8 if H * P <= 8192 else 4)
 
 
 def _to_common_dtype(

@@ -136,9 +136,9 @@ def selective_scan(
     Source: Gu and Dao, *Mamba* (arXiv 2312.00752), algorithm 2; recomputation as in its section 3.3.2.
     """
     _check_arguments(u, delta, A, B, C, D, z, delta_bias)
-    dtype = _compute_dtype(u, delta, A, B, C)
+    dtype = compute_dtype(u, delta, A, B, C)
     with torch.autocast(device_type=u.device.type, enabled=False):
-        steps = _step_sizes(delta.to(dtype), delta_bias, delta_softplus)
+        steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
         inputs = u.to(dtype)
         y, last_state = _SelectiveScan.apply(
             _time_major(steps),
@@ -149,7 +149,7 @@ def selective_scan(
         )
         last_state = last_state.transpose(1, 2)  # (batch, channels, N)
         out = y.permute(1, 2, 0)  # (batch, channels, length)
-        out = _feed_through_and_gate(out, inputs, D, z).to(u.dtype)
+        out = feed_through_and_gate(out, inputs, D, z).to(u.dtype)
     return (out, last_state) if return_last_state else out
 
 
@@ -189,16 +189,16 @@ def selective_scan_reference(
         ValueError: If a shape or a dtype is not as above.
     """
     _check_arguments(u, delta, A, B, C, D, z, delta_bias)
-    dtype = _compute_dtype(u, delta, A, B, C)
+    dtype = compute_dtype(u, delta, A, B, C)
     inputs, A, B, C = u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
-    steps = _step_sizes(delta.to(dtype), delta_bias, delta_softplus)
+    steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
     h = inputs.new_zeros(u.shape[0], *A.shape)  # (batch, channels, N)
     outputs = []
     for t in range(u.shape[2]):
         step = steps[:, :, t, None]  # (batch, channels, 1)
         h = torch.exp(step * A) * h + step * inputs[:, :, t, None] * B[:, None, :, t]
         outputs.append((h * C[:, None, :, t]).sum(-1))
-    out = _feed_through_and_gate(torch.stack(outputs, dim=-1), inputs, D, z).to(u.dtype)
+    out = feed_through_and_gate(torch.stack(outputs, dim=-1), inputs, D, z).to(u.dtype)
     return (out, h) if return_last_state else out
 
 
@@ -235,9 +235,9 @@ def selective_states(
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it is a number of steps and must be at least 1.")
     _check_arguments(u, delta, A, B, None, None, None, delta_bias)
-    dtype = _compute_dtype(u, delta, A, B)
+    dtype = compute_dtype(u, delta, A, B)
     A = A.to(dtype).T.contiguous()  # (N, channels)
-    steps = _step_sizes(delta.to(dtype), delta_bias, delta_softplus)
+    steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
     drive, steps, B = _time_major(u.to(dtype) * steps), _time_major(steps), _time_major(B.to(dtype))
     decay, states = _chunk_buffers(steps, A, chunk_size)
     states[0].zero_()
@@ -306,21 +306,21 @@ def _time_major(tensor: Tensor) -> Tensor:
     return tensor.permute(2, 0, 1).contiguous()
 
 
-def _step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
+def step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
     """Delta with its bias added and through softplus if asked, (batch, channels, length)."""
     if delta_bias is not None:
         delta = delta + delta_bias.to(delta.dtype)[:, None]
     return F.softplus(delta) if delta_softplus else delta
 
 
-def _feed_through_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+def feed_through_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     """(y + D u) * silu(z), in the dtype of y, (batch, channels, length)."""
     if D is not None:
         y = y + u * D.to(y.dtype)[:, None]
     return y if z is None else y * F.silu(z.to(y.dtype))
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 

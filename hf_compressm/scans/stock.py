@@ -31,6 +31,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_mambapy_available
 
 from . import kernels
+from .exported import selective_scan_for_export
 from .selective import selective_scan
 from .ssd import ssd_scan
 
@@ -46,10 +47,10 @@ def enable_fast_selective_scan() -> bool:
     does not matter whether this is called before or after a model is made.
 
     Per call: a working kernel (mamba-ssm on this device, or one from the Hub that `use_kernels=True` put in place)
-    runs untouched; `use_mambapy=True` is obeyed; while `torch.compile`, `torch.export` or `torch.jit.trace` look on,
-    the stock PyTorch code runs; in all other cases the fast scan does. Results, dtypes and caches are those of the
-    stock code. May be called any number of times; kernels are looked for anew each time. Undone by
-    `disable_fast_selective_scan`.
+    runs untouched; `use_mambapy=True` is obeyed; while `torch.compile` or `torch.jit.trace` look on, the stock PyTorch
+    code runs, and while `torch.export` does, for Mamba-1 layouts a scan that leaves the length open, which the stock
+    code cannot; in all other cases the fast scan does. Results, dtypes and caches are those of the stock code. May be
+    called any number of times; kernels are looked for anew each time. Undone by `disable_fast_selective_scan`.
 
     Returns:
         Whether stock models of any of these families now run a fast scan on the current accelerator (on the CPU if
@@ -100,7 +101,8 @@ def _fast_selective_scan(
     dtype = hidden_states.dtype
     for tensor in (D, z):
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-    result = selective_scan(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    scan = selective_scan_for_export if torch.compiler.is_exporting() else selective_scan
+    result = scan(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     if isinstance(result, tuple):
         return result[0].to(dtype), result[1]
     return result.to(dtype)
@@ -132,7 +134,9 @@ def _fast_ssd_scan(
     return (y.to(dtype), final_states.float()) if return_final_states else y.to(dtype)
 
 
-def _scan_dispatcher(stock: Callable, kernel_devices: frozenset[str], fast: Callable) -> Callable:
+def _scan_dispatcher(
+    stock: Callable, kernel_devices: frozenset[str], fast: Callable, can_be_exported: bool
+) -> Callable:
     """The scan of a modeling file, with a fast scan in the place of its PyTorch code."""
     torch_path = kernels.torch_path(stock)
     plain = torch_path if kernels.is_kernel_installed() else stock
@@ -144,7 +148,9 @@ def _scan_dispatcher(stock: Callable, kernel_devices: frozenset[str], fast: Call
             function = stock
         elif kwargs.get("cu_seqlens") is not None or kwargs.get("seq_idx") is not None:
             function = stock  # packed sequences need a kernel: the stock code says so
-        elif _is_traced() or (kwargs.get("use_mambapy") and is_mambapy_available()):
+        elif kwargs.get("use_mambapy") and is_mambapy_available():
+            function = plain
+        elif _is_traced() and not (can_be_exported and torch.compiler.is_exporting()):
             function = plain
         return function(hidden_states, *args, **kwargs)
 
@@ -192,13 +198,19 @@ class _Job:
 
 
 _SELECTIVE = _Job(
-    "mamba_selective_scan", kernels.SELECTIVE_SCAN, functools.partial(_scan_dispatcher, fast=_fast_selective_scan)
+    "mamba_selective_scan",
+    kernels.SELECTIVE_SCAN,
+    functools.partial(_scan_dispatcher, fast=_fast_selective_scan, can_be_exported=True),
 )
 _SELECTIVE_FUSED = _Job("mamba_inner_fn", kernels.INNER, _fused_dispatcher)
 _SELECTIVE_UPDATE = _Job("mamba_selective_state_update", kernels.CHANNEL_UPDATE, _update_dispatcher)
 _MAMBA = (_SELECTIVE, _SELECTIVE_FUSED, _SELECTIVE_UPDATE)
 _MAMBA2 = (
-    _Job("mamba2_chunk_scan", kernels.CHUNK_SCAN, functools.partial(_scan_dispatcher, fast=_fast_ssd_scan)),
+    _Job(
+        "mamba2_chunk_scan",
+        kernels.CHUNK_SCAN,
+        functools.partial(_scan_dispatcher, fast=_fast_ssd_scan, can_be_exported=False),  # the stock code can
+    ),
     _Job("mamba2_split_conv1d_scan_combined", kernels.SPLIT_SCAN, _fused_dispatcher),
     _Job("mamba2_selective_state_update", kernels.HEAD_UPDATE, _update_dispatcher),
 )
