@@ -38,12 +38,15 @@ TEST = [
     "scipy",
     "tensorboard",
     "trackio",
-    "torchao",  # only here: with a torch that it does not fit, transformers cannot be imported
     "trl",
     *ORACLES,
     *EXAMPLES,
     *EXPORT,
 ]
+
+# Slow tests need lm-eval and torchao, which is in no other extra: beside a torch that it does not fit, transformers
+# cannot be imported.
+TOOLS = ["lm-eval", "mypy", "pre-commit", "ruff", "torchao", "types-PyYAML"]
 
 EXTRAS_REQUIRE = {
     "examples": EXAMPLES,
@@ -52,7 +55,7 @@ EXTRAS_REQUIRE = {
     "peft": ["peft"],
     "cuda": ["causal-conv1d", "kernels", "mamba-ssm"],
     "test": TEST,
-    "dev": [*TEST, "mypy", "pre-commit", "ruff", "types-PyYAML"],
+    "dev": [*TEST, *TOOLS],
 }
 
 

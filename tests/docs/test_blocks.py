@@ -8,6 +8,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
 
 from hf_compressm.scans import disable_fast_selective_scan
+from tests import tools
 from tests.docs.pages import PAGES, blocks
 
 
@@ -59,11 +60,20 @@ def at_the_end_of(name: str) -> Any:
 
 
 LOOKS: dict[str, Any] = {}
+EXPORTING = "export"
+"""The page that takes long, and needs more than the test extra."""
+
+
+def in_its_time(page: Path) -> Any:
+    """A page as a parameter, marked slow if it is."""
+    return pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem == EXPORTING else [])
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [in_its_time(page) for page in PAGES if blocks(page, "python")])
 def test_the_blocks_run_in_order(page, names):
+    if page.stem == EXPORTING:
+        tools.module("torchao")
     names = run(page, names)
     if page.stem in LOOKS:
         LOOKS[page.stem](names)

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests import tools
 from tests.exporting.cases import compressed
 from tests.exporting.test_generating import tokenizer_of_words
 from tests.families import MAMBA, S5, Family, family_id
 
 
-lm_eval = pytest.importorskip("lm_eval")
-huggingface = pytest.importorskip("lm_eval.models.huggingface")
+lm_eval = tools.module("lm_eval")
+huggingface = tools.module("lm_eval.models.huggingface")
 
 TOLERANCE = 1e-4  # float32 log-likelihoods, in batches of other lengths
 ROWS = [

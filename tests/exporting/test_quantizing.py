@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from hf_compressm import CompreSSMConfig, compress
+from tests import tools
 from tests.exporting.cases import inputs_of, logits_of
 from tests.families import FALCON_MAMBA, LRU, MAMBA, MAMBA2, S5_CLASSIFIER, Family, family_id
 
 
-quantization = pytest.importorskip("torchao.quantization")
+quantization = tools.module("torchao.quantization")
+pytestmark = pytest.mark.slow
 
 # Of the logits' norm. Freshly initialised layers, whose error is 0.04; in a trained one it was 0.017, cut or not.
 TOLERANCE = 0.1

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from PIL import Image
 
 from hf_compressm.checkpoints import HISTORY_FILE, TRAINER_STATE_FILE
 from hf_compressm.reporting import read_run, write_report
+from tests import tools
 from tests.families import LRU, STATE_SIZE
 from tests.reporting.example_runs import CUTS, STEPS, train
 from tests.reporting.test_plots import PNG_SIGNATURE, assert_is_picture
@@ -24,7 +24,6 @@ EVIL = (
     "</td><script>alert(1)</script><img src=x onerror=alert(2)> ![a](javascript:alert(3)) | `x` {{ 7 * 7 }} $\\frac$"
 )
 PICTURES = ("before_after", "cut_cost", "spectra", "state_sizes", "training")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
     "--disable-sync --disable-quic --hide-scrollbars"
@@ -204,14 +203,12 @@ def test_a_history_cannot_name_a_place_to_write_to(copied: Path) -> None:
 
 @pytest.mark.slow
 def test_a_browser_shows_the_page_and_runs_nothing(copied: Path, tmp_path: Path) -> None:
-    if CHROMIUM is None:
-        assert not os.environ.get("NEEDS_CHROMIUM"), "this run is to have Chromium (Debian: apt install chromium)"
-        pytest.skip("there is no Chromium on this machine")
+    chromium = tools.browser()
     poison(copied)
     page, _ = write_report(copied)
     own = [f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
     shot = tmp_path / "shot.png"
-    command = [CHROMIUM, *FLAGS, "--window-size=1000,3000", f"--screenshot={shot}", *own]
+    command = [chromium, *FLAGS, "--window-size=1000,3000", f"--screenshot={shot}", *own]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     pixels = np.asarray(Image.open(shot).convert("RGB")).reshape(3000, -1, 3)
     for band in np.split(pixels[:1200], 3):  # tables, and the pictures below them
@@ -219,7 +216,7 @@ def test_a_browser_shows_the_page_and_runs_nothing(copied: Path, tmp_path: Path)
     blue = (np.abs(pixels.astype(int) - (0, 0x72, 0xB2)).sum(axis=2) < 12).sum()
     assert blue > 5000  # pictures are drawn, not only framed
     done = subprocess.run(
-        [CHROMIUM, *FLAGS, "--dump-dom", *own], check=True, capture_output=True, text=True, timeout=120
+        [chromium, *FLAGS, "--dump-dom", *own], check=True, capture_output=True, text=True, timeout=120
     )
     shown = Page(done.stdout)
     assert not {"script"} & set(shown.tags)
