@@ -151,7 +151,7 @@ def _without_failing(write: Callable[[], object]) -> None:
     """Do it, or warn that it could not be done."""
     try:
         write()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of files, plots and templates: no training run is to end over them
         logger.warning(f"What explains the cuts could not be written beside the model: {error}")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import Trainer
@@ -100,9 +101,11 @@ def test_a_card_of_ours_is_written_anew_until_a_person_changes_it(tmp_path: Path
     head, _, tail = changed.partition("<!-- compressm: begin")
     path.write_text(f"{head}{OWN_TEXT}\n<!-- compressm: begin{tail}\n{OWN_TEXT}")
     assert is_by_hand(path.read_text())
-    for _ in range(2):
+    for loss in (0.5, 0.25):
+        trainer.state.log_history.append({"eval_loss": loss, "step": 6})
         trainer.save_model()
         kept = path.read_text()
+        assert ModelCard(kept).data.eval_results[0].metric_value == loss
         assert kept.count(OWN_TEXT) == 2
         assert kept.count("## Compression") == 1
         assert "to be overwritten" not in kept
@@ -110,6 +113,16 @@ def test_a_card_of_ours_is_written_anew_until_a_person_changes_it(tmp_path: Path
         assert data.license == "cc-by-4.0"
         assert data.tags.count("tides") == 1
         assert is_by_hand(kept)
+
+
+def test_results_that_a_person_gave_stay(tmp_path: Path) -> None:
+    metric = {"type": "accuracy", "value": 0.9, "name": "Accuracy by hand"}
+    result = {"task": {"type": "other"}, "dataset": {"name": "tides", "type": "tides"}, "metrics": [metric]}
+    for index in ([{"name": "mine", "results": [result]}], ["odd"], "odd"):
+        head = json.dumps({"model-index": index})  # JSON is YAML
+        (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# Tides\n")
+        trained(tmp_path).save_model()
+        assert yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])["model-index"] == index
 
 
 def test_a_card_that_was_there_gets_a_section_and_tags(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ _SECTION = re.compile(f"{_BEGIN.pattern}.*?{re.escape(_END)}", re.DOTALL)
 _HEAD = re.compile(r"\A---\r?\n(.*?\n)?---\r?\n", re.DOTALL)
 _BY_TRAINER = "This model card has been generated automatically"
 _BY_US = "<!-- This model card was begun by hf_compressm. Complete it, and remove this line. -->"
+_OURS = "Validation "
+"""With which the names of metrics begin that are written here."""
 _TASKS = {"ForCausalLM": "text-generation", "ForSequenceClassification": "text-classification"}
 
 
@@ -150,7 +152,7 @@ def _metadata(run: Run, facts: CardFacts) -> dict[str, Any]:
         result = {
             "task": {"type": task},
             "dataset": {"name": ", ".join(facts.datasets) or "evaluation data of the run", "type": "unknown"},
-            "metrics": [{"type": name, "value": value, "name": f"Validation {name}"} for name, value in values],
+            "metrics": [{"type": name, "value": value, "name": f"{_OURS}{name}"} for name, value in values],
         }
         found["model-index"] = [{"name": facts.name, "results": [result]}]
     return found
@@ -168,7 +170,7 @@ def _with_metadata(card: str, more: Mapping[str, Any]) -> str:
             tags = present.get("tags") or []
             tags = [tags] if isinstance(tags, str) else list(tags)
             merged[key] = [*tags, *(tag for tag in value if tag not in tags)]
-        elif key not in present or (key == "model-index" and not _has_results(present[key])):
+        elif key not in present or (key == "model-index" and _may_be_replaced(present[key])):
             merged[key] = value
     if merged == present:
         return card
@@ -187,8 +189,13 @@ def _read_metadata(card: str) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def _has_results(index: Any) -> bool:
-    return isinstance(index, list) and any(isinstance(item, dict) and item.get("results") for item in index)
+def _may_be_replaced(index: Any) -> bool:
+    """Whether a `model-index` has no results but those that were written here, earlier in the run."""
+    try:
+        results = [result for item in index for result in item.get("results") or ()]
+        return all(metric["name"].startswith(_OURS) for result in results for metric in result["metrics"])
+    except (AttributeError, KeyError, TypeError):  # of another form, and not ours
+        return False
 
 
 def _with_section(card: str, fresh: str) -> str:
