@@ -22,7 +22,7 @@ from hf_compressm.config import CompreSSMConfig
 from hf_compressm.durable import quoted, write_json
 from hf_compressm.guard import guarded_cut, held_out_batches, held_out_loss
 from hf_compressm.history import CutEvent, from_record, rollback_event, to_record
-from hf_compressm.pace import StepClock, watch_losses
+from hf_compressm.pace import StepClock, machine, watch_losses
 from hf_compressm.processes import ALONE, Processes
 from hf_compressm.publishing import Publisher, watch_publishing
 from hf_compressm.recovery import RecoveryGuard, metric_name
@@ -345,6 +345,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             "reduction_share": self._reduction_share,
             "recovery": self._recovery.state(),
             "trigger": self._trigger.state() if self._trigger else {},
+            "machine": machine(),
         }
 
     def _restore(self, state: TrainerState) -> None:

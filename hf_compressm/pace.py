@@ -8,10 +8,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import transformers
 from transformers import Trainer
 
 
 PACE = "compressm/steps_per_second"
+
+
+def machine() -> str:
+    """What a pace was measured with: versions, and the accelerator or the threads of the CPU."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"CPU with {torch.get_num_threads()} thread(s)"
+    return f"torch {torch.__version__}, transformers {transformers.__version__}, {device}"
 
 
 class StepClock:

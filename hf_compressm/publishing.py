@@ -16,6 +16,7 @@ from transformers.utils import logging
 from hf_compressm.adapters import underlying
 from hf_compressm.durable import write_text
 from hf_compressm.history import CutEvent
+from hf_compressm.pace import machine
 from hf_compressm.reporting.cards import (
     CARD_FILE,
     FIGURES_FOLDER,
@@ -110,6 +111,7 @@ class Publisher:
             log=tuple(finite_entries(trainer.state.log_history)),
             config=config | {"architectures": [type(model).__name__]},
             steps=trainer.state.global_step,
+            machine=machine(),
         )
 
     def _facts(self, folder: Path) -> CardFacts:

@@ -25,6 +25,12 @@ from tests.training import Examples, trainer_of
 OWN_TEXT = "Made for the *tide tables* of Brest.\n"
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the run; these tests look at text."""
+    monkeypatch.setattr("hf_compressm.publishing.draw_pictures", lambda run, folder: [])
+
+
 def trained(folder: Path, family: Family = LRU, **kwargs: Any) -> Trainer:
     """A run with one cut and evaluations."""
     evaluating = {"eval_dataset": Examples(family, 4), "eval_strategy": "steps", "eval_steps": 2}
@@ -78,6 +84,7 @@ def test_save_model_carries_what_explains_the_model(family: Family, tmp_path: Pa
     assert "AutoModelForCausalLM" in card.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_card_s_loading_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trained(tmp_path, MAMBA)
     trainer.save_model()
@@ -88,6 +95,7 @@ def test_the_card_s_loading_code_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert names["model"].config.state_size == 4
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_card_of_ours_is_written_anew_until_a_person_changes_it(tmp_path: Path) -> None:
     trainer = trained(tmp_path)
     trainer.save_model()
@@ -115,6 +123,7 @@ def test_a_card_of_ours_is_written_anew_until_a_person_changes_it(tmp_path: Path
         assert is_by_hand(kept)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_results_that_a_person_gave_stay(tmp_path: Path) -> None:
     metric = {"type": "accuracy", "value": 0.9, "name": "Accuracy by hand"}
     result = {"task": {"type": "other"}, "dataset": {"name": "tides", "type": "tides"}, "metrics": [metric]}
@@ -125,6 +134,7 @@ def test_results_that_a_person_gave_stay(tmp_path: Path) -> None:
         assert yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])["model-index"] == index
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_card_that_was_there_gets_a_section_and_tags(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(
         f"---\nlicense: mit\ntags: tides\nodd: [1, {{a: b}}]\n---\n# Tides\n\n{OWN_TEXT}"
@@ -138,6 +148,7 @@ def test_a_card_that_was_there_gets_a_section_and_tags(tmp_path: Path) -> None:
     assert set(TAGS) <= set(data["tags"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_metadata_that_cannot_be_read_stay_as_they_are(tmp_path: Path) -> None:
     head = "---\ntags: [unclosed\n---\n"
     (tmp_path / "README.md").write_text(f"{head}# Tides\n")
@@ -148,6 +159,7 @@ def test_metadata_that_cannot_be_read_stay_as_they_are(tmp_path: Path) -> None:
     assert "## Compression" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_trainer_s_own_card_gets_the_section_and_is_kept_once_changed(tmp_path: Path) -> None:
     trainer = trained(tmp_path)
     trainer.create_model_card(model_name="tides", tags="sea")
@@ -172,6 +184,7 @@ def test_the_trainer_s_own_card_gets_the_section_and_is_kept_once_changed(tmp_pa
     assert path.read_text().count(OWN_TEXT) == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_a_cut_nothing_is_written(tmp_path: Path) -> None:
     trainer = trained(tmp_path, settings={"tolerance": 0.0, "num_cuts": 1, "end": 2})
     trainer.save_model()
@@ -196,6 +209,7 @@ def test_without_matplotlib_the_card_has_no_pictures(tmp_path: Path, monkeypatch
     assert "![" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_markup_in_names_does_not_reach_the_card(tmp_path: Path) -> None:
     trained(tmp_path).save_model()
     state = json.loads((tmp_path / TRAINER_STATE_FILE).read_text())

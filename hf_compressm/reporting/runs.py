@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_compressm.checkpoints import BASE_FOLDER, HISTORY_FILE, TRAINER_STATE_FILE, find_last_complete_checkpoint
 from hf_compressm.compression import check_record
-from hf_compressm.compression.record import is_count, is_number
+from hf_compressm.compression.record import LONGEST_NAME, is_count, is_number
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.durable import read_json
 from hf_compressm.history import CALLBACK, CutEvent, from_record
@@ -33,6 +33,7 @@ class Run:
         config: of the model; empty if there is none.
         settings: of the callback; empty if they are not known.
         steps: done when the log was written.
+        machine: that it ran on, in words; empty if that is not known.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Run:
     config: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] | None = None
     steps: int = 0
+    machine: str = ""
 
     @property
     def cuts(self) -> list[CutEvent]:
@@ -124,7 +126,9 @@ def find_run(directory: Path) -> Run | None:
     state = _read_if_there(directory / TRAINER_STATE_FILE)
     config = _read_if_there(directory / "config.json") or _read_if_there(directory / BASE_FOLDER / "config.json")
     check_record(config.get("compressm"))
-    events = _events(directory / HISTORY_FILE)
+    history = _read_if_there(directory / HISTORY_FILE)
+    events = _events(directory / HISTORY_FILE, history)
+    ran_on = history.get("machine")
     if not events and not config.get("compressm"):
         return None
     steps: Any = state.get("global_step")
@@ -136,16 +140,16 @@ def find_run(directory: Path) -> Run | None:
         config=config,
         settings=_settings(state),
         steps=max(steps if is_count(steps) else 0, last),
+        machine=ran_on if isinstance(ran_on, str) and len(ran_on) <= LONGEST_NAME else "",
     )
 
 
-def _events(path: Path) -> list[CutEvent]:
+def _events(path: Path, history: dict[str, Any]) -> list[CutEvent]:
     """The attempts of a history; none without one."""
     if not path.exists():
         return []
-    values = read_json(path)
     try:
-        return from_record(values)
+        return from_record(history)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -165,4 +165,6 @@ def _summary_note(run: Run) -> str:
     note = f"All attempts together took {seconds:.2f} s of the run."
     if run.paces()[0] is not None:
         note += " Steps per second are the median of the log's lines, without evaluations, saves and cuts."
+    if run.machine:
+        note += f" Measured with {run.machine}."
     return note

@@ -75,7 +75,15 @@ def test_the_page_says_what_the_run_left(run_folder: Path, tmp_path: Path) -> No
             assert f"{event.result.seconds:.2f}" in text
         for name in events[0].sizes:
             assert name in text
-        for line in ("a run", "fraction", "0.3", "validation loss", "bytes of state per sequence", "steps per second"):
+        for line in (
+            "a run",
+            "fraction",
+            "0.3",
+            "validation loss",
+            "bytes of state per sequence",
+            "steps per second",
+            "Measured with torch",
+        ):
             assert line in text
     assert [event.step for event in events] == list(CUTS)
 
@@ -166,6 +174,7 @@ def poison(folder: Path) -> None:
     for event in history["events"]:
         for layer in event["layers"]:
             layer["reason"] = EVIL
+    history["machine"] = EVIL
     (folder / HISTORY_FILE).write_text(json.dumps(history))
     state = json.loads((folder / TRAINER_STATE_FILE).read_text())
     state["log_history"].append({f"eval_{EVIL}": 1.0, "step": 9})
