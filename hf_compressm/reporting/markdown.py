@@ -4,18 +4,18 @@ import re
 from collections.abc import Sequence
 
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&@:.-])")
-_HARMLESS = re.compile(r"[\w ,.%()→/:-]*")
-_MEANS_SOMETHING = re.compile(r"://|www\.|(?<![^\W_])_|_(?![^\W_])|^\W*[-:]|^\d+[.)](?!\S)")
-"""Links, emphasis, and what begins a list or ends a table, made of harmless characters alone."""
+_MEANS_SOMETHING = re.compile(
+    r"[\\`*\[\]<>|~$&#!{}@]"  # code, emphasis, links, HTML, cells, formulas, mentions
+    r"|(?<![^\W_])_|_(?![^\W_])"  # emphasis again, but not inside a name
+    r"|:(?=//)|(?<=www)\."  # links without brackets
+    r"|^[-+=]|^\d+[.)](?!\S)"  # lists and headings
+)
 
 
 def escaped(text: object) -> str:
-    """One line in which no character means anything to Markdown or HTML; readable where nothing has to be done."""
+    """One line in which nothing means anything to Markdown or HTML: what would is written as its character's number."""
     line = " ".join(str(text).split())
-    if _HARMLESS.fullmatch(line) and not _MEANS_SOMETHING.search(line):
-        return line
-    return _SPECIAL.sub(lambda found: f"&#{ord(found[1])};", line)
+    return _MEANS_SOMETHING.sub(lambda found: f"{found[0][:-1]}&#{ord(found[0][-1])};", line)
 
 
 def code(text: object) -> str:

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from hf_compressm.reporting.markdown import code, escaped, table
 
 
-READABLE = ("backbone.layers.0.ssm", "0.1255 (step 11)", "64 → 8", "26,058", "S5ForCausalLM: 64 states", "a_b", "10 %")
+READABLE = (
+    "backbone.layers.0.ssm",
+    "0.1255 (step 11)",
+    "64 → 8",
+    "26,058",
+    "S5ForCausalLM: 64 states",
+    "a_b",
+    "10 %",
+    "torch 2.15.0+cu132, 2 thread(s) of the log's",
+)
 MEANINGFUL = (
     "<b>x</b>",
     "[a](b)",
