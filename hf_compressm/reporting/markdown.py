@@ -13,7 +13,7 @@ _MEANS_SOMETHING = re.compile(
 
 
 def escaped(text: object) -> str:
-    """One line in which nothing means anything to Markdown or HTML: what would is written as its character's number."""
+    """One line in which nothing means anything to Markdown or HTML: what would is written as its number."""
     line = " ".join(str(text).split())
     return _MEANS_SOMETHING.sub(lambda found: f"{found[0][:-1]}&#{ord(found[0][-1])};", line)
 

@@ -43,7 +43,7 @@ def run(session: Any, inputs: dict[str, torch.Tensor]) -> np.ndarray:
 @pytest.mark.parametrize(
     ("family", "masked", "layers"),
     [
-        (MAMBA, True, 1),
+        pytest.param(MAMBA, True, 1, marks=pytest.mark.slow),
         (S5_CLASSIFIER, True, 1),
         pytest.param(S5, False, 1, marks=pytest.mark.slow),
         pytest.param(S5, True, 2, marks=pytest.mark.slow),
