@@ -63,7 +63,8 @@ def assert_real(program: torch.export.ExportedProgram) -> None:
 @pytest.mark.parametrize(
     ("family", "masked"),
     [
-        *((family, True) for family in CASES),
+        (MAMBA, True),
+        *(pytest.param(family, True, marks=pytest.mark.slow) for family in CASES if family is not MAMBA),
         *(pytest.param(family, False, marks=pytest.mark.slow) for family in CASES),
         *(pytest.param(family, masked, marks=pytest.mark.slow) for family in MORE for masked in (False, True)),
     ],
