@@ -6,7 +6,7 @@
 | `cut` | trained big, cut by `CompreSSMCallback` on the way | `cut`, `by_energy`, `refine` |
 | `prune` | a trained model is cut afterwards, and fine-tuned or not | `cut`, `fine_tune`, `fine_tune_rate` |
 | `distil` | a small model learns from a trained one and from the labels | `temperature`, `mixing` |
-| `regularise` | trained big with the Hankel norm in the loss, cut once at the end | `weight`, `realization`, `cut` |
+| `regularise` | trained big with the Hankel norm in the loss, then cut once or not | `weight`, `realization`, `cut` |
 
 All use the same learning rate schedule over the same number of steps; `prune` fine-tunes beyond them, with a schedule
 of the same shape over its own. What an arm takes over from another row, such as a teacher, counts among its costs.
@@ -105,17 +105,20 @@ def distil(run: Run, temperature: float = 2.0, mixing: float = 0.5) -> Outcome:
 def regularise(run: Run, weight: float, realization: str = "real", cut: Mapping[str, Any] | None = None) -> Outcome:
     """Train the full size with the Hankel nuclear norm in the loss, and cut once at the end.
 
+    Several cuts of one such model are rows of the arm `prune` that come after one without a cut.
+
     Args:
         run: the row, its data and its folder.
         weight: of the norm.
         realization: as in `HankelRegularisedTrainer`.
-        cut: settings of `CompreSSMConfig`; without a size, that of the row named in `size_of`.
+        cut: settings of `CompreSSMConfig`; without it, and without a row in `size_of`, nothing is cut.
     """
     model = run.build()
     trainer = run.trainer(model, HankelRegularisedTrainer, weight=weight, realization=realization)
     run.train(trainer)
     before = run.test(trainer)
-    _cut_at_the_end(run, trainer, model, cut or {})
+    if cut is not None or run.sizes is not None:
+        _cut_at_the_end(run, trainer, model, cut or {})
     return run.outcome(model, right_before_the_cut=before)
 
 

@@ -38,7 +38,7 @@ def draw_sizes(results: Sequence[Result], path: Path) -> None:
     """The figure against the final state size, a curve for each arm, bars for the spread over seeds."""
     axes, figure = _axes("states at the end", f"test {results[0]['metric']}")
     axes.set_xscale("log", base=2)
-    for arm, members in grouped(results, lambda result: result["arm"]).items():
+    for arm, members in grouped(results, lambda result: result["group"]).items():
         points = []
         for same in grouped(members, lambda result: result["name"]).values():
             figures = [figure_of(result) for result in same]
@@ -58,7 +58,7 @@ def draw_times(results: Sequence[Result], path: Path) -> None:
     axes.set_xscale("log")
     named = set()
     for result in results:
-        colour, marker, name = STYLES[result["arm"]]
+        colour, marker, name = STYLES[result["group"]]
         label = None if name in named else name
         named.add(name)
         if result["curve"]:

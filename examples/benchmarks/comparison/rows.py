@@ -14,7 +14,7 @@ import yaml
 
 
 SECTIONS = ("task", "model", "training", "rows")
-ROW_FIELDS = ("name", "arm", "seeds", "size_of", "after")
+ROW_FIELDS = ("name", "arm", "group", "seeds", "size_of", "after")
 RESULTS_FILE = "results.jsonl"
 
 
@@ -26,6 +26,7 @@ class Row:
         study: name of the settings file that it stands in.
         name: the same for all seeds.
         arm: one of `arms.ARMS`.
+        group: the arm as which it is drawn, by default its own.
         seed: of the model's start and of the order of the data.
         size_of: row of the same seed whose state sizes this one takes.
         after: row of the same seed whose model this one starts from, or learns from.
@@ -35,6 +36,7 @@ class Row:
     study: str
     name: str
     arm: str
+    group: str
     seed: int
     size_of: str | None = None
     after: str | None = None
@@ -109,9 +111,9 @@ def _rows_of(path: Path, entry: Mapping[str, Any]) -> list[Row]:
         raise ValueError(f"{path}: the row {dict(entry)} lacks {', '.join(absent)}.")
     options = {name: value for name, value in entry.items() if name not in ROW_FIELDS}
     shared = {name: entry.get(name) for name in ("size_of", "after")}
-    return [
-        Row(path.stem, str(entry["name"]), entry["arm"], seed, **shared, options=options) for seed in entry["seeds"]
-    ]
+    name, arm = str(entry["name"]), entry["arm"]
+    shared["group"] = entry.get("group", arm)
+    return [Row(path.stem, name, arm, seed=seed, **shared, options=options) for seed in entry["seeds"]]
 
 
 class Results:

@@ -78,7 +78,7 @@ class Run:
         return None if self.row.size_of is None else self.needed(self.row.size_of)["sizes"]
 
     def needed(self, name: str) -> Mapping[str, Any]:
-        """Result of another row of the same seed, or else of any seed.
+        """Result of another row of the same seed.
 
         Raises:
             ValueError: if it is not there yet.
@@ -162,7 +162,10 @@ class Run:
         costs = self.clock.costs(arguments.train_batch_size, len(self.task.train))
         before = self.needed(self.row.after)["costs"]["total_seconds"] if self.row.after else 0.0
         costs |= {"inherited_seconds": before, "total_seconds": before + costs["training_seconds"]}
-        row = {name: getattr(self.row, name) for name in ("key", "study", "name", "arm", "seed", "size_of", "after")}
+        row = {
+            name: getattr(self.row, name)
+            for name in ("key", "study", "name", "arm", "group", "seed", "size_of", "after")
+        }
         return {
             **row,
             "options": dict(self.row.options),
