@@ -12,6 +12,7 @@ from tables import Result, figure_of, grouped
 
 STYLES = {
     "cut": ("#0072b2", "o", "cut while training"),
+    "paper": ("#56b4e9", "P", "cut while training, as in the paper"),
     "scratch": ("#d55e00", "s", "small from scratch"),
     "prune": ("#009e73", "^", "pruned afterwards"),
     "distil": ("#cc79a7", "D", "distilled"),
@@ -35,19 +36,18 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def draw_sizes(results: Sequence[Result], path: Path) -> None:
-    """The figure against the final state size, a curve for each arm, bars for the spread over seeds."""
+    """The figure against the final state size, bars for the spread over seeds; names where sizes are the same."""
     axes, figure = _axes("states at the end", f"test {results[0]['metric']}")
     axes.set_xscale("log", base=2)
-    for arm, members in grouped(results, lambda result: result["group"]).items():
-        points = []
-        for same in grouped(members, lambda result: result["name"]).values():
-            figures = [figure_of(result) for result in same]
-            size = statistics.fmean(statistics.fmean(result["sizes"]) for result in same)
-            points.append((size, statistics.fmean(figures), statistics.stdev(figures) if len(figures) > 1 else 0.0))
-        sizes, means, errors = zip(*sorted(points), strict=True)
-        colour, marker, name = STYLES[arm]
-        line = "-" if arm in ("cut", "scratch") else ""
-        axes.errorbar(sizes, means, errors, color=colour, marker=marker, linestyle=line, label=name, capsize=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    for group, members in grouped(results, lambda result: result["group"]).items():
+        points = sorted(_point(name, same) for name, same in grouped(members, lambda result: result["name"]).items())
+        sizes, means, errors, names = zip(*points, strict=True)
+        colour, marker, label = STYLES[group]
+        line = "-" if len({round(size) for size in sizes}) == len(sizes) else ""
+        axes.errorbar(sizes, means, errors, color=colour, marker=marker, linestyle=line, label=label, capsize=2)
+        for size, height, name in zip(sizes, means, names, strict=True) if not line else ():
+            axes.annotate(name, (size, height), xytext=(5, -2), textcoords="offset points", fontsize=5, color=colour)
     axes.legend(frameon=False, fontsize=8)
     save(figure, path)
 
@@ -90,6 +90,13 @@ def draw_rankings(results: Sequence[Result], path: Path) -> None:
     axes.axvline(0.1, color=GREY, linewidth=0.7)
     axes.legend(frameon=False, fontsize=7)
     save(figure, path)
+
+
+def _point(name: str, results: Sequence[Result]) -> tuple[float, float, float, str]:
+    """Size, figure and its spread of one row over its seeds, and its name."""
+    figures = [figure_of(result) for result in results]
+    size = statistics.fmean(statistics.fmean(result["sizes"]) for result in results)
+    return size, statistics.fmean(figures), statistics.stdev(figures) if len(figures) > 1 else 0.0, name
 
 
 def _axes(x: str, y: str) -> tuple[Any, Figure]:

@@ -21,17 +21,14 @@ from hf_compressm.adapters import find_layers
 
 MODEL_FOLDER = "model"
 CHECKPOINTS = 5
-"""Checkpoints, and evaluations for the curve, in each run, unless the settings say otherwise."""
+"""Checkpoints in each run, and evaluations for the curve, unless the settings say otherwise."""
 DEFAULTS = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.0,
     "save_strategy": "steps",
-    "save_steps": 1 / CHECKPOINTS,
     "save_total_limit": 1,
     "eval_strategy": "steps",
-    "eval_steps": 1 / CHECKPOINTS,
-    "logging_steps": 1 / CHECKPOINTS,
     "per_device_eval_batch_size": 100,
     "report_to": "none",
     "disable_tqdm": True,
@@ -99,7 +96,10 @@ class Run:
 
     def arguments(self, **others: Any) -> TrainingArguments:
         """Those of the study, the same for all of its rows, but for `others`."""
-        settings = {**DEFAULTS, **self.study.training, "seed": self.row.seed, **others}
+        settings = {**self.study.training, "seed": self.row.seed, **others}
+        every = max(settings["max_steps"] // CHECKPOINTS, 1)
+        intervals = dict.fromkeys(("save_steps", "eval_steps", "logging_steps"), every)
+        settings = {**DEFAULTS, **intervals, **settings}
         return TrainingArguments(output_dir=str(self.folder), **settings)
 
     def trainer(
