@@ -190,6 +190,14 @@ def test_recall_asks_for_the_values_of_keys_that_were_shown(part: Any) -> None:
             assert value_of.setdefault(key, value) == value
 
 
+def test_training_sequences_of_recall_have_fewer_keys(part: Any) -> None:
+    draw = part("recall").recall_examples
+    keys = draw(count=200, keys=6, values=3, shown=60, seed=0, fewest=2)["input_ids"][:, ::2]
+    assert {len(set(row)) for row in keys.tolist()} == {2, 3, 4, 5, 6}
+    with pytest.raises(ValueError, match="fewest <= keys"):
+        draw(count=1, keys=2, values=3, shown=4, seed=0, fewest=3)
+
+
 def test_a_ranking_has_settled_where_it_stays_above(part: Any) -> None:
     rankings = part("rankings")
     points = [{"share": s, "correlation": c} for s, c in ((0.25, 0.95), (0.5, 0.7), (0.75, 0.92), (1.0, 1.0))]

@@ -131,19 +131,25 @@ def images(mnist_dir: str | None = None, validation: int = 6000, limit: int | No
     return Task(name, train, held_out, tested, fields, AutoModelForSequenceClassification, "accuracy")
 
 
-def recall(keys: int = 16, values: int = 16, shown: int = 32, train: int = 32_000, held_out: int = 1000) -> Task:
+def recall(
+    keys: int = 24, values: int = 16, shown: int = 48, fewest: int = 4, train: int = 48_000, held_out: int = 1000
+) -> Task:
     """Associative recall, see `recall.py`.
 
     Args:
         keys: in the vocabulary.
         values: in the vocabulary.
         shown: pairs in each sequence.
+        fewest: different keys in a sequence of the training data; the others have them all.
         train: sequences to train on.
         held_out: sequences for validation, and as many for the test.
     """
     shape = {"keys": keys, "values": values, "shown": shown}
-    counts = (train, held_out, held_out)
-    splits = [Examples(recall_examples(count, **shape, seed=seed)) for seed, count in enumerate(counts)]
+    numbers = ((train, fewest), (held_out, keys), (held_out, keys))
+    splits = [
+        Examples(recall_examples(count, **shape, seed=seed, fewest=least))
+        for seed, (count, least) in enumerate(numbers)
+    ]
     return Task("recall", *splits, {"vocab_size": keys + values}, AutoModelForCausalLM, "accuracy")
 
 
