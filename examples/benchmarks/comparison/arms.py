@@ -1,0 +1,148 @@
+"""The comparators, each an arm: what is done with a model from its first step to the figure in the table.
+
+| arm | what happens | its options |
+|---|---|---|
+| `scratch` | trained at one size from start to end | `ranking` |
+| `cut` | trained big, cut by `CompreSSMCallback` on the way | `cut`, `by_energy`, `refine` |
+| `prune` | a trained model is cut afterwards, and fine-tuned or not | `cut`, `fine_tune`, `fine_tune_rate` |
+| `distil` | a small model learns from a trained one and from the labels | `temperature`, `mixing` |
+| `regularise` | trained big with the Hankel norm in the loss, then cut once or not | `weight`, `realization`, `cut` |
+
+All use the same learning rate schedule over the same number of steps; `prune` fine-tunes beyond them, with a schedule
+of the same shape over its own. What an arm takes over from another row, such as a teacher, counts among its costs.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import energy
+from distillation import DistillationTrainer
+from hankel import HankelRegularisedTrainer
+from rankings import RankingRecorder
+from refinement import Refinement
+from runs import Run
+from transformers import PreTrainedModel
+
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress
+from hf_compressm.adapters import find_layers
+from hf_compressm.batches import sample_batches
+
+
+Outcome = dict[str, Any]
+
+
+def scratch(run: Run, ranking: int = 0) -> Outcome:
+    """Train at one size: that of another row, or the full one.
+
+    Args:
+        run: the row, its data and its folder.
+        ranking: how often the order of the states is measured on the way.
+    """
+    model = run.build(run.sizes)
+    recorders = [RankingRecorder(run.folder, run.max_steps, ranking)] if ranking else []
+    run.train(run.trainer(model, callbacks=recorders))
+    return run.outcome(model, ranking=[recorder.summary() for recorder in recorders])
+
+
+def cut(run: Run, cut: Mapping[str, Any], by_energy: bool = False, refine: int = 0) -> Outcome:
+    """Train the full size and cut on the way.
+
+    Args:
+        run: the row, its data and its folder.
+        cut: settings of `CompreSSMConfig`.
+        by_energy: rank Mamba's states by energy and repair nothing.
+        refine: iterations of an H2-optimal refinement of S5 and LRU layers after each cut.
+    """
+    model = run.build()
+    compressm = CompreSSMCallback(CompreSSMConfig(sampling_seed=run.row.seed, **cut))
+    refinement = Refinement(compressm, refine)
+    callbacks = [refinement.remembering, compressm, refinement] if refine else [compressm]
+    with energy.ranking_by_energy(model) if by_energy else nullcontext():
+        run.train(run.trainer(model, callbacks=callbacks))
+    cuts = [
+        {"step": event.step, "seconds": event.result.seconds, "outcome": event.outcome, "sizes": event.sizes}
+        for event in compressm.events
+    ]
+    return run.outcome(model, cuts=cuts, refinements=refinement.errors)
+
+
+def prune(
+    run: Run, cut: Mapping[str, Any] | None = None, fine_tune: float = 0.0, fine_tune_rate: float = 1.0
+) -> Outcome:
+    """Cut a model that was trained at full size, and fine-tune it or not.
+
+    Args:
+        run: the row, its data and its folder.
+        cut: settings of `CompreSSMConfig` but for the size.
+        fine_tune: steps that follow, as a share of those of the whole training.
+        fine_tune_rate: peak learning rate in them, as a share of that of the training.
+    """
+    model = run.load()
+    steps = max(round(fine_tune * run.max_steps), 1)
+    rate = run.arguments().learning_rate * fine_tune_rate
+    trainer = run.trainer(model, max_steps=steps, learning_rate=rate)
+    _cut_at_the_end(run, trainer, model, cut or {})
+    before = run.test(trainer)
+    if fine_tune:
+        run.train(trainer)
+    return run.outcome(model, right_after_the_cut=before)
+
+
+def distil(run: Run, temperature: float = 2.0, mixing: float = 0.5) -> Outcome:
+    """Train a small model with a trained one as its teacher.
+
+    Args:
+        run: the row, its data and its folder.
+        temperature: as in `DistillationTrainer`.
+        mixing: likewise.
+    """
+    model, options = run.build(run.sizes), {"temperature": temperature, "mixing": mixing}
+    run.train(run.trainer(model, DistillationTrainer, teacher=run.load(), **options))
+    return run.outcome(model)
+
+
+def regularise(run: Run, weight: float, realization: str = "real", cut: Mapping[str, Any] | None = None) -> Outcome:
+    """Train the full size with the Hankel nuclear norm in the loss, and cut once at the end.
+
+    Several cuts of one such model are rows of the arm `prune` that come after one without a cut.
+
+    Args:
+        run: the row, its data and its folder.
+        weight: of the norm.
+        realization: as in `HankelRegularisedTrainer`.
+        cut: settings of `CompreSSMConfig`; without it, and without a row in `size_of`, nothing is cut.
+    """
+    model = run.build()
+    trainer = run.trainer(model, HankelRegularisedTrainer, weight=weight, realization=realization)
+    run.train(trainer)
+    before = run.test(trainer)
+    if cut is not None or run.sizes is not None:
+        _cut_at_the_end(run, trainer, model, cut or {})
+    return run.outcome(model, right_before_the_cut=before)
+
+
+def _cut_at_the_end(run: Run, trainer: Any, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    """One cut without an optimizer, to the sizes of the run or, without such, to what the settings say."""
+    with run.clock.aside("afterwards"):
+        size = trainer.args.per_device_train_batch_size
+        config = CompreSSMConfig(sampling_seed=run.row.seed, **(settings if run.sizes is None else {}))
+        loader = trainer.get_train_dataloader()
+        batches = sample_batches(loader, size, config.calibration_batches, config.sampling_seed)
+        if run.sizes is None:
+            compress(model, config, batches)
+        elif len(set(run.sizes)) == 1:
+            compress(model, CompreSSMConfig(target_state_size=run.sizes[0], **settings), batches)
+        else:
+            for layer, wanted in zip(find_layers(model), run.sizes, strict=True):
+                target = CompreSSMConfig(target_state_size=wanted, layers=[layer.name], **settings)
+                compress(model, target, batches)
+
+
+ARMS: dict[str, Callable[..., Outcome]] = {
+    "scratch": scratch,
+    "cut": cut,
+    "prune": prune,
+    "distil": distil,
+    "regularise": regularise,
+}

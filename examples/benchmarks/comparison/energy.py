@@ -1,0 +1,44 @@
+"""Ranking Mamba's states by their energy alone, without repair: a comparator that the package does not offer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+
+from torch import nn
+
+from hf_compressm.adapters import CutMethod, MambaAdapter, Measurement, SSMLayer, Statistics, register
+from hf_compressm.adapters.registry import find_layers
+from hf_compressm.adapters.selective import Selection
+
+
+class EnergyAdapter(MambaAdapter):
+    """Keeps the states with the largest `P_ii Q_ii`, state energy times read-out energy; the others are gone."""
+
+    def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
+        """As for the interpolated cut, with another order and no read-out of the dropped states."""
+        measurement = super().measure(layer, method, statistics)
+        if measurement.problem:
+            return measurement
+        found: Selection = measurement.detail
+        orders = measurement.scores.argsort(dim=-1, descending=True)
+        return replace(measurement, detail=Selection(orders, found.P, found.Q, reads_out=False))
+
+
+@contextmanager
+def ranking_by_energy(model: nn.Module) -> Iterator[None]:
+    """Cut the Mamba layers of a model by energy inside, under any setting but `criterion="surrogate"`.
+
+    Raises:
+        ValueError: for a model with other layers.
+    """
+    adapters = {layer.adapter for layer in find_layers(model)}
+    others = [adapter.family for adapter in adapters if type(adapter) is not MambaAdapter]
+    if others:
+        raise ValueError(f"Ranking by energy is for Mamba-1 layers; this model has layers of {others[0]}.")
+    try:
+        for adapter in adapters:
+            register(EnergyAdapter(**{item.name: getattr(adapter, item.name) for item in fields(adapter)}))
+        yield
+    finally:
+        for adapter in adapters:
+            register(adapter)
