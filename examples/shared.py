@@ -20,6 +20,7 @@ from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCall
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, find_last_complete_checkpoint
 from hf_compressm.reporting import write_report
+from hf_compressm.reporting.runs import AFTER_CUT, BEFORE_CUT
 
 
 try:
@@ -170,7 +171,7 @@ class Experiment:
     ) -> None:
         self.tokens_per_example = tokens_per_example
         self.compressm = CompreSSMCallback(settings)
-        self.before, self.after = Checkup("before_cut", self.compressm), Checkup("after_cut", self.compressm)
+        self.before, self.after = Checkup(BEFORE_CUT, self.compressm), Checkup(AFTER_CUT, self.compressm)
         self.timer = StepTimer()
         callbacks = [self.before, self.compressm, self.after] if run.compress else []
         callbacks += [self.timer] if run.stop_after is None else [self.timer, StopAfter(run.stop_after)]

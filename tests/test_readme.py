@@ -1,22 +1,21 @@
 """Every Python block of the README runs, in order and in one namespace, word for word."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_compressm.scans import disable_fast_selective_scan
+from tests.docs.pages import blocks
+from tests.docs.reader import at_hand
 
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-HUB_ID = "state-spaces/mamba-130m-hf"
+BLOCKS = blocks(README, "python")
 PUSHED = "pushed"
 PLAIN_TRANSFORMERS = """
 import json, sys
@@ -40,14 +39,9 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the README's reader has at hand: data, arguments, and the model under its Hub id (here a local folder)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Trainer, "push_to_hub", lambda trainer: trainer.save_model(PUSHED))
-    config = MambaConfig(vocab_size=64, hidden_size=32, state_size=16, num_hidden_layers=2)
-    MambaForCausalLM(config).save_pretrained(HUB_ID)
-    tokens = torch.randint(1, 64, (48, 16))
-    examples = [{"input_ids": row, "labels": row} for row in tokens]
-    args = TrainingArguments(
-        "run", max_steps=40, per_device_train_batch_size=4, save_strategy="no", use_cpu=True, disable_tqdm=True
-    )
-    return {"args": args, "train": examples, "dev": examples[:8], "calibration": tokens.split(8)}
+    found = at_hand(save_strategy="no")
+    del found["model"]  # the first block loads it
+    return found
 
 
 def test_the_blocks_run_in_order(names: dict[str, Any], tmp_path: Path) -> None:

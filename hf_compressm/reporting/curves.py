@@ -73,7 +73,7 @@ def plot_stability(run: Run, path: str | Path) -> Path:
     figure = new_figure(7.6, 3.6)
     axes = figure.subplots()
     _draw(axes, points, 0, "agreement with the measurement before")
-    wanted = (run.settings or {}).get("stability")
+    wanted = run.settings.get("stability")
     if isinstance(wanted, float):
         axes.axhline(wanted, color=COLOURS[1], linestyle="--", linewidth=1.2, label=f"asked for: {wanted:g}")
     _mark_cuts(axes, run, named=True)

@@ -65,17 +65,12 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> tup
 
 def sections(run: Run) -> list[Section]:
     """The parts of a report that a run's traces allow."""
-    found = [Section("Summary", tables.summary(run))]
-    if run.events:
-        found.append(Section("Cuts", tables.cuts(run), ERRORS_IN_WORDS))
-    else:
-        found.append(Section("Cuts", tables.recorded_cuts(run), ERRORS_IN_WORDS))
-    found.append(Section("Layers", tables.layers(run)))
+    found = [
+        Section("Summary", tables.summary(run)),
+        Section("Cuts", tables.cuts(run), ERRORS_IN_WORDS),
+        Section("Layers", tables.layers(run)),
+    ]
     chosen = tables.settings(run)
     if chosen.rows:
-        found.append(
-            Section(
-                "Settings", chosen, "How sizes were decided, and settings of the callback that are not the defaults."
-            )
-        )
+        found.append(Section("Settings", chosen, "How sizes were decided, and what else is not the default."))
     return found

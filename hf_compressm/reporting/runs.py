@@ -1,10 +1,9 @@
 """A run as it left its traces on the disk: the history of its cuts, the Trainer's log, the model's configuration."""
 
-import math
 import re
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ class Run:
     name: str
     events: tuple[CutEvent, ...] = ()
     log: tuple[dict[str, float], ...] = ()
-    config: Mapping[str, Any] | None = None
-    settings: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 0
     machine: str = ""
 
@@ -52,12 +51,12 @@ class Run:
     @property
     def record(self) -> Mapping[str, Any]:
         """What the model's configuration tells of its cuts; empty if it has none."""
-        return (self.config or {}).get("compressm") or {}
+        return self.config.get("compressm") or {}
 
     @property
     def model_class(self) -> str:
         """Name of the model's class."""
-        names = (self.config or {}).get("architectures")
+        names = self.config.get("architectures")
         return str(names[0]) if isinstance(names, list) and names else "model"
 
     def series(self, name: str) -> list[tuple[int, float]]:
@@ -162,7 +161,7 @@ def finite_entries(history: Any) -> list[dict[str, float]]:
     """The log's entries with a step, without what is no finite number."""
     entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
     return [
-        {name: value for name, value in entry.items() if is_number(value) and math.isfinite(value)}
+        {name: value for name, value in entry.items() if is_number(value)}
         for entry in entries
         if is_count(entry.get("step"))
     ]

@@ -60,7 +60,9 @@ def summary(run: Run) -> Table:
 
 
 def cuts(run: Run) -> Table:
-    """One row for each attempt to cut."""
+    """One row for each attempt to cut, or without a history for each cut that the model's configuration tells of."""
+    if not run.events:
+        return _recorded_cuts(run)
     metric = next(iter(run.metrics()), None)
     head = ["after step", "outcome", "states per layer", "energy kept", "predicted error"]
     head += [f"validation {metric} before", "after"] if metric else []
@@ -78,8 +80,8 @@ def cuts(run: Run) -> Table:
     return Table((*head, "seconds"), tuple(rows), note)
 
 
-def recorded_cuts(run: Run) -> Table:
-    """The cuts that a saved model's configuration tells of, where there is no history."""
+def _recorded_cuts(run: Run) -> Table:
+    """What is in the record that travels with a model."""
     rows = [
         (
             UNKNOWN if cut.get("step") is None else str(cut["step"]),
@@ -117,7 +119,7 @@ def layers(run: Run) -> Table:
 def settings(run: Run) -> Table:
     """The callback's settings that are not the defaults, and how sizes were decided."""
     defaults = CompreSSMConfig().to_dict() | dict.fromkeys(RANK_RULES)
-    chosen = {name: value for name, value in (run.settings or {}).items() if value != defaults[name]}
+    chosen = {name: value for name, value in run.settings.items() if value != defaults[name]}
     return Table(("setting", "value"), tuple((name, quoted(value)) for name, value in chosen.items()))
 
 

@@ -1,4 +1,4 @@
-"""The pages of the documentation as the tests read them: blocks, links, and what a reader has at hand."""
+"""The pages of the documentation as the tests read them: blocks, prose and links."""
 
 import re
 from pathlib import Path

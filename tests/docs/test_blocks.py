@@ -5,14 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
+from transformers import MambaForCausalLM, Trainer
 
 from hf_compressm.scans import disable_fast_selective_scan
 from tests import tools
 from tests.docs.pages import PAGES, blocks
-
-
-HUB_ID = "state-spaces/mamba-130m-hf"
+from tests.docs.reader import at_hand
 
 
 @pytest.fixture(autouse=True)
@@ -25,22 +23,7 @@ def stock_scan():
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the pages' reader has at hand: a model, also under its Hub id (here a local folder), data and arguments."""
     monkeypatch.chdir(tmp_path)
-    config = MambaConfig(vocab_size=64, hidden_size=32, state_size=16, num_hidden_layers=2)
-    model = MambaForCausalLM(config)
-    model.save_pretrained(HUB_ID)
-    tokens = torch.randint(1, 64, (48, 16))
-    examples = [{"input_ids": row, "labels": row} for row in tokens]
-    args = TrainingArguments(
-        "run",
-        max_steps=40,
-        per_device_train_batch_size=4,
-        save_steps=20,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to=[],
-    )
-    calibration = tokens.split(8)
-    return {"model": model, "args": args, "train": examples, "dev": examples[:8], "calibration": calibration}
+    return at_hand(save_steps=20)
 
 
 def run(page: Path, names: dict[str, Any]) -> dict[str, Any]:
