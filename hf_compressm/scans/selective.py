@@ -249,8 +249,8 @@ def selective_states(
 
 
 def _blocks(batch: int, A: Tensor) -> list[slice]:
-    """The batch in slices of about BLOCK_ENTRIES state entries each."""
-    rows = max(1, BLOCK_ENTRIES // max(1, A.numel()))
+    """The batch in slices of about BLOCK_ENTRIES state entries each; whole on a GPU, where more calls cost more."""
+    rows = max(1, BLOCK_ENTRIES // max(1, A.numel())) if A.device.type == "cpu" else batch
     return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_every_arm_runs_and_says_what_it_cost(
     part: Any, study: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     running, output = part("running"), tmp_path / "output"
-    running.run_rows(study, output, own_process=False)
+    running.run_rows([study], output)
     done = results(part, output)
     assert list(done) == ["full", "cut", "small", "tuned", "distilled", "norm"]
     assert {name: values["sizes"] for name, values in done.items()} == {n: [5] for n in done} | {"full": [12]}
@@ -72,7 +73,7 @@ def test_every_arm_runs_and_says_what_it_cost(
 
     monkeypatch.setattr(running, "ARMS", {})  # nothing may run again
     capsys.readouterr()
-    running.run_rows(study, output, own_process=False)
+    running.run_rows([study], output)
     assert capsys.readouterr().out.count("done before") == len(done)
 
     table = part("tables").write_tables(list(done.values()), output)
@@ -84,7 +85,7 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(
     part: Any, study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running, clock = part("running"), part("clock")
-    running.run_rows(study, tmp_path / "whole", ["cut"], own_process=False)
+    running.run_rows([study], tmp_path / "whole", ["cut"])
     step, steps = clock.TimedTrainer.training_step, []
 
     def fails_once(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -95,9 +96,9 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(
 
     monkeypatch.setattr(clock.TimedTrainer, "training_step", fails_once)
     with pytest.raises(KeyboardInterrupt):
-        running.run_rows(study, tmp_path / "parts", ["cut"], own_process=False)
+        running.run_rows([study], tmp_path / "parts", ["cut"])
     assert not results(part, tmp_path / "parts")
-    running.run_rows(study, tmp_path / "parts", ["cut"], own_process=False)
+    running.run_rows([study], tmp_path / "parts", ["cut"])
     assert steps == [*range(9), 8, 9]  # the checkpoint is of step 8
     whole, parts = (results(part, tmp_path / name)["cut"] for name in ("whole", "parts"))
     assert whole["test"] == parts["test"]
@@ -143,12 +144,44 @@ def test_a_row_that_cannot_run_is_refused(part: Any, tmp_path: Path, old: str, n
     path = tmp_path / "bad.yaml"
     path.write_text(ROWS.replace(old, new))
     with pytest.raises(ValueError, match=message):
-        part("running").run_rows(part("rows").read_study(path), tmp_path, ["full"], own_process=False)
+        part("running").run_rows([part("rows").read_study(path)], tmp_path, ["full"])
 
 
 def test_a_row_waits_for_the_one_that_it_needs(part: Any, study: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs the result of tiny-cut-seed0"):
-        part("running").run_rows(study, tmp_path, ["small"], own_process=False)
+        part("running").run_rows([study], tmp_path, ["small"])
+
+
+def test_rows_at_once_wait_for_those_that_they_need_and_outlive_a_failure(
+    part: Any, study: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots, begun, ended = part("slots"), [], []
+    monkeypatch.setattr(slots, "_new_process", lambda count: ThreadPoolExecutor(1))
+
+    def work(job: Any) -> str:
+        if job[1].name == "cut":
+            raise RuntimeError("no")
+        return job[1].name
+
+    jobs = [(study, row) for row in reversed(study.rows)]
+    for (_, row), future in slots.in_slots(jobs, work, 2, lambda job: begun.append(job[1].name)):
+        assert begun.index(row.name) >= 0
+        ended.append(row.name)
+        assert (row.name == "cut") == (future.exception() is not None)
+    assert sorted(begun) == sorted(ended) == sorted(row.name for row in study.rows)
+    assert all(begun.index("full") < begun.index(name) for name in ("tuned", "distilled"))
+    assert all(begun.index("cut") < begun.index(name) for name in ("small", "tuned", "distilled", "norm"))
+
+
+@pytest.mark.slow
+def test_rows_run_in_processes_at_once(part: Any, study: Any, tmp_path: Path, capsys: Any) -> None:
+    failed = part("running").run_rows([study], tmp_path, ["full", "cut", "small", "tuned"], processes=2)
+    assert failed == []
+    assert set(results(part, tmp_path)) == {"full", "cut", "small", "tuned"}
+    (tmp_path / "runs" / "tiny-full-seed0" / "model" / "model.safetensors").unlink()
+    failed = part("running").run_rows([study], tmp_path, ["distilled", "norm"], processes=2)
+    assert failed == ["tiny-distilled-seed0"]
+    assert "tiny-distilled-seed0: failed. OSError" in capsys.readouterr().err
 
 
 def test_the_settings_that_are_shipped_can_be_read(part: Any) -> None:

@@ -6,20 +6,22 @@ share one.
 """
 
 import argparse
-import multiprocessing
+import functools
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from arms import ARMS
 from drawing import draw
 from rows import Results, Row, Study, chosen, read_study
 from runs import Run
+from slots import Job, in_slots
 from tables import write_tables
 
 
@@ -48,23 +50,38 @@ def run_row(study: Study, row: Row, output: Path) -> dict[str, Any]:
     return values
 
 
-def run_rows(study: Study, output: Path, only: Sequence[str] | None = None, own_process: bool = True) -> None:
-    """Run those rows of a study that are not done yet, one after the other.
+def run_rows(
+    studies: Sequence[Study], output: Path, only: Sequence[str] | None = None, processes: int = 0
+) -> list[str]:
+    """Run those rows that are not done yet.
 
     Args:
-        study: with its rows.
+        studies: with their rows.
         output: folder of the results.
         only: patterns of names or keys.
-        own_process: whether each row runs in a process of its own.
+        processes: at once; with 0 the rows run one after the other in this process.
+
+    Returns:
+        Keys of the rows that failed in their processes.
     """
-    for row in chosen(study.rows, only):
-        if row.key in Results(output).read():
-            print(f"{row.key}: done before", flush=True)
-            continue
-        print(f"{row.key}: running", flush=True)
-        values = _in_own_process(study, row, output) if own_process else run_row(study, row, output)
-        figure, seconds = values["test"][values["metric"]], values["costs"]["total_seconds"]
-        print(f"{row.key}: {values['metric']} {figure:.4f}, states {values['sizes']}, {seconds:.0f} s", flush=True)
+    done, failed = Results(output).read(), []
+    jobs = [(study, row) for study in studies for row in chosen(study.rows, only)]
+    for _, row in [job for job in jobs if job[1].key in done]:
+        print(f"{row.key}: done before", flush=True)
+    jobs = [job for job in jobs if job[1].key not in done]
+    if not processes:
+        for study, row in jobs:
+            _tell_start((study, row))
+            _tell_end(run_row(study, row, output))
+        return []
+    for (_, row), future in in_slots(jobs, functools.partial(_run_job, output=output), processes, _tell_start):
+        error = future.exception()
+        if error is None:
+            _tell_end(future.result())
+        else:
+            failed.append(row.key)
+            print(f"{row.key}: failed. {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return failed
 
 
 def main(description: str, settings: Sequence[str], arguments: Sequence[str] | None = None) -> None:
@@ -79,6 +96,7 @@ def main(description: str, settings: Sequence[str], arguments: Sequence[str] | N
     parser.add_argument("--settings", nargs="+", type=Path, default=[FOLDER / "settings" / name for name in settings])
     parser.add_argument("--output", type=Path, help="folder of results and runs; a run that was interrupted goes on")
     parser.add_argument("--only", nargs="+", help="names or keys of rows, with * and ?")
+    parser.add_argument("--processes", type=int, default=1, help="rows that run at once, on one device (default: 1)")
     parser.add_argument("--mnist_dir", help="folder with MNIST's idx files")
     parser.add_argument("--train_file", nargs="+", help="local text, instead of Python's standard library")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that all of it runs")
@@ -88,17 +106,32 @@ def main(description: str, settings: Sequence[str], arguments: Sequence[str] | N
         studies = [read_study(path, options.smoke, {} if options.smoke else overrides) for path in options.settings]
         with tempfile.TemporaryDirectory() as temporary:
             output = options.output or Path(temporary if options.smoke else "runs/comparison")
-            for study in studies:
-                run_rows(study, output, options.only, own_process=not options.smoke)
+            failed = run_rows(studies, output, options.only, 0 if options.smoke else options.processes)
             results = list(Results(output).read().values())
             print(write_tables(results, output))
             draw(results, output)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if failed:
+        print(f"error: these rows failed, and the same command tries them again: {', '.join(failed)}", file=sys.stderr)
+        raise SystemExit(1)
 
 
-def _in_own_process(study: Study, row: Row, output: Path) -> dict[str, Any]:
-    """What `run_row` returns, from a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(run_row, (study, row, output))
+def _run_job(job: Job, output: Path) -> dict[str, Any]:
+    """What `run_row` returns, with a peak of GPU memory of its own."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return run_row(*job, output)
+
+
+def _tell_start(job: Job) -> None:
+    """Say that a row begins."""
+    print(f"{job[1].key}: running", flush=True)
+
+
+def _tell_end(values: Mapping[str, Any]) -> None:
+    """Say what came out of a row."""
+    figure, seconds = values["test"][values["metric"]], values["costs"]["total_seconds"]
+    end = f"{values['metric']} {figure:.4f}, states {values['sizes']}, {seconds:.0f} s"
+    print(f"{values['key']}: {end}", flush=True)
