@@ -107,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--families", nargs="+", default=["mamba", "lru"], choices=["mamba", "lru"])
     parser.add_argument("--smoke", action="store_true", help="toy sizes, on the CPU too")
     options = parser.parse_args()
     if options.device != "cuda" and not options.smoke:
@@ -114,9 +115,9 @@ def main() -> None:
     name = torch.cuda.get_device_name() if options.device == "cuda" else "no GPU"
     print(f"{name}; {machine()}\n\n| work | N | tokens/s | speed-up over the first N | peak of memory |")
     print("|---|---|---|---|---|")
-    for way in ("kernels", "ours"):
+    for way in ("kernels", "ours") if "mamba" in options.families else ():
         report("mamba", way, MAMBA_SIZES[-2:] if options.smoke else MAMBA_SIZES, options)
-    for way in ("triton", "loop"):
+    for way in ("triton", "loop") if "lru" in options.families else ():
         report("lru", way, [8, 4] if options.smoke else LRU_SIZES, options)
 
 

@@ -2,7 +2,7 @@
 
 | arm | what happens | its options |
 |---|---|---|
-| `scratch` | trained at one size from start to end | `ranking` |
+| `scratch` | trained at one size from start to end | `state_size`, `ranking` |
 | `cut` | trained big, cut by `CompreSSMCallback` on the way | `cut`, `by_energy`, `refine` |
 | `prune` | a trained model is cut afterwards, and fine-tuned or not | `cut`, `fine_tune`, `fine_tune_rate` |
 | `distil` | a small model learns from a trained one and from the labels | `temperature`, `mixing` |
@@ -32,14 +32,15 @@ from hf_compressm.batches import sample_batches
 Outcome = dict[str, Any]
 
 
-def scratch(run: Run, ranking: int = 0) -> Outcome:
-    """Train at one size: that of another row, or the full one.
+def scratch(run: Run, state_size: int | None = None, ranking: int = 0) -> Outcome:
+    """Train at one size: that of another row, or a given one, or the full one.
 
     Args:
         run: the row, its data and its folder.
+        state_size: of all layers.
         ranking: how often the order of the states is measured on the way.
     """
-    model = run.build(run.sizes)
+    model = run.build(run.sizes if state_size is None else [state_size])
     recorders = [RankingRecorder(run.folder, run.max_steps, ranking)] if ranking else []
     run.train(run.trainer(model, callbacks=recorders))
     return run.outcome(model, ranking=[recorder.summary() for recorder in recorders])

@@ -17,6 +17,8 @@ STYLES = {
     "prune": ("#009e73", "^", "pruned afterwards"),
     "distil": ("#cc79a7", "D", "distilled"),
     "regularise": ("#e69f00", "v", "Hankel nuclear norm"),
+    "tolerance": ("#000000", "x", "cut to a tolerance, and small of that size"),
+    "own rate": ("#999999", "*", "at a small model's best rate"),
 }
 """Colour (told apart by colour-blind eyes), marker and name of every arm."""
 

@@ -14,7 +14,7 @@ import yaml
 
 
 SECTIONS = ("task", "model", "training", "rows")
-ROW_FIELDS = ("name", "arm", "group", "seeds", "size_of", "after")
+ROW_FIELDS = ("name", "arm", "group", "seeds", "size_of", "after", "training")
 RESULTS_FILE = "results.jsonl"
 
 
@@ -31,6 +31,7 @@ class Row:
         size_of: row of the same seed whose state sizes this one takes.
         after: row of the same seed whose model this one starts from, or learns from.
         options: of the arm.
+        training: fields of `TrainingArguments` in which the row differs from its study.
     """
 
     study: str
@@ -41,6 +42,7 @@ class Row:
     size_of: str | None = None
     after: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -110,9 +112,9 @@ def _rows_of(path: Path, entry: Mapping[str, Any]) -> list[Row]:
     if absent:
         raise ValueError(f"{path}: the row {dict(entry)} lacks {', '.join(absent)}.")
     options = {name: value for name, value in entry.items() if name not in ROW_FIELDS}
-    shared = {name: entry.get(name) for name in ("size_of", "after")}
+    shared: dict[str, Any] = {name: entry.get(name) for name in ("size_of", "after")}
     name, arm = str(entry["name"]), entry["arm"]
-    shared["group"] = entry.get("group", arm)
+    shared |= {"group": entry.get("group", arm), "training": entry.get("training", {})}
     return [Row(path.stem, name, arm, seed=seed, **shared, options=options) for seed in entry["seeds"]]
 
 

@@ -65,9 +65,14 @@ class Run:
         return make_task(self.study.task)
 
     @property
+    def training(self) -> dict[str, Any]:
+        """Settings of the study, and what the row has of its own."""
+        return {**self.study.training, **self.row.training}
+
+    @property
     def max_steps(self) -> int:
-        """Optimizer steps of every whole training."""
-        return int(self.study.training["max_steps"])
+        """Optimizer steps of the whole training."""
+        return int(self.training["max_steps"])
 
     @property
     def sizes(self) -> list[int] | None:
@@ -95,8 +100,8 @@ class Run:
         return self.task.load(self.output / "runs" / self.needed(self.row.after)["key"] / MODEL_FOLDER)
 
     def arguments(self, **others: Any) -> TrainingArguments:
-        """Those of the study, the same for all of its rows, but for `others`."""
-        settings = {**self.study.training, "seed": self.row.seed, **others}
+        """Those of the row, but for `others`."""
+        settings = {**self.training, "seed": self.row.seed, **others}
         every = max(settings["max_steps"] // CHECKPOINTS, 1)
         intervals = dict.fromkeys(("save_steps", "eval_steps", "logging_steps"), every)
         settings = {**DEFAULTS, **intervals, **settings}
@@ -176,10 +181,10 @@ class Run:
             "test": tested,
             "curve": [(step, before + seconds, value) for step, seconds, value in self.clock.curve],
             "costs": costs,
-            "training": dict(self.study.training),
+            "training": self.training,
             "model": dict(self.study.model),
             "machine": machine(),
-            "device": str(next(model.parameters()).device),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **more,
         }

@@ -10,4 +10,4 @@ from running import main
 
 
 if __name__ == "__main__":
-    main(__doc__, ["recall.yaml", "text.yaml"])
+    main(__doc__, ["recall.yaml", "text.yaml", "text_deep.yaml"])
