@@ -168,8 +168,10 @@ class After(TrainerCallback):
         self.before.clock.in_callbacks += self.before.stepping - self.before.began
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """So are those behind it."""
+        """So are those behind it. Nothing is saved at the end: the Trainer would go on from there by one step more."""
         self.before.clock.in_callbacks += now() - self.before.began
+        if state.global_step >= state.max_steps:
+            control.should_save = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the clock beside the checkpoint."""
