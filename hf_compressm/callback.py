@@ -214,11 +214,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             when = self._trigger.describe() if self._trigger else ""
             logger.warning(f"CompreSSM cut nothing: training ended at step {state.global_step}; cuts come {when}.")
         elif tried and not any(event.outcome == "cut" for event in tried):
-            reasons = {f"{layer.name}: {layer.reason}" for layer in tried[-1].result.plan.layers}
+            layers = tried[-1].result.plan.layers
+            reasons = {f"{layer.name}: {layer.reason}" for layer in layers}
+            rule = self.config.rank_rule
+            more = f" A {'smaller' if rule == 'target_state_size' else 'larger'} {rule} would cut more."
             undone = sum(event.outcome == "undone" for event in tried)
             logger.warning(
                 f"CompreSSM tried {len(tried)} cut(s) and none shrank a layer; {undone} were undone by the guard "
-                f"({'; '.join(sorted(reasons))}). A larger {self.config.rank_rule} would cut more."
+                f"({'; '.join(sorted(reasons))}).{more * any(layer.status == 'kept' for layer in layers)}"
             )
         folder = self._run_folder()
         if args.should_save and self.events and folder.is_dir():

@@ -135,6 +135,18 @@ def test_a_gate_that_blocks_everything_leaves_the_run_bit_equal(
     assert len(warnings_seen) == 1
     assert "none shrank a layer" in warnings_seen[0]
     assert "nothing worth cutting" in warnings_seen[0]
+    assert "A larger tolerance would cut more" in warnings_seen[0]
+
+
+def test_an_unstable_layer_is_left_alone_and_the_way_out_is_named(tmp_path: Path, warnings_seen: list[str]) -> None:
+    trainer = trainer_of(S5_CLASSIFIER, tmp_path, HALVE)
+    for module in ssm_layers(trainer.model).values():
+        torch.nn.init.constant_(module.Lambda_re, 0.01)
+    before = {name: module.B_re.shape for name, module in ssm_layers(trainer.model).items()}
+    trainer.train()
+    assert {name: module.B_re.shape for name, module in ssm_layers(trainer.model).items()} == before
+    assert all("unstable, max |eigenvalue|" in text and "clip_eigs=True" in text for text in warnings_seen)
+    assert "none shrank a layer" in warnings_seen[-1] and "would cut more" not in warnings_seen[-1]
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,8 @@ class LinearAdapter(Adapter):
             return Measurement(nothing, free, "non-finite parameters")
         if not system.is_stable:
             largest = float(system.eigenvalues.abs().max())
-            return Measurement(nothing, free, f"unstable, max |eigenvalue| {largest:.6g}")
+            way_out = "clip_eigs=True in the config of an S5, or a lower learning rate, keeps it below 1"
+            return Measurement(nothing, free, f"unstable, max |eigenvalue| {largest:.6g}; {way_out}")
         if not has_finite_parameters(layer.module):
             return Measurement(nothing, free, "non-finite parameters")
         covariance = None if statistics is None else statistics.mean("covariance")

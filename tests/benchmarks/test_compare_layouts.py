@@ -35,7 +35,10 @@ def fast_scan():
     disable_fast_selective_scan()
 
 
-@pytest.mark.parametrize("layout", ["mamba", "falcon_mamba", "jamba", "zamba", "mamba2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["mamba", "mamba2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("falcon_mamba", "jamba", "zamba"))],
+)
 def test_the_table_is_printed(
     script: ModuleType, layout: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

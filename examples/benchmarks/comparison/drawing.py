@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from plots import GREY, save
 from tables import Result, figure_of, grouped
 
@@ -17,17 +18,23 @@ STYLES = {
     "prune": ("#009e73", "^", "pruned afterwards"),
     "distil": ("#cc79a7", "D", "distilled"),
     "regularise": ("#e69f00", "v", "Hankel nuclear norm"),
-    "tolerance": ("#000000", "x", "cut to a tolerance, and small of that size"),
-    "own rate": ("#999999", "*", "at a small model's best rate"),
+    "tune": ("#117733", "<", "pruned afterwards and fine-tuned"),
+    "cut, own rate": ("#0072b2", "*", "cut while training, at the small size's rate"),
+    "scratch, own rate": ("#d55e00", "*", "small from scratch, at its own rate"),
 }
 """Colour (told apart by colour-blind eyes), marker and name of every arm."""
+
+
+FEW_SIZES = 3
+"""With no more different sizes than these at the end, rows are drawn by name."""
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     """Write the pictures of every study into a folder."""
     paths = []
     for study, members in grouped(results, lambda result: result["study"]).items():
-        for name, picture in (("size", draw_sizes), ("time", draw_times)):
+        sizes = {round(statistics.fmean(member["sizes"])) for member in members}
+        for name, picture in (("size", draw_sizes if len(sizes) > FEW_SIZES else draw_rows), ("time", draw_times)):
             paths.append(folder / f"{study}_{name}.png")
             picture(members, paths[-1])
         ranked = [result for result in members if result.get("ranking")]
@@ -38,19 +45,31 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def draw_sizes(results: Sequence[Result], path: Path) -> None:
-    """The figure against the final state size, bars for the spread over seeds; names where sizes are the same."""
+    """The figure against the final state size, bars for the spread over seeds."""
     axes, figure = _axes("states at the end", f"test {results[0]['metric']}")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     for group, members in grouped(results, lambda result: result["group"]).items():
-        points = sorted(_point(name, same) for name, same in grouped(members, lambda result: result["name"]).items())
-        sizes, means, errors, names = zip(*points, strict=True)
+        points = sorted(_point(same) for same in grouped(members, lambda result: result["name"]).values())
         colour, marker, label = STYLES[group]
-        line = "-" if len({round(size) for size in sizes}) == len(sizes) else ""
-        axes.errorbar(sizes, means, errors, color=colour, marker=marker, linestyle=line, label=label, capsize=2)
-        for size, height, name in zip(sizes, means, names, strict=True) if not line else ():
-            axes.annotate(name, (size, height), xytext=(5, -2), textcoords="offset points", fontsize=5, color=colour)
-    axes.legend(frameon=False, fontsize=8)
+        axes.errorbar(*zip(*points, strict=True), color=colour, marker=marker, label=label, capsize=2, alpha=0.85)
+    axes.legend(frameon=False, fontsize=7)
+    save(figure, path)
+
+
+def draw_rows(results: Sequence[Result], path: Path) -> None:
+    """The figure of every seed and their mean, a line for each row."""
+    rows = grouped(results, lambda result: result["name"])
+    axes, figure = _axes(f"test {results[0]['metric']}", "")
+    figure.set_figheight(1 + 0.25 * len(rows))
+    for height, members in enumerate(rows.values()):
+        colour, marker, _ = STYLES[members[0]["group"]]
+        figures = [figure_of(member) for member in members]
+        axes.plot(figures, [height] * len(figures), color=colour, marker=marker, linestyle="", alpha=0.5)
+        axes.plot(statistics.fmean(figures), height, color=colour, marker="|", markersize=14, markeredgewidth=2)
+    axes.set_yticks(range(len(rows)), [f"{name} ({_size(members):g})" for name, members in rows.items()], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", linewidth=0.3)
     save(figure, path)
 
 
@@ -58,6 +77,9 @@ def draw_times(results: Sequence[Result], path: Path) -> None:
     """The figure against the seconds that a row took in all, and the way there on the validation split."""
     axes, figure = _axes("seconds of training, those taken over included", f"{results[0]['metric']}")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     named = set()
     for result in results:
         colour, marker, name = STYLES[result["group"]]
@@ -74,7 +96,7 @@ def draw_times(results: Sequence[Result], path: Path) -> None:
             label=label,
             linestyle="",
         )
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=7)
     save(figure, path)
 
 
@@ -94,11 +116,15 @@ def draw_rankings(results: Sequence[Result], path: Path) -> None:
     save(figure, path)
 
 
-def _point(name: str, results: Sequence[Result]) -> tuple[float, float, float, str]:
-    """Size, figure and its spread of one row over its seeds, and its name."""
+def _point(results: Sequence[Result]) -> tuple[float, float, float]:
+    """Size, figure and its spread of one row over its seeds."""
     figures = [figure_of(result) for result in results]
-    size = statistics.fmean(statistics.fmean(result["sizes"]) for result in results)
-    return size, statistics.fmean(figures), statistics.stdev(figures) if len(figures) > 1 else 0.0, name
+    return _size(results), statistics.fmean(figures), statistics.stdev(figures) if len(figures) > 1 else 0.0
+
+
+def _size(results: Sequence[Result]) -> float:
+    """Mean state size at the end, over layers and seeds."""
+    return round(statistics.fmean(statistics.fmean(result["sizes"]) for result in results), 1)
 
 
 def _axes(x: str, y: str) -> tuple[Any, Figure]:

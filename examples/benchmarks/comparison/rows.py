@@ -141,6 +141,12 @@ class Results:
             found[values["key"]] = values
         return found
 
+    def of(self, studies: Sequence[Study]) -> list[dict[str, Any]]:
+        """Rows of these studies that are done, in the order of the settings, which also say how they are drawn."""
+        done = self.read()
+        rows = [row for study in studies for row in study.rows if row.key in done]
+        return [{**done[row.key], "group": row.group} for row in rows]
+
     def add(self, values: Mapping[str, Any]) -> None:
         """Append a line, and see to it that it is on the disk; several processes may do so."""
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0

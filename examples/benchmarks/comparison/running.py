@@ -107,7 +107,7 @@ def main(description: str, settings: Sequence[str], arguments: Sequence[str] | N
         with tempfile.TemporaryDirectory() as temporary:
             output = options.output or Path(temporary if options.smoke else "runs/comparison")
             failed = run_rows(studies, output, options.only, 0 if options.smoke else options.processes)
-            results = list(Results(output).read().values())
+            results = Results(output).of(studies)
             print(write_tables(results, output))
             draw(results, output)
     except ValueError as error:

@@ -11,4 +11,4 @@ from running import main
 
 
 if __name__ == "__main__":
-    main(__doc__, ["smnist_lru.yaml", "smnist_s5.yaml", "smnist_long.yaml"])
+    main(__doc__, ["smnist_lru.yaml", "smnist_s5.yaml", "smnist_long.yaml", "smnist_costs.yaml"])

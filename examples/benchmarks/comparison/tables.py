@@ -9,9 +9,10 @@ from typing import Any
 
 Result = Mapping[str, Any]
 TABLE_FILE = "tables.md"
-HEADER = (
-    "| row | seeds | states at the end | {metric} | s in all | of which taken over | times the cut's | ms per step, "
-    "first and last | s per epoch | examples/s | s in cuts and calibration | share of the speed bound | peak MiB |"
+HEADER = "| row | seeds | states at the end | {metric} | s in all | of which taken over | times the cut's |"
+COSTS_HEADER = (
+    "| costs of | ms per step, first and last | s per epoch | examples/s | s in cuts and calibration | "
+    "share of the speed bound | peak MiB |"
 )
 
 
@@ -27,7 +28,7 @@ def tables(results: Sequence[Result]) -> list[str]:
     found = []
     for study, members in grouped(results, lambda result: result["study"]).items():
         found.append(f"### {study}: {members[0]['task']}, {members[0]['training']['max_steps']} steps")
-        found.append(study_table(members))
+        found += [study_table(members), costs_table(members)]
         ranked = [result for result in members if result.get("ranking")]
         if ranked:
             found.append(ranking_table(ranked))
@@ -44,12 +45,12 @@ def grouped(results: Iterable[Result], key: Callable[[Result], str]) -> dict[str
 
 
 def study_table(results: Sequence[Result]) -> str:
-    """One line for each row of a study, over its seeds."""
+    """One line for each row of a study, over its seeds: what came out, and in which time."""
     rows = grouped(results, lambda result: result["name"])
     totals = {name: mean([m["costs"]["total_seconds"] for m in members]) for name, members in rows.items()}
-    lines = [HEADER.format(metric=results[0]["metric"]), "|---" * 13 + "|"]
+    lines = [HEADER.format(metric=results[0]["metric"]), "|---" * 7 + "|"]
     for name, members in rows.items():
-        costs = [member["costs"] for member in members]
+        inherited = mean([member["costs"]["inherited_seconds"] for member in members])
         beside = totals.get(members[0]["size_of"])
         cells = [
             name,
@@ -57,8 +58,22 @@ def study_table(results: Sequence[Result]) -> str:
             spread([statistics.fmean(member["sizes"]) for member in members], ".4g"),
             spread([figure_of(member) for member in members], ".4f"),
             seconds(totals[name]),
-            seconds(mean([cost["inherited_seconds"] for cost in costs])),
+            seconds(inherited) if inherited else "",
             f"{totals[name] / beside:.2f}" if beside else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def costs_table(results: Sequence[Result]) -> str:
+    """What every row that has trained cost besides, means over its seeds."""
+    lines = [COSTS_HEADER, "|---" * 7 + "|"]
+    for name, members in grouped(results, lambda result: result["name"]).items():
+        costs = [member["costs"] for member in members if member["costs"]["phases"]]
+        if not costs:
+            continue
+        cells = [
+            name,
             pair([cost["seconds_per_step"] for cost in costs], 1000, ".1f"),
             pair([cost["seconds_per_epoch"] for cost in costs], 1, ".1f"),
             pair([cost["examples_per_second"] for cost in costs], 1, ".0f"),
