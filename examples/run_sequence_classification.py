@@ -37,6 +37,9 @@ class ModelArguments:
     dropout: float = field(default=0.0, metadata={"help": "Dropout of a new model."})
     norm: str = field(default="layer", metadata={"help": "Norm of a new model.", "choices": ["layer", "batch"]})
     dt_min: float = field(default=0.01, metadata={"help": "Smallest initial step size of a new S5 model."})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Other fields of a new model's config: activation=full_glu,clip_eigs=true."}
+    )
 
 
 @dataclass
@@ -103,6 +106,13 @@ def make_model(args: ModelArguments, input_size: int, num_labels: int) -> PreTra
     if args.model_type == "s5":
         settings["dt_min"] = args.dt_min
     config = AutoConfig.for_model(args.model_type, input_size=input_size, num_labels=num_labels, **settings)
+    if args.config_overrides:
+        try:
+            config.update_from_string(args.config_overrides)
+            config = type(config)(**config.to_dict())  # checks the fields together
+        except ValueError as error:
+            text = "config_overrides must be fields of the config, as in activation=full_glu,clip_eigs=true"
+            raise ValueError(f"{text}, got {args.config_overrides!r}: {error}.") from error
     return AutoModelForSequenceClassification.from_config(config)
 
 

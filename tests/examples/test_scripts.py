@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from transformers import AutoConfig
 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -87,8 +88,11 @@ def test_digits_then_a_local_directory(script, tmp_path, capsys):
 def test_mnist_from_idx_files_with_an_lru(script, compressed, tmp_path, capsys):
     folder = write_mnist(tmp_path / "mnist", compressed)
     settings = CLASSIFY | {"output_dir": tmp_path / "run", "mnist_dir": folder, "model_type": "lru"}
+    settings["config_overrides"] = "activation=full_glu,initializer_range=0.2"
     script("run_sequence_classification").main(flags(settings))
     check_run(tmp_path / "run", capsys.readouterr().out)
+    config = AutoConfig.from_pretrained(tmp_path / "run")
+    assert (config.activation, config.initializer_range) == ("full_glu", 0.2)
 
 
 def test_images_with_channels_become_frames(script):
@@ -208,6 +212,9 @@ def test_a_mistake_in_language_modelling_is_a_value_error(script, settings, mess
         ({"test_size": 1.5}, "test_size must lie between"),
         ({"model_name_or_path": "missing/directory"}, "nor a Hub model within reach"),
         ({"state_size": 15}, "conjugate pairs"),
+        ({"config_overrides": "activation"}, "config_overrides must be fields of the config"),
+        ({"config_overrides": "width=3"}, "key width isn't in"),
+        ({"config_overrides": "activation=none"}, "`activation` is .none.; choose one of"),
         ({"tolerance": None, "target_state_size": 32}, "target_state_size=32"),
     ],
 )
