@@ -51,7 +51,7 @@ def study_table(results: Sequence[Result]) -> str:
     lines = [HEADER.format(metric=results[0]["metric"]), "|---" * 7 + "|"]
     for name, members in rows.items():
         inherited = mean([member["costs"]["inherited_seconds"] for member in members])
-        beside = totals.get(members[0]["size_of"])
+        beside = seconds_beside(members, rows.get(members[0]["size_of"], []))
         cells = [
             name,
             ", ".join(str(member["seed"]) for member in members),
@@ -59,10 +59,20 @@ def study_table(results: Sequence[Result]) -> str:
             spread([figure_of(member) for member in members], ".4f"),
             seconds(totals[name]),
             seconds(inherited) if inherited else "",
-            f"{totals[name] / beside:.2f}" if beside else "",
+            "" if beside is None else f"{beside:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def seconds_beside(members: Sequence[Result], others: Sequence[Result]) -> float | None:
+    """How many times as long a row took as another, over the seeds that both have; None if not on the same device."""
+    by_seed = {other["seed"]: other for other in others}
+    pairs = [(member, by_seed[member["seed"]]) for member in members if member["seed"] in by_seed]
+    if not pairs or len({(result["machine"], result["device"]) for pair in pairs for result in pair}) > 1:
+        return None
+    own, theirs = (mean([pair[i]["costs"]["total_seconds"] for pair in pairs]) for i in (0, 1))
+    return own / theirs
 
 
 def costs_table(results: Sequence[Result]) -> str:
