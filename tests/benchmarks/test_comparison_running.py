@@ -4,13 +4,16 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hf_compressm import CompreSSMConfig
 from hf_compressm.scans import disable_fast_selective_scan
 
 
@@ -159,18 +162,30 @@ def test_rows_at_once_wait_for_those_that_they_need_and_outlive_a_failure(
     monkeypatch.setattr(slots, "_new_process", lambda count: ThreadPoolExecutor(1))
 
     def work(job: Any) -> str:
+        time.sleep(0.02)
         if job[1].name == "cut":
             raise RuntimeError("no")
         return job[1].name
 
+    def started(job: Any) -> None:
+        assert {name for name in (job[1].size_of, job[1].after) if name} <= set(ended)
+        begun.append(job[1].name)
+
     jobs = [(study, row) for row in reversed(study.rows)]
-    for (_, row), future in slots.in_slots(jobs, work, 2, lambda job: begun.append(job[1].name)):
-        assert begun.index(row.name) >= 0
+    for (_, row), future in slots.in_slots(jobs, work, 2, started):
         ended.append(row.name)
         assert (row.name == "cut") == (future.exception() is not None)
     assert sorted(begun) == sorted(ended) == sorted(row.name for row in study.rows)
-    assert all(begun.index("full") < begun.index(name) for name in ("tuned", "distilled"))
-    assert all(begun.index("cut") < begun.index(name) for name in ("small", "tuned", "distilled", "norm"))
+    circle = [(study, replace(row, size_of="small")) for row in study.rows if row.name == "small"]
+    with pytest.raises(ValueError, match="wait for one another: tiny-small-seed0"):
+        list(slots.in_slots(circle, work, 2, print))
+
+
+def test_a_row_that_was_run_with_other_settings_is_not_passed_over(part: Any, study: Any, tmp_path: Path) -> None:
+    part("running").run_rows([study], tmp_path, ["full"])
+    other = replace(study, training={**study.training, "max_steps": 12})
+    with pytest.raises(ValueError, match=r"tiny-full-seed0 was run with other settings \(training\)"):
+        part("running").run_rows([other], tmp_path, ["full"])
 
 
 @pytest.mark.slow
@@ -190,6 +205,11 @@ def test_the_settings_that_are_shipped_can_be_read(part: Any) -> None:
         whole, smoke = rows.read_study(path), rows.read_study(path, smoke=True)
         assert len({row.key for row in whole.rows}) == len(whole.rows)
         assert {row.arm for row in whole.rows} <= set(arms)
+        assert {row.group for row in whole.rows} <= set(part("drawing").STYLES)
+        for row in whole.rows:
+            code = arms[row.arm].__code__
+            assert set(row.options) <= set(code.co_varnames[1 : code.co_argcount])
+            CompreSSMConfig(**row.options.get("cut", {}))
         assert 0 < len(smoke.rows) < len(whole.rows)
         assert smoke.training["max_steps"] <= 20
 

@@ -4,9 +4,9 @@
 |---|---|---|
 | `scratch` | trained at one size from start to end | `state_size`, `ranking` |
 | `cut` | trained big, cut by `CompreSSMCallback` on the way | `cut`, `by_energy`, `refine` |
-| `prune` | a trained model is cut afterwards, and fine-tuned or not | `cut`, `fine_tune`, `fine_tune_rate` |
+| `prune` | a trained model is cut to the sizes of another row, and fine-tuned or not | `fine_tune`, `fine_tune_rate` |
 | `distil` | a small model learns from a trained one and from the labels | `temperature`, `mixing` |
-| `regularise` | trained big with the Hankel norm in the loss, then cut once or not | `weight`, `realization`, `cut` |
+| `regularise` | trained big with the Hankel norm in the loss, then cut once or not | `weight`, `realization` |
 
 All use the same learning rate schedule over the same number of steps; `prune` fine-tunes beyond them, with a schedule
 of the same shape over its own. What an arm takes over from another row, such as a teacher, counts among its costs.
@@ -68,14 +68,11 @@ def cut(run: Run, cut: Mapping[str, Any], by_energy: bool = False, refine: int =
     return run.outcome(model, cuts=cuts, refinements=refinement.errors)
 
 
-def prune(
-    run: Run, cut: Mapping[str, Any] | None = None, fine_tune: float = 0.0, fine_tune_rate: float = 1.0
-) -> Outcome:
-    """Cut a model that was trained at full size, and fine-tune it or not.
+def prune(run: Run, fine_tune: float = 0.0, fine_tune_rate: float = 1.0) -> Outcome:
+    """Cut a model that was trained at full size to the sizes of another row, and fine-tune it or not.
 
     Args:
         run: the row, its data and its folder.
-        cut: settings of `CompreSSMConfig` but for the size.
         fine_tune: steps that follow, as a share of those of the whole training.
         fine_tune_rate: peak learning rate in them, as a share of that of the training.
     """
@@ -83,7 +80,7 @@ def prune(
     steps = max(round(fine_tune * run.max_steps), 1)
     rate = run.arguments().learning_rate * fine_tune_rate
     trainer = run.trainer(model, max_steps=steps, learning_rate=rate)
-    _cut_at_the_end(run, trainer, model, cut or {})
+    _cut_at_the_end(run, trainer, model)
     before = run.test(trainer)
     if fine_tune:
         run.train(trainer)
@@ -103,8 +100,8 @@ def distil(run: Run, temperature: float = 2.0, mixing: float = 0.5) -> Outcome:
     return run.outcome(model)
 
 
-def regularise(run: Run, weight: float, realization: str = "real", cut: Mapping[str, Any] | None = None) -> Outcome:
-    """Train the full size with the Hankel nuclear norm in the loss, and cut once at the end.
+def regularise(run: Run, weight: float, realization: str = "real") -> Outcome:
+    """Train the full size with the Hankel nuclear norm in the loss; with the sizes of another row, cut once at the end.
 
     Several cuts of one such model are rows of the arm `prune` that come after one without a cut.
 
@@ -112,32 +109,37 @@ def regularise(run: Run, weight: float, realization: str = "real", cut: Mapping[
         run: the row, its data and its folder.
         weight: of the norm.
         realization: as in `HankelRegularisedTrainer`.
-        cut: settings of `CompreSSMConfig`; without it, and without a row in `size_of`, nothing is cut.
     """
     model = run.build()
     trainer = run.trainer(model, HankelRegularisedTrainer, weight=weight, realization=realization)
     run.train(trainer)
     before = run.test(trainer)
-    if cut is not None or run.sizes is not None:
-        _cut_at_the_end(run, trainer, model, cut or {})
+    if run.sizes is not None:
+        _cut_at_the_end(run, trainer, model)
     return run.outcome(model, right_before_the_cut=before)
 
 
-def _cut_at_the_end(run: Run, trainer: Any, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
-    """One cut without an optimizer, to the sizes of the run or, without such, to what the settings say."""
+def _cut_at_the_end(run: Run, trainer: Any, model: PreTrainedModel) -> None:
+    """One cut without an optimizer, to the sizes of the run.
+
+    Raises:
+        ValueError: if the row names no other, or a layer cannot be cut to its size.
+    """
+    if run.sizes is None:
+        raise ValueError(f"{run.row.key} does not say in size_of to which sizes it cuts.")
     with run.clock.aside("afterwards"):
         size = trainer.args.per_device_train_batch_size
-        config = CompreSSMConfig(sampling_seed=run.row.seed, **(settings if run.sizes is None else {}))
+        settings = CompreSSMConfig(sampling_seed=run.row.seed)
         loader = trainer.get_train_dataloader()
-        batches = sample_batches(loader, size, config.calibration_batches, config.sampling_seed)
-        if run.sizes is None:
-            compress(model, config, batches)
-        elif len(set(run.sizes)) == 1:
-            compress(model, CompreSSMConfig(target_state_size=run.sizes[0], **settings), batches)
+        batches = sample_batches(loader, size, settings.calibration_batches, settings.sampling_seed)
+        if len(set(run.sizes)) == 1:
+            compress(model, CompreSSMConfig(target_state_size=run.sizes[0], sampling_seed=run.row.seed), batches)
         else:
             for layer, wanted in zip(find_layers(model), run.sizes, strict=True):
-                target = CompreSSMConfig(target_state_size=wanted, layers=[layer.name], **settings)
-                compress(model, target, batches)
+                compress(model, CompreSSMConfig(target_state_size=wanted, layers=[layer.name]), batches)
+    reached = [layer.state_size for layer in find_layers(model)]
+    if reached != run.sizes:
+        raise ValueError(f"{run.row.key} was to be cut to {run.sizes} states, and has {reached}.")
 
 
 ARMS: dict[str, Callable[..., Outcome]] = {

@@ -1,5 +1,6 @@
 """What a run costs: seconds of steps, of callbacks, of evaluation and of saving, kept over interruptions."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,7 +143,7 @@ class Before(TrainerCallback):
         if not self.clock.phases or self.clock.phases[-1].sizes != sizes:
             self.clock.phases.append(Phase(sizes))
         self.clock.phases[-1].add(end - self.stepping)
-        self.began = end
+        self.began = now()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop."""
@@ -201,7 +202,9 @@ class TimedTrainer(Trainer):
         seconds = self.clock.training
         with self.clock.aside("evaluating"):
             metrics = super().evaluate(*args, **kwargs)
-        self.clock.curve.append((self.state.global_step, seconds, metrics[f"eval_{self.metric}"]))
+        figure = metrics[f"eval_{self.metric}"]
+        if math.isfinite(figure):
+            self.clock.curve.append((self.state.global_step, seconds, figure))
         return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

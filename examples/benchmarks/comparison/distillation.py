@@ -41,7 +41,7 @@ class DistillationTrainer(TimedTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with torch.no_grad():
-            wanted = self.teacher(**inputs).logits
+            wanted = self.teacher(**{name: value for name, value in inputs.items() if name != "labels"}).logits
         outputs = model(**inputs)
         distance = distillation_loss(outputs.logits, wanted, inputs["labels"], self.temperature)
         loss = (1 - self.mixing) * outputs.loss + self.mixing * distance

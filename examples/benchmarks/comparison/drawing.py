@@ -20,6 +20,7 @@ STYLES = {
     "regularise": ("#e69f00", "v", "Hankel nuclear norm"),
     "tune": ("#117733", "<", "pruned afterwards and fine-tuned"),
     "cut, own rate": ("#0072b2", "*", "cut while training, at the small size's rate"),
+    "distil, own rate": ("#cc79a7", "*", "distilled, at the small size's rate"),
     "scratch, own rate": ("#d55e00", "*", "small from scratch, at its own rate"),
 }
 """Colour (told apart by colour-blind eyes), marker and name of every arm."""

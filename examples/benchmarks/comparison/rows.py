@@ -162,3 +162,24 @@ def chosen(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[Row]:
     if not patterns:
         return list(rows)
     return [row for row in rows if any(fnmatch(text, p) for text in (row.key, row.name) for p in patterns)]
+
+
+def check_same(study: Study, row: Row, values: Mapping[str, Any] | None) -> None:
+    """A row that is done was run with the settings of now.
+
+    Args:
+        study: whose row it is.
+        row: as the settings have it.
+        values: its line, or None if it is not done.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    wanted = {"training": {**study.training, **row.training}, "model": study.model, "options": row.options}
+    wanted = json.loads(json.dumps(wanted, default=dict))
+    differing = [name for name, value in wanted.items() if values is not None and values[name] != value]
+    if differing:
+        raise ValueError(
+            f"{row.key} was run with other settings ({', '.join(differing)}). Use another --output, or take its line "
+            f"out of {RESULTS_FILE} and its folder out of runs/."
+        )

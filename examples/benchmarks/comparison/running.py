@@ -7,6 +7,7 @@ share one.
 
 import argparse
 import functools
+import gc
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from arms import ARMS
 from drawing import draw
-from rows import Results, Row, Study, chosen, read_study
+from rows import Results, Row, Study, check_same, chosen, read_study
 from runs import Run
 from slots import Job, in_slots
 from tables import write_tables
@@ -47,6 +48,7 @@ def run_row(study: Study, row: Row, output: Path) -> dict[str, Any]:
         raise ValueError(f"{row.key}: the arm {row.arm!r} does not take {', '.join(unknown)}.")
     values = arm(run, **row.options)
     Results(output).add(values)
+    run.tidy()
     return values
 
 
@@ -63,9 +65,14 @@ def run_rows(
 
     Returns:
         Keys of the rows that failed in their processes.
+
+    Raises:
+        ValueError: if a row was run with other settings, or rows wait for one another.
     """
     done, failed = Results(output).read(), []
     jobs = [(study, row) for study in studies for row in chosen(study.rows, only)]
+    for study, row in jobs:
+        check_same(study, row, done.get(row.key))
     for _, row in [job for job in jobs if job[1].key in done]:
         print(f"{row.key}: done before", flush=True)
     jobs = [job for job in jobs if job[1].key not in done]
@@ -96,7 +103,9 @@ def main(description: str, settings: Sequence[str], arguments: Sequence[str] | N
     parser.add_argument("--settings", nargs="+", type=Path, default=[FOLDER / "settings" / name for name in settings])
     parser.add_argument("--output", type=Path, help="folder of results and runs; a run that was interrupted goes on")
     parser.add_argument("--only", nargs="+", help="names or keys of rows, with * and ?")
-    parser.add_argument("--processes", type=int, default=1, help="rows that run at once, on one device (default: 1)")
+    parser.add_argument(
+        "--processes", type=_at_least_one, default=1, help="rows that run at once, on one device (default: 1)"
+    )
     parser.add_argument("--mnist_dir", help="folder with MNIST's idx files")
     parser.add_argument("--train_file", nargs="+", help="local text, instead of Python's standard library")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that all of it runs")
@@ -118,9 +127,18 @@ def main(description: str, settings: Sequence[str], arguments: Sequence[str] | N
         raise SystemExit(1)
 
 
+def _at_least_one(text: str) -> int:
+    """A number of processes."""
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
+    return count
+
+
 def _run_job(job: Job, output: Path) -> dict[str, Any]:
     """What `run_row` returns, with a peak of GPU memory of its own."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.reset_peak_memory_stats()
     return run_row(*job, output)
 

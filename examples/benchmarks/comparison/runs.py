@@ -152,8 +152,13 @@ class Run:
         seen = trainer.evaluate(self.task.test, metric_key_prefix="test")
         return {name: seen[f"test_{name}"] for name in ("loss", "accuracy")}
 
+    def tidy(self) -> None:
+        """Remove the checkpoints of a row whose line is written."""
+        for checkpoint in self.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
     def outcome(self, model: PreTrainedModel, **more: Any) -> dict[str, Any]:
-        """The line of a finished row; saves the model and removes the checkpoints.
+        """The line of a finished row; saves the model.
 
         Args:
             model: as it is at the end.
@@ -161,8 +166,6 @@ class Run:
         """
         tested = self.test(self.trainer(model))
         model.save_pretrained(self.folder / MODEL_FOLDER)
-        for checkpoint in self.folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
         arguments = self.arguments()
         costs = self.clock.costs(arguments.train_batch_size, len(self.task.train))
         before = self.needed(self.row.after)["costs"]["total_seconds"] if self.row.after else 0.0
@@ -175,6 +178,7 @@ class Run:
             **row,
             "options": dict(self.row.options),
             "task": self.task.name,
+            "data": dict(self.study.task),
             "metric": self.task.metric,
             "sizes": [layer.state_size for layer in find_layers(model)],
             "parameters": model.num_parameters(),
@@ -184,7 +188,7 @@ class Run:
             "training": self.training,
             "model": dict(self.study.model),
             "machine": machine(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **more,
         }

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any
@@ -35,6 +36,9 @@ def in_slots(
 
     Yields:
         Every job with its future once it is over: done, failed, or killed.
+
+    Raises:
+        ValueError: if rows wait for one another.
     """
     waiting, running = list(jobs), dict[Future[Any], tuple[Job, ProcessPoolExecutor]]()
     free = [_new_process(count) for _ in range(min(count, len(waiting)))]
@@ -45,6 +49,8 @@ def in_slots(
             process = free.pop()
             started(job)
             running[process.submit(work, job)] = (job, process)
+        if not running:
+            raise ValueError(f"These rows wait for one another: {', '.join(row.key for _, row in waiting)}.")
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             job, process = running.pop(future)
             yield job, future
@@ -59,10 +65,19 @@ def in_slots(
 def _new_process(count: int) -> ProcessPoolExecutor:
     """One of `count`; it starts with its first job."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_share_cores, initargs=(count,))
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(count,))
 
 
-def _share_cores(count: int) -> None:
-    """As many threads as `count` processes leave to each, unless the environment says how many."""
+def _begin(count: int) -> None:
+    """End with the parent, or a later command would find a row trained twice; leave to each of `count` its threads."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if count > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max((os.cpu_count() or 1) // count, 1))
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent, and leave without a word."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,6 +1,7 @@
 """The tasks of the comparison: data in three splits, and models of any state size for them.
 
-The validation split gives the curves during training, the test split the figure at the end; neither chooses anything.
+The validation split gives the curves during training, and chose the learning rate in the settings; the test split
+gives the figure at the end and chooses nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -69,16 +70,6 @@ class Task:
     model_fields: Mapping[str, Any]
     auto_class: Any
     metric: str
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Which way the metric goes."""
-        return self.metric == "accuracy"
-
-    @property
-    def tokens_per_example(self) -> int:
-        """Steps of one sequence."""
-        return int(next(iter(self.train.columns.values())).shape[1])
 
     def build(self, model: Mapping[str, Any], sizes: Sequence[int] | None = None) -> PreTrainedModel:
         """A new model.
