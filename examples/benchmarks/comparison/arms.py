@@ -101,7 +101,7 @@ def distil(run: Run, temperature: float = 2.0, mixing: float = 0.5) -> Outcome:
 
 
 def regularise(run: Run, weight: float, realization: str = "real") -> Outcome:
-    """Train the full size with the Hankel nuclear norm in the loss; with the sizes of another row, cut once at the end.
+    """Train the full size with the Hankel nuclear norm in the loss, and cut once at the end if sizes are given.
 
     Several cuts of one such model are rows of the arm `prune` that come after one without a cut.
 
