@@ -77,7 +77,7 @@ setup(
     license="Apache-2.0",
     keywords="state-space models, mamba, s5, lru, model order reduction, balanced truncation, transformers",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    package_data={PACKAGE: ["py.typed", "reporting/templates/*.jinja"]},
+    package_data={PACKAGE: ["py.typed", "reports/templates/*.jinja"]},
     entry_points={"console_scripts": [f"hf-compressm = {PACKAGE}.cli:main"]},
     python_requires=">=3.10,<3.14",
     install_requires=INSTALL_REQUIRES,

@@ -38,7 +38,7 @@ from hf_compressm import (
 from hf_compressm.compression import rank_stability, state_scores
 from hf_compressm.data import ByteTokenizer, TextSource, read_texts, split_into_blocks
 from hf_compressm.numerics import DiagonalSystem, balanced_truncation, hankel_singular_values
-from hf_compressm.reporting.figures import COLOURS, MARKERS, new_figure, save_figure
+from hf_compressm.reports.plots.figures import COLOURS, MARKERS, new_figure, save_figure
 
 
 FIGURES = Path(__file__).parent / "figures"

@@ -19,8 +19,8 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, find_last_complete_checkpoint
-from hf_compressm.reporting import write_report
-from hf_compressm.reporting.runs import AFTER_CUT, BEFORE_CUT
+from hf_compressm.reports import write_report
+from hf_compressm.reports.traces import AFTER_CUT, BEFORE_CUT
 
 
 try:

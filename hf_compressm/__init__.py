@@ -1,36 +1,41 @@
 """Compress the state of state-space models while they train, inside Hugging Face `transformers`."""
 
-from hf_compressm.callback import CompreSSMCallback
-from hf_compressm.checkpoint_compression import compress_checkpoint
-from hf_compressm.checkpoints import find_last_complete_checkpoint
-from hf_compressm.compression import (
-    CompressionPlan,
-    CompressionResult,
-    LayerPlan,
-    analyze,
-    apply_plan,
-    compress,
-    plan_compression,
-)
-from hf_compressm.config import CompreSSMConfig
-from hf_compressm.loading import verify_checkpoint
-from hf_compressm.models import (
-    CompreSSMamba2Config,
-    CompreSSMamba2ForCausalLM,
-    CompreSSMamba2Model,
-    CompreSSMambaConfig,
-    CompreSSMambaForCausalLM,
-    CompreSSMambaModel,
-    LRUConfig,
-    LRUForCausalLM,
-    LRUForSequenceClassification,
-    LRUModel,
-    S5Config,
-    S5ForCausalLM,
-    S5ForSequenceClassification,
-    S5Model,
-)
-from hf_compressm.scans import enable_fast_selective_scan
+from typing import TYPE_CHECKING
+
+from hf_compressm.utils.lazy import announce_models, lazy_names
+
+
+if TYPE_CHECKING:
+    from hf_compressm.callback import CompreSSMCallback
+    from hf_compressm.checkpoints import find_last_complete_checkpoint, verify_checkpoint
+    from hf_compressm.compression import (
+        CompressionPlan,
+        CompressionResult,
+        LayerPlan,
+        analyze,
+        apply_plan,
+        compress,
+        plan_compression,
+    )
+    from hf_compressm.config import CompreSSMConfig
+    from hf_compressm.models import (
+        CompreSSMamba2Config,
+        CompreSSMamba2ForCausalLM,
+        CompreSSMamba2Model,
+        CompreSSMambaConfig,
+        CompreSSMambaForCausalLM,
+        CompreSSMambaModel,
+        LRUConfig,
+        LRUForCausalLM,
+        LRUForSequenceClassification,
+        LRUModel,
+        S5Config,
+        S5ForCausalLM,
+        S5ForSequenceClassification,
+        S5Model,
+    )
+    from hf_compressm.reports import compress_checkpoint
+    from hf_compressm.scans import enable_fast_selective_scan
 
 
 __version__ = "0.1.0"
@@ -64,3 +69,25 @@ __all__ = [
     "plan_compression",
     "verify_checkpoint",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "callback": ["CompreSSMCallback"],
+        "checkpoints": ["find_last_complete_checkpoint", "verify_checkpoint"],
+        "compression": [
+            "CompressionPlan",
+            "CompressionResult",
+            "LayerPlan",
+            "analyze",
+            "apply_plan",
+            "compress",
+            "plan_compression",
+        ],
+        "config": ["CompreSSMConfig"],
+        "models": [name for name in __all__ if "Mamba" in name or name.startswith(("LRU", "S5"))],
+        "reports": ["compress_checkpoint"],
+        "scans": ["enable_fast_selective_scan"],
+    },
+)
+announce_models(("s5", "lru", "compressm_mamba", "compressm_mamba2"), "hf_compressm.models")

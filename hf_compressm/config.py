@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from hf_compressm.durable import quoted
+from hf_compressm.utils.checks import quoted
 
 
 RANK_RULES = ("tolerance", "max_error", "fraction", "target_state_size")

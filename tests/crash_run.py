@@ -24,10 +24,10 @@ import hf_compressm.callback
 import hf_compressm.compression.applying
 import hf_compressm.recovery
 from hf_compressm import find_last_complete_checkpoint
-from hf_compressm.resuming import CheckpointLoader
-from tests.families import LRU, MAMBA
-from tests.test_resuming import outcome
-from tests.training import Examples, trainer_of
+from hf_compressm.training.loading import CheckpointLoader
+from tests.family_table import LRU, MAMBA
+from tests.trainers import Examples, trainer_of
+from tests.training.test_loading import outcome
 
 
 ROWS = {"lru": LRU, "mamba": MAMBA}

@@ -15,10 +15,10 @@ from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer
 
-from hf_compressm.loading import load_model
-from tests.families import LRU, MAMBA, S5, perturbed
+from hf_compressm.checkpoints.fitting import load_model
+from tests.family_table import LRU, MAMBA, S5, perturbed
 from tests.launched_run import leave
-from tests.training import Examples, arguments
+from tests.trainers import Examples, arguments
 
 
 BLOCKS = {"lru": (LRU, "LRUBlock"), "mamba": (MAMBA, "MambaBlock"), "s5": (S5, "S5Block")}

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from hf_compressm.checkpoints import HISTORY_FILE, seal_checkpoint
-from tests.families import LRU, S5, Family
+from hf_compressm.checkpoints.seal import seal_checkpoint
+from hf_compressm.files.names import HISTORY_FILE
+from tests.family_table import LRU, S5, Family
 
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "merges.txt", "chat_template.jinja")

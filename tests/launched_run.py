@@ -18,9 +18,9 @@ from transformers import Trainer, TrainerCallback
 
 from hf_compressm import callback, find_last_complete_checkpoint
 from hf_compressm.compression import applying
-from hf_compressm.processes import checksum
-from tests.families import LRU, MAMBA, S5
-from tests.training import Examples, Stream, callback_of, trainer_of
+from hf_compressm.utils.processes import checksum
+from tests.family_table import LRU, MAMBA, S5
+from tests.trainers import Examples, Stream, callback_of, trainer_of
 
 
 TWICE = {"fraction": 0.3, "end": 5, "num_cuts": 2}

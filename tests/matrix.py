@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from hf_compressm.surgery import misfit, unwrap
-from tests.families import VOCAB_SIZE, Family, ssm_layers
-from tests.training import callback_of, trainer_of
+from tests.family_table import VOCAB_SIZE, Family, ssm_layers
+from tests.trainers import callback_of, trainer_of
 
 
 STEPS = 20

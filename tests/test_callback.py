@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
-from tests.families import FAMILIES, LRU, MAMBA, S5_CLASSIFIER, Family, family_id, same, ssm_layers
-from tests.training import HALVE, Examples, Stream, callback_of, trainer_of
+from tests.family_table import FAMILIES, LRU, MAMBA, S5_CLASSIFIER, Family, family_id, same, ssm_layers
+from tests.trainers import HALVE, Examples, Stream, callback_of, trainer_of
 
 
 @pytest.fixture(autouse=True)

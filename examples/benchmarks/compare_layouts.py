@@ -28,16 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from compare_cuts import Batch, cut_text, evaluate, read_tokens, train
 
 from hf_compressm import CompreSSMConfig, compress, enable_fast_selective_scan
-from hf_compressm.adapters import (
+from hf_compressm.families import (
     CutMethod,
     MomentTerm,
-    NormalizedMambaAdapter,
     ParameterChange,
     SSMLayer,
     collect_statistics,
     find_layers,
 )
-from hf_compressm.adapters.selective import Selection
+from hf_compressm.families.selective import Selection
 from hf_compressm.surgery import commit_replacements, prepare_replacements
 
 
@@ -56,7 +55,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Unrepaired(NormalizedMambaAdapter):
+class Unrepaired(NormalizedMambaFamily):
     """A normalised layer whose norms' weights are cut like everything else."""
 
     def _scale_changes(self, layer: SSMLayer, indices: Tensor, *fits: Any) -> list[ParameterChange]:
@@ -79,13 +78,13 @@ def build(layout: str, state_size: int = STATE_SIZE) -> PreTrainedModel:
 def select(model: PreTrainedModel, size: int, rank: Callable[[Selection], Tensor], calibration: list[Batch]) -> None:
     """Keep the states that `rank` wants most, in place, and repair nothing; `config` is not rewritten."""
     layers = find_layers(model)
-    criteria = [layer.adapter.criterion("auto", calibrated=True) for layer in layers]
+    criteria = [layer.family.criterion("auto", calibrated=True) for layer in layers]
     for layer, name, seen in zip(
         layers, criteria, collect_statistics(model, layers, criteria, calibration), strict=True
     ):
-        adapter = layer.adapter
+        adapter = layer.family
         measured = adapter.measure(layer, CutMethod(name), seen)
-        if isinstance(adapter, NormalizedMambaAdapter):
+        if isinstance(adapter, NormalizedMambaFamily):
             adapter = Unrepaired(**{item.name: getattr(adapter, item.name) for item in fields(adapter)})
         found: Selection = measured.detail
         plain = Selection(rank(found), found.P, found.Q, reads_out=False, samples=found.samples)

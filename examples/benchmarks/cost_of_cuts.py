@@ -18,10 +18,10 @@ import transformers
 from transformers import MambaConfig, NemotronHConfig, PreTrainedConfig
 
 from hf_compressm import CompreSSMConfig, apply_plan, enable_fast_selective_scan, plan_compression
-from hf_compressm.adapters import collect_statistics, find_layers
 from hf_compressm.compression import check_settings
-from hf_compressm.processes import dump
+from hf_compressm.families import collect_statistics, find_layers
 from hf_compressm.surgery import skeleton
+from hf_compressm.utils.processes import dump
 
 
 KINDS = {"M": "linear_attention", "-": "mlp", "*": "full_attention"}
@@ -71,8 +71,8 @@ def measure(name: str, length: int, batches: int) -> dict[str, float]:
     (choice,) = check_settings(model, config, calibrated=True)
     layer, method = choice.layer, choice.method
     (seen,), calibration = timed(lambda: collect_statistics(model, [layer], [method.criterion], data))
-    measurement, measuring = timed(lambda: layer.adapter.measure(layer, method, seen))
-    _, cutting = timed(lambda: layer.adapter.cut(layer, method, measurement, layer.state_size // 2))
+    measurement, measuring = timed(lambda: layer.family.measure(layer, method, seen))
+    _, cutting = timed(lambda: layer.family.cut(layer, method, measurement, layer.state_size // 2))
     plan = plan_compression(model, config, data)
     sent = len(dump(plan, model))
     _, writing = timed(lambda: apply_plan(model, plan, optimizer))

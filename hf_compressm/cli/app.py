@@ -5,18 +5,18 @@ from collections.abc import Sequence
 
 import typer
 
-from hf_compressm.cli.analyzing import analyze
-from hf_compressm.cli.compressing import compress
-from hf_compressm.cli.pushing import push
-from hf_compressm.cli.reporting import report
-from hf_compressm.cli.verifying import verify
+from hf_compressm.cli.analyze import analyze
+from hf_compressm.cli.compress import compress
+from hf_compressm.cli.push import push
+from hf_compressm.cli.report import report
+from hf_compressm.cli.verify import verify
 
 
 app = typer.Typer(
     name="hf-compressm",
     help="Compress the hidden state of state-space models (Mamba, S5, LRU).",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     add_completion=False,
     pretty_exceptions_enable=False,
 )

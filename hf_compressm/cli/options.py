@@ -1,13 +1,49 @@
-"""Options of the commands, made of the fields of dataclasses: a setting is written, and explained, once."""
+"""Options of the commands, made of the fields of dataclasses: a setting is written, and explained, once.
+
+Nothing here imports torch or transformers: `--help` answers at once.
+"""
 
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import typer
+
+from hf_compressm.config import RANK_RULES, CompreSSMConfig
+
+
+OF_MEASURING = (
+    "criterion",
+    "realization",
+    "per_layer",
+    "compat",
+    "round_to",
+    "min_state_size",
+    "min_reduction",
+    "layers",
+    "ignore_layers",
+    "calibration_batches",
+    "sampling_seed",
+)
+"""Settings of what is measured and which sizes are allowed, for every command that plans."""
+
+
+def read_settings(path: Path | None, options: dict[str, Any]) -> CompreSSMConfig:
+    """The settings of a file, and on top of them the options; a rank rule among those replaces that of the file.
+
+    Raises:
+        ValueError: for a file that cannot be read, an unknown setting, or a value that it cannot have.
+    """
+    if path is None:
+        return CompreSSMConfig.from_dict(options)
+    values = CompreSSMConfig.from_file(path).to_dict()
+    if any(rule in options for rule in RANK_RULES):
+        values |= dict.fromkeys(RANK_RULES)
+    return CompreSSMConfig.from_dict(values | options)
 
 
 @dataclass(frozen=True)

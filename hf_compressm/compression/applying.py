@@ -2,39 +2,32 @@
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from hf_compressm.adapters import LayerCut, find_layers, underlying
-from hf_compressm.bases import keep_base_beside
 from hf_compressm.compression.comparing import count_state_bytes
-from hf_compressm.compression.plan import CompressionPlan, CompressionResult, LayerPlan
-from hf_compressm.compression.planning import plan_compression
+from hf_compressm.compression.plan import CompressionPlan, CompressionResult
+from hf_compressm.compression.planning import plan_compression, plan_cut
 from hf_compressm.compression.record import record_cut
+from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.models import adopt, adopt_config, own_class, own_config_class
-from hf_compressm.processes import ALONE, Processes, checksum
+from hf_compressm.families import LayerCut, SSMLayer, find_layers
+from hf_compressm.models import adopt_config, own_class, own_config_class
+from hf_compressm.peft import underlying
 from hf_compressm.surgery import (
-    Addition,
     NonFiniteError,
-    OptimizerPlan,
-    Replacement,
+    Operation,
     Snapshot,
-    commit_optimizer,
-    commit_replacements,
-    prepare_additions,
-    prepare_optimizer,
-    prepare_replacements,
-    refuse_stale_caches,
     write_sizes,
     write_sizes_of_mamba_ssm,
     write_sizes_per_layer,
 )
+from hf_compressm.utils.processes import ALONE, Processes, checksum
 
 
 logger = logging.get_logger(__name__)
@@ -80,36 +73,24 @@ def apply_plan(
             finite, or if the optimizer is not this model's. The model is then as before.
         RuntimeError: if processes have other weights or moments than the first one; likewise.
     """
-    start = time.perf_counter()
+    config = CompreSSMConfig(optimizer_state=optimizer_state)
+    return apply_cut(model, plan, CutRequest(config, optimizer=optimizer, step=step, processes=processes))
+
+
+def apply_cut(model: nn.Module, plan: CompressionPlan, request: CutRequest) -> CompressionResult:
+    """The same as `apply_plan`, of a request."""
+    start, processes = time.perf_counter(), request.processes
     parameters_before, state_bytes_before = _count_parameters(model), count_state_bytes(model)
     with processes.together():
         cuts = _fresh_cuts(plan)
-        replacements = prepare_replacements(model, [change for _, cut in cuts for change in cut.changes])
-        additions = prepare_additions([addition for _, cut in cuts for addition in cut.additions])
-        optimizer_plan = None
-        if optimizer:
-            optimizer_plan = prepare_optimizer(optimizer, model, replacements, optimizer_state, additions)
+        operation = Operation.prepare(model, cuts, request.optimizer, request.config.optimizer_state)
         adopts = _needs_own_class(model, plan)
-        new_config = _rewritten_config(model, plan, step, adopts) if cuts else None
-        before = Snapshot(model, optimizer or None)
-    processes.compare(
-        lambda: _new_tensors(replacements, additions, optimizer_plan), "The weights or moments to be cut"
-    )
+        config = _rewritten_config(model, plan, request.step, adopts) if cuts else None
+        before = Snapshot(model, request.optimizer or None)
+    processes.compare(operation.new_tensors, "The weights or moments to be cut")
     try:
         with processes.together():
-            if cuts:
-                keep_base_beside(model)
-            if adopts:
-                adopt(underlying(model))
-            attributes = [attribute for _, cut in cuts for attribute in cut.attributes]
-            commit_replacements(replacements, attributes, additions)
-            if optimizer_plan is not None:
-                commit_optimizer(optimizer_plan)
-            if new_config is not None:
-                vars(model.config).clear()
-                vars(model.config).update(vars(new_config))
-            for item, _ in cuts:
-                refuse_stale_caches(item.layer)
+            operation.commit(config, adopts)
     except BaseException:  # an interruption too must not leave half a cut
         before.restore()
         raise
@@ -150,14 +131,19 @@ def compress(
         ValueError: as `plan_compression` and `apply_plan`; the model is then as before. New parameters or moments that
             are not finite raise only under `on_nonfinite="raise"`; otherwise no layer is cut.
     """
+    return cut(model, CutRequest(config, calibration, optimizer, step, reduction_share, processes))
+
+
+def cut(model: nn.Module, request: CutRequest) -> CompressionResult:
+    """The same as `compress`, of a request."""
     start = time.perf_counter()
-    plan = plan_compression(model, config, calibration, reduction_share, processes)
+    plan = plan_cut(model, request)
     try:
-        result = apply_plan(model, plan, optimizer, config.optimizer_state, step, processes)
+        result = apply_cut(model, plan, request)
     except NonFiniteError as error:
-        if config.on_nonfinite == "raise":
+        if request.config.on_nonfinite == "raise":
             raise
-        if processes.is_first:
+        if request.processes.is_first:
             logger.warning(f"No layer is cut: {error}")
         result = apply_plan(model, plan.skipped(str(error)))
     return replace(result, seconds=time.perf_counter() - start)
@@ -188,41 +174,29 @@ def _rewritten_config(model: nn.Module, plan: CompressionPlan, step: int | None,
     for item in plan.layers:
         layer, cut = item.layer, item.cut
         if layer is not None and cut is not None:
-            for field, size in {layer.adapter.size_field: item.new_state_size, **cut.config_fields}.items():
+            for field, size in {layer.family.size_field: item.new_state_size, **cut.config_fields}.items():
                 sizes.setdefault(field, {})[layer.index] = size
-            has_room = has_room and (layer.adapter.per_layer or own_config_class(type(config)) is type(config))
+            has_room = has_room and (layer.family.per_layer or own_config_class(type(config)) is type(config))
     (write_sizes_per_layer if has_room else write_sizes)(config, sizes)
     record_cut(config, plan, step)
     return config
 
 
-def _fresh_cuts(plan: CompressionPlan) -> list[tuple[LayerPlan, LayerCut]]:
+def _fresh_cuts(plan: CompressionPlan) -> list[tuple[SSMLayer, LayerCut]]:
     """The layers to cut, after making sure that their parameters are those that were planned for."""
     cuts = []
     for item in plan.layers:
         if item.status != "cut":
             continue
-        if item.cut is None:
+        if item.cut is None or item.layer is None:
             raise ValueError("This plan was applied before, or stripped of its tensors. Make a new plan.")
         if tuple(checksum(change.parameter) for change in item.cut.changes) != item.fingerprints:
             raise ValueError(
                 f"{item.name} was trained since the plan was made, or has other weights in another process. Make a "
                 "new plan and apply it at once."
             )
-        cuts.append((item, item.cut))
+        cuts.append((item.layer, item.cut))
     return cuts
-
-
-def _new_tensors(
-    replacements: Sequence[Replacement], additions: Sequence[Addition], plan: OptimizerPlan | None
-) -> list[Tensor]:
-    """Parameters and moments that a cut puts in place, in an order that is the same in all processes."""
-    moments = [value for state in (plan.states.values() if plan else ()) for value in state.values()]
-    return [
-        *(item.new for item in replacements),
-        *(item.new for item in additions),
-        *(m for m in moments if isinstance(m, Tensor)),
-    ]
 
 
 def _count_parameters(model: nn.Module) -> int:

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from hf_compressm.adapters import Measurement, find_layers
+from hf_compressm.compression.choices import LayerChoice
+from hf_compressm.compression.measuring import from_measurements, tell_problems
 from hf_compressm.compression.plan import CompressionPlan
-from hf_compressm.compression.planning import from_measurements, plan_sizes, tell_problems
-from hf_compressm.compression.settings import LayerChoice
+from hf_compressm.compression.planning import plan_sizes
+from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import RANK_RULES, CompreSSMConfig
+from hf_compressm.families import Measurement, find_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,7 @@ def compare_tolerances(
         tell_problems(choices, measurements, settings[0])
         return [plan_sizes(choices, measurements, setting) for setting in settings]
 
-    plans = from_measurements(plan, model, settings[0], calibration)
+    plans = from_measurements(plan, model, CutRequest(settings[0], calibration))
     return [_alternative(model, *pair) for pair in zip(tolerances, plans, strict=True)]
 
 
@@ -63,7 +65,7 @@ def count_state_bytes(model: nn.Module, plan: CompressionPlan | None = None) -> 
     sizes = {} if plan is None else {layer.name: layer.new_state_size for layer in plan.layers}
     total = 0
     for layer in find_layers(model):
-        entries = layer.adapter.state_entries(layer.module) * sizes.get(layer.name, layer.state_size)
+        entries = layer.family.state_entries(layer.module) * sizes.get(layer.name, layer.state_size)
         total += entries // layer.state_size * next(layer.module.parameters()).element_size()
     return total
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_compressm.adapters import LayerCut, SSMLayer
+from hf_compressm.families import LayerCut, SSMLayer
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,26 +1,27 @@
-"""Measuring a model and choosing what a cut would do to it."""
+"""Choosing the sizes that a cut gives to measured layers, and working out every new tensor."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_compressm.adapters import Measurement, Statistics, collect_statistics, follow
+from hf_compressm.compression.choices import LayerChoice
+from hf_compressm.compression.measuring import from_measurements, tell_problems
 from hf_compressm.compression.plan import CompressionPlan, LayerPlan
-from hf_compressm.compression.settings import LayerChoice, check_settings
-from hf_compressm.compression.threads import for_each
+from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import CompreSSMConfig
+from hf_compressm.families import Measurement
 from hf_compressm.numerics.ranks import count_by_error, count_by_tolerance, passes_gate, round_size
-from hf_compressm.processes import ALONE, Processes, checksum
+from hf_compressm.surgery.lora import follow
+from hf_compressm.utils.processes import ALONE, Processes, checksum
+from hf_compressm.utils.threads import for_each
 
 
 logger = logging.get_logger(__name__)
-
-T = TypeVar("T")
 
 
 def plan_compression(
@@ -38,18 +39,24 @@ def plan_compression(
         calibration: iterable of model-input dicts, needed by selective layers and by `criterion="empirical"`.
         reduction_share: share of the states that the rank rule would drop which this cut drops; below 1 it is gentler.
         processes: those that train the model together and call this together, each with calibration batches of its
-            own, or none but for the first; what they see is added up, and the plan of the first is that of all.
+            own, or none but for the first. What they see is added up, and the plan of the first is that of all.
 
     Raises:
         ValueError: for a model without SSM layers, settings that do not fit it, missing calibration or a batch that
             the model rejects; for NaN or Inf only under `on_nonfinite="raise"`.
     """
+    request = CutRequest(config, calibration, reduction_share=reduction_share, processes=processes)
+    return plan_cut(model, request)
+
+
+def plan_cut(model: nn.Module, request: CutRequest) -> CompressionPlan:
+    """The same as `plan_compression`, of a request."""
 
     def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> CompressionPlan:
-        tell_problems(choices, measurements, config)
-        return plan_sizes(choices, measurements, config, reduction_share)
+        tell_problems(choices, measurements, request.config)
+        return plan_sizes(choices, measurements, request.config, request.reduction_share)
 
-    return from_measurements(plan, model, config, calibration, processes)
+    return from_measurements(plan, model, request)
 
 
 def plan_sizes(
@@ -64,76 +71,6 @@ def plan_sizes(
     return CompressionPlan(tuple(_one_size_or_none(choices, plans)))
 
 
-def from_measurements(
-    work: Callable[[list[LayerChoice], list[Measurement]], T],
-    model: nn.Module,
-    config: CompreSSMConfig,
-    calibration: Iterable[Mapping[str, Any]] | None,
-    processes: Processes = ALONE,
-) -> T:
-    """What `work` makes of the layers that the settings pick and of what each shows; touches nothing.
-
-    Args:
-        work: done by the first process alone; every process gets its result.
-        model: any module with SSM layers of a known family.
-        config: settings.
-        calibration: as for `plan_compression`.
-        processes: likewise.
-
-    Raises:
-        ValueError: as `plan_compression`, but for NaN and Inf; and what the work raises.
-    """
-    with processes.together():
-        choices = check_settings(model, config, calibrated=calibration is not None)
-        layers, criteria = [choice.layer for choice in choices], [choice.method.criterion for choice in choices]
-        statistics = collect_statistics(model, layers, criteria, calibration, not processes.is_first)
-    _add_up([item for item in statistics if item is not None], model, processes)
-
-    def measured() -> T:
-        return work(choices, for_each(lambda pair: _measure(*pair), zip(choices, statistics, strict=True)))
-
-    return processes.first(measured, model)
-
-
-def _measure(choice: LayerChoice, seen: Statistics | None) -> Measurement:
-    return choice.layer.adapter.measure(choice.layer, choice.method, seen)
-
-
-def _add_up(statistics: Sequence[Statistics], model: nn.Module, processes: Processes) -> None:
-    """Add to the first process's statistics what the others have seen."""
-    if processes.size == 1 or not statistics:
-        return
-    tokens = [torch.tensor(float(item.tokens), dtype=torch.float64) for item in statistics]
-    sums = [{**item.sums, "tokens": count} for item, count in zip(statistics, tokens, strict=True)]
-    added = processes.add_up(sums, next(model.parameters()).device)
-    samples = processes.gather([item.samples for item in statistics])
-    for number, (item, total) in enumerate(zip(statistics, added, strict=True)):
-        item.tokens = int(total.pop("tokens"))
-        item.sums = total
-        every = [seen[number] for seen in samples]
-        item.samples = {name: [rows for seen in every for rows in seen.get(name, ())] for name in every[0]}
-
-
-def tell_problems(
-    choices: Sequence[LayerChoice], measurements: Sequence[Measurement], config: CompreSSMConfig
-) -> None:
-    """Warn of layers that cannot be cut.
-
-    Raises:
-        ValueError: for NaN or Inf under `on_nonfinite="raise"`.
-    """
-    for choice, measurement in zip(choices, measurements, strict=True):
-        layer = choice.layer
-        if not measurement.problem:
-            continue
-        if config.on_nonfinite == "raise" and "non-finite" in measurement.problem:
-            raise ValueError(
-                f"{layer.name} has {measurement.problem}. Go back to an earlier checkpoint, or pass "
-                "on_nonfinite='skip' to leave such layers alone."
-            )
-        logger.warning(f"{layer.name} is not cut: {measurement.problem}.")
-
-
 def _choose_sizes(
     choices: Sequence[LayerChoice],
     measurements: Sequence[Measurement],
@@ -144,8 +81,8 @@ def _choose_sizes(
     wanted = for_each(lambda parts: _wanted_size(*parts, config), zip(choices, measurements, strict=True))
     if reduction_share < 1:
         wanted = [_gentler(*parts, config, reduction_share) for parts in zip(choices, wanted, strict=True)]
-    for family in {choice.layer.adapter.family for choice in choices if not choice.per_layer}:
-        members = [i for i, choice in enumerate(choices) if choice.layer.adapter.family == family]
+    for family in {choice.layer.family.name for choice in choices if not choice.per_layer}:
+        members = [i for i, choice in enumerate(choices) if choice.layer.family.name == family]
         largest = max(wanted[i] for i in members)
         for i in members:
             wanted[i] = min(largest, choices[i].layer.state_size)
@@ -173,9 +110,9 @@ def _wanted_size(choice: LayerChoice, measurement: Measurement, config: CompreSS
         wanted = int(size * (1 - config.fraction) + 1e-9)
     else:
         wanted = min(config.target_state_size or size, size)
-    multiple = math.lcm(config.round_to, layer.adapter.granularity(layer.module))
+    multiple = math.lcm(config.round_to, layer.family.granularity(layer.module))
     new_size = round_size(wanted, size, multiple, config.min_state_size)
-    while count and new_size < size and layer.adapter.values_kept(layer, choice.method, measurement, new_size) < count:
+    while count and new_size < size and layer.family.values_kept(layer, choice.method, measurement, new_size) < count:
         new_size = round_size(new_size + 1, size, multiple, config.min_state_size)
     return new_size
 
@@ -183,7 +120,7 @@ def _wanted_size(choice: LayerChoice, measurement: Measurement, config: CompreSS
 def _gentler(choice: LayerChoice, wanted: int, config: CompreSSMConfig, reduction_share: float) -> int:
     """A size that takes only a share of the reduction."""
     layer, size = choice.layer, choice.layer.state_size
-    multiple = math.lcm(config.round_to, layer.adapter.granularity(layer.module))
+    multiple = math.lcm(config.round_to, layer.family.granularity(layer.module))
     return round_size(size - reduction_share * (size - wanted), size, multiple, config.min_state_size)
 
 
@@ -191,7 +128,7 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> Lay
     layer, method = choice.layer, choice.method
     plan = LayerPlan(
         name=layer.name,
-        family=layer.adapter.family,
+        family=layer.family.name,
         state_size=layer.state_size,
         new_state_size=layer.state_size,
         hankel_singular_values=measurement.hankel_singular_values,
@@ -205,7 +142,7 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> Lay
     if measurement.problem or size >= layer.state_size:
         return plan
     try:
-        cut = follow(layer, layer.adapter.cut(layer, method, measurement, size))
+        cut = follow(layer, layer.family.cut(layer, method, measurement, size))
     except (ValueError, torch.linalg.LinAlgError) as error:
         logger.warning(f"{layer.name} is not cut: {error}")
         return replace(plan, status="skipped", reason=str(error))

@@ -1,20 +1,16 @@
 """The record of cuts that travels in `model.config.compressm`."""
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_compressm.compression.plan import CompressionPlan
-from hf_compressm.durable import quoted
+from hf_compressm.utils.checks import is_count, is_name, is_number, is_plain_text, is_size, quoted
 
 
 SCHEMA_VERSION = 1
 LONGEST_RECORD = 10_000
 """Cuts, and layers of a cut; what has more was not written here."""
-LONGEST_NAME = 500
-LARGEST_NUMBER = 2**53
-"""Of states, and of steps: whole numbers that every reader of JSON has."""
 _ENTRIES = ("schema_version", "method", "state_sizes_before", "state_sizes_after", "cuts")
 _ENTRIES_OF_A_CUT = ("step", "state_sizes", "criterion", "predicted_error")
 _SIZES = ("state_sizes_before", "state_sizes_after")
@@ -85,7 +81,7 @@ def check_record(record: Any) -> None:
             "Upgrade hf_compressm."
         )
     _check_entries("config.compressm", record, _ENTRIES)
-    _demand(_is_plain(record.get("method")), "config.compressm.method", record.get("method"), "a plain text")
+    _demand(is_plain_text(record.get("method")), "config.compressm.method", record.get("method"), "a plain text")
     for name in _SIZES:
         check_table(f"config.compressm.{name}", record.get(name), is_size, "state sizes of at least 1")
     cuts = record.get("cuts")
@@ -117,32 +113,3 @@ def check_table(place: str, table: Any, is_fine: Any, kind: str) -> None:
 def _demand(fine: bool, place: str, value: Any, wanted: str) -> None:
     if not fine:
         raise ValueError(f"{place} must be {wanted}, got {quoted(value)}. Remove the record, or restore the file.")
-
-
-def is_count(value: Any) -> bool:
-    """Whole numbers from 0 on, such as steps."""
-    return _is_whole(value) and value >= 0
-
-
-def is_size(value: Any) -> bool:
-    """Whole numbers from 1 on."""
-    return is_count(value) and value >= 1
-
-
-def is_number(value: Any) -> bool:
-    """Finite numbers."""
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
-
-
-def _is_plain(value: Any) -> bool:
-    """Short text in which a page finds no markup."""
-    return isinstance(value, str) and len(value) <= LONGEST_NAME and all(c.isalnum() or c in " ._-:,()" for c in value)
-
-
-def is_name(value: Any) -> bool:
-    """Dotted names of modules, and of criteria: nothing that a page or a path could take for its own."""
-    return isinstance(value, str) and len(value) <= LONGEST_NAME and all(c.isalnum() or c in "._-" for c in value)

@@ -1,15 +1,6 @@
 """Data sets of the Hub, through the `datasets` library."""
 
-from dataclasses import dataclass, field
 from typing import Any
-
-
-@dataclass
-class HubSource:
-    """A data set on the Hub."""
-
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, with a train split."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
 
 
 def load_hub_dataset(name: str, config_name: str | None) -> Any:

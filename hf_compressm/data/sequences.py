@@ -2,26 +2,17 @@
 
 import gzip
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hf_compressm.data.hub import HubSource, check_column, load_hub_dataset
+from hf_compressm.data.hub import check_column, load_hub_dataset
+from hf_compressm.data.sources import SequenceSource
 
 
 Split = tuple[np.ndarray, np.ndarray]
 """Sequences `(examples, length, features)`, labels `(examples,)`."""
-
-
-@dataclass
-class SequenceSource(HubSource):
-    """The sequences."""
-
-    mnist_dir: str | None = field(default=None, metadata={"help": "Directory with MNIST's idx files, gzipped or not."})
-    input_column: str = field(default="image", metadata={"help": "The data set's column of images or numbers."})
-    label_column: str = field(default="label", metadata={"help": "The data set's column of class indices."})
 
 
 def read_sequences(source: SequenceSource) -> list[Split]:

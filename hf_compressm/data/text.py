@@ -2,24 +2,14 @@
 
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hf_compressm.data.hub import HubSource, check_column, load_hub_dataset
-
-
-@dataclass
-class TextSource(HubSource):
-    """The text: Python's standard library unless one of these is given."""
-
-    train_file: list[str] | None = field(default=None, metadata={"help": "Local text file or files."})
-    text_column: str = field(default="text", metadata={"help": "The data set's column of text."})
-    block_size: int = field(default=256, metadata={"help": "Tokens per example."})
-    max_characters: int = field(default=2_000_000, metadata={"help": "Use no more text than this."})
+from hf_compressm.data.hub import check_column, load_hub_dataset
+from hf_compressm.data.sources import TextSource
 
 
 class ByteTokenizer:

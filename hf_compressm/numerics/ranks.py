@@ -11,7 +11,6 @@
 import math
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 
@@ -63,22 +62,3 @@ def round_size(wanted: float, size: int, multiple: int = 1, minimum: int = 1) ->
 def passes_gate(size: int, new_size: int, min_reduction: float) -> bool:
     """Whether a cut is worth its trouble: at least the share `min_reduction` of the states goes."""
     return new_size < size and (size - new_size) >= min_reduction * size
-
-
-def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's rank correlation of two rankings of the same states, from -1 to 1.
-
-    Args:
-        one: `(n,)` scores; ties share a rank.
-        other: `(n,)` likewise.
-
-    Returns:
-        1 where there is one state alone, 0 where one of the two does not tell the states apart or is not finite.
-    """
-    if one.numel() == 1:
-        return 1.0
-    ranks = [stats.rankdata(scores.double().numpy()) for scores in (one, other)]
-    centred = [torch.from_numpy(rank - rank.mean()) for rank in ranks]
-    scale = float(centred[0].norm() * centred[1].norm())
-    finite = bool(torch.isfinite(one).all()) and bool(torch.isfinite(other).all())
-    return float(centred[0] @ centred[1]) / scale if scale > 0 and finite else 0.0

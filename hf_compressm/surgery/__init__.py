@@ -3,8 +3,10 @@
 from hf_compressm.surgery.caches import refuse_stale_caches
 from hf_compressm.surgery.configuration import write_sizes, write_sizes_of_mamba_ssm, write_sizes_per_layer
 from hf_compressm.surgery.ddp import find_wrappers, rebuild_reducers, unsupported_feature
+from hf_compressm.surgery.lora import check_adapters, follow, resized
 from hf_compressm.surgery.moments import check_optimizer
-from hf_compressm.surgery.optimizer import OptimizerPlan, commit_optimizer, misfit, prepare_optimizer, reset, unwrap
+from hf_compressm.surgery.operation import Operation
+from hf_compressm.surgery.optimizer import commit_optimizer, misfit, prepare_optimizer, reset, unwrap
 from hf_compressm.surgery.parameters import (
     Addition,
     NonFiniteError,
@@ -20,13 +22,15 @@ from hf_compressm.surgery.snapshot import Snapshot
 __all__ = [
     "Addition",
     "NonFiniteError",
-    "OptimizerPlan",
+    "Operation",
     "Replacement",
     "Snapshot",
+    "check_adapters",
     "check_optimizer",
     "commit_optimizer",
     "commit_replacements",
     "find_wrappers",
+    "follow",
     "misfit",
     "prepare_additions",
     "prepare_optimizer",
@@ -35,6 +39,7 @@ __all__ = [
     "refuse_stale_caches",
     "reset",
     "reshape_model",
+    "resized",
     "skeleton",
     "unsupported_feature",
     "unwrap",

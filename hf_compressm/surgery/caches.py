@@ -5,15 +5,15 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from hf_compressm.adapters.base import SSMLayer
+from hf_compressm.families.family import SSMLayer
 
 
-def refuse_stale_caches(layer: SSMLayer | None) -> None:
+def refuse_stale_caches(layer: SSMLayer) -> None:
     """Make a layer of a stock class look at the cache that it is given before each call, once for each layer.
 
     The hook is of this process alone: it is not saved, and a model that is loaded has no cache from before its cut.
     """
-    if layer is None or any(hook is _check_cache for hook in layer.module._forward_pre_hooks.values()):
+    if any(hook is _check_cache for hook in layer.module._forward_pre_hooks.values()):
         return
     layer.module.register_forward_pre_hook(_check_cache, with_kwargs=True)
 

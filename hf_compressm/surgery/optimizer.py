@@ -8,15 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_compressm.adapters.base import MomentTerm
-from hf_compressm.surgery.moments import (
-    Role,
-    check_optimizer,
-    fresh_state,
-    misshapen_entry,
-    roles_of,
-    unknown_entry,
-)
+from hf_compressm.families.family import MomentTerm
+from hf_compressm.surgery.moments import Role, check_optimizer, fresh_state, misshapen_entry, roles_of, unknown_entry
 from hf_compressm.surgery.parameters import Addition, NonFiniteError, Replacement, parameter_order
 
 

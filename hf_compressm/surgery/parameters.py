@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_compressm.adapters.base import AttributeChange, ParameterAddition, ParameterChange
+from hf_compressm.families.family import AttributeChange, ParameterAddition, ParameterChange
 
 
 _HOOK_FIELDS = ("_backward_hooks", "_post_accumulate_grad_hooks")

@@ -13,9 +13,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_compressm.adapters import SSMLayer, find_layers, plain_modules, resized, underlying
-from hf_compressm.adapters.base import AttributeChange, ParameterAddition, ParameterChange
+from hf_compressm.families import SSMLayer, find_layers
+from hf_compressm.families.family import AttributeChange, ParameterAddition, ParameterChange
 from hf_compressm.models import adopt, own_class, release
+from hf_compressm.peft import plain_modules, underlying
+from hf_compressm.surgery.lora import resized
 from hf_compressm.surgery.optimizer import commit_optimizer, prepare_optimizer
 from hf_compressm.surgery.parameters import commit_replacements, prepare_additions, prepare_replacements
 from hf_compressm.surgery.snapshot import Snapshot

@@ -11,7 +11,7 @@ from hf_compressm import CompreSSMConfig, compress, plan_compression
 from hf_compressm.compression import compare_tolerances, count_state_bytes
 from tests.caches import cache_of
 from tests.cli.running import complaint, run
-from tests.families import (
+from tests.family_table import (
     FAMILIES,
     LRU,
     MAMBA,

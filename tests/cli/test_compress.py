@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from hf_compressm.models import LRUConfig, LRUForSequenceClassification
 from tests.cli.running import complaint, run
-from tests.families import LRU, MAMBA
-from tests.training import trainer_of
+from tests.family_table import LRU, MAMBA
+from tests.trainers import trainer_of
 
 
 TEXT = "def compress(model):\n    return smaller(model)\n" * 60

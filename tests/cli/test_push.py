@@ -11,9 +11,9 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from hf_compressm import CompreSSMConfig, compress
-from hf_compressm.hub.failures import WAITS
+from hf_compressm.reports.hub_failures import WAITS
 from tests.cli.running import complaint, run
-from tests.families import LRU, MAMBA, S5, STATE_SIZE
+from tests.family_table import LRU, MAMBA, S5, STATE_SIZE
 from tests.hub_directories import (
     LEFT,
     LEFT_FOLDERS,

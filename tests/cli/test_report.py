@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.cli.running import complaint, run
-from tests.families import LRU
-from tests.reporting.example_runs import train
+from tests.family_table import LRU
+from tests.reports.example_runs import train
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_compressm.checkpoints import SEAL
+from hf_compressm.files.names import SEAL
 from tests.cli.running import complaint, run
-from tests.families import FAMILIES, LRU, STATE_SIZE, Family, family_id
-from tests.training import trainer_of
+from tests.family_table import FAMILIES, LRU, STATE_SIZE, Family, family_id
+from tests.trainers import trainer_of
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=family_id)

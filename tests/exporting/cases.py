@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compressm import CompreSSMConfig, compress
-from tests.families import Family
+from tests.family_table import Family
 
 
 SIZES = [(3, 9), (1, 1), (2, 70), (1, 33)]

@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_compressm.models import S5ForSequenceClassification
 from tests.exporting.cases import compressed, inputs_of, logits_of
-from tests.families import LRU, MAMBA, MAMBA2, NUM_LABELS, S5, VOCAB_SIZE, Family, family_id, token_batch
+from tests.family_table import LRU, MAMBA, MAMBA2, NUM_LABELS, S5, VOCAB_SIZE, Family, family_id, token_batch
 
 
 TOLERANCE = 1e-5  # float32: a recurrence step by step against the scan of the whole sequence

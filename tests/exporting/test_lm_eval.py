@@ -10,7 +10,7 @@ import torch
 from tests import tools
 from tests.exporting.cases import compressed
 from tests.exporting.test_generating import tokenizer_of_words
-from tests.families import MAMBA, S5, Family, family_id
+from tests.family_table import MAMBA, S5, Family, family_id
 
 
 lm_eval = tools.module("lm_eval")

@@ -8,7 +8,7 @@ from torch.export import Dim
 
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
 from tests.exporting.cases import SIZES, compressed, inputs_of, logits_of
-from tests.families import LRU, MAMBA, MAMBA2, S5, S5_BIDIRECTIONAL, S5_CLASSIFIER, Family, family_id
+from tests.family_table import LRU, MAMBA, MAMBA2, S5, S5_BIDIRECTIONAL, S5_CLASSIFIER, Family, family_id
 
 
 pytest.importorskip("onnxscript")

@@ -10,7 +10,7 @@ from torch import nn
 from hf_compressm import CompreSSMConfig, compress
 from tests import tools
 from tests.exporting.cases import inputs_of, logits_of
-from tests.families import FALCON_MAMBA, LRU, MAMBA, MAMBA2, S5_CLASSIFIER, Family, family_id
+from tests.family_table import FALCON_MAMBA, LRU, MAMBA, MAMBA2, S5_CLASSIFIER, Family, family_id
 
 
 quantization = tools.module("torchao.quantization")

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
 from tests.exporting.cases import SIZES, compressed, inputs_of, logits_of
-from tests.families import (
+from tests.family_table import (
     FALCON_MAMBA,
     JAMBA,
     LRU,

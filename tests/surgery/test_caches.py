@@ -7,7 +7,7 @@ import torch
 
 from hf_compressm import CompreSSMConfig, compress
 from tests.caches import as_cache, cache_of
-from tests.families import LANGUAGE_MODELS, MAMBA, MAMBA2, Family, family_id, ssm_layers, token_batch
+from tests.family_table import LANGUAGE_MODELS, MAMBA, MAMBA2, Family, family_id, ssm_layers, token_batch
 
 
 language_model = pytest.mark.parametrize("family", LANGUAGE_MODELS, ids=family_id)

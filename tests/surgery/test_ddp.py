@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.surgery import find_wrappers, rebuild_reducers
-from tests.families import LRU
+from tests.family_table import LRU
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from transformers.optimization import Adafactor
 from transformers.utils import logging
 
 from hf_compressm import CompreSSMConfig, compress
-from tests.families import (
+from tests.family_table import (
     FAMILIES,
     LRU,
     MAMBA,

@@ -8,7 +8,7 @@ import torch
 
 from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.surgery import reshape_model, skeleton
-from tests.families import (
+from tests.family_table import (
     FAMILIES,
     LRU,
     MAMBA,

@@ -10,7 +10,7 @@ import torch
 from hf_compressm import CompreSSMConfig, apply_plan, compress, plan_compression
 from hf_compressm.compression import applying
 from hf_compressm.surgery import Snapshot
-from tests.families import (
+from tests.family_table import (
     BAMBA,
     FAMILIES,
     LRU,

@@ -25,8 +25,8 @@ from runs import Run
 from transformers import PreTrainedModel
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress
-from hf_compressm.adapters import find_layers
-from hf_compressm.batches import sample_batches
+from hf_compressm.families import find_layers
+from hf_compressm.training.calibration import sample_batches
 
 
 Outcome = dict[str, Any]

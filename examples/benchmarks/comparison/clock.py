@@ -12,8 +12,8 @@ import torch
 from measuring import peak_memory
 from transformers import Trainer, TrainerCallback
 
-from hf_compressm.adapters import find_layers
-from hf_compressm.durable import read_json, write_json
+from hf_compressm.families import find_layers
+from hf_compressm.files.atomic import read_json, write_json
 
 
 WARM_UP_STEPS = 2

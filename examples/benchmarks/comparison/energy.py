@@ -6,12 +6,12 @@ from dataclasses import fields, replace
 
 from torch import nn
 
-from hf_compressm.adapters import CutMethod, MambaAdapter, Measurement, SSMLayer, Statistics, register
-from hf_compressm.adapters.registry import find_layers
-from hf_compressm.adapters.selective import Selection
+from hf_compressm.families import CutMethod, Measurement, SSMLayer, Statistics, register
+from hf_compressm.families.registry import find_layers
+from hf_compressm.families.selective import Selection
 
 
-class EnergyAdapter(MambaAdapter):
+class EnergyAdapter(MambaFamily):
     """Keeps the states with the largest `P_ii Q_ii`, state energy times read-out energy; the others are gone."""
 
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
@@ -31,8 +31,8 @@ def ranking_by_energy(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: for a model with other layers.
     """
-    adapters = {layer.adapter for layer in find_layers(model)}
-    others = [adapter.family for adapter in adapters if type(adapter) is not MambaAdapter]
+    adapters = {layer.family for layer in find_layers(model)}
+    others = [adapter.family for adapter in adapters if type(adapter) is not MambaFamily]
     if others:
         raise ValueError(f"Ranking by energy is for Mamba-1 layers; this model has layers of {others[0]}.")
     try:

@@ -17,7 +17,7 @@ import torch
 from clock import TimedTrainer
 from torch import Tensor, nn
 
-from hf_compressm.adapters import find_layers
+from hf_compressm.families import find_layers
 from hf_compressm.numerics import DiagonalSystem, balance, gramians
 
 

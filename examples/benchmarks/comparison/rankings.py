@@ -7,9 +7,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMConfig
-from hf_compressm.batches import sample_batches
 from hf_compressm.compression import Scores, rank_stability, state_scores
-from hf_compressm.durable import read_json, write_json
+from hf_compressm.files.atomic import read_json, write_json
+from hf_compressm.training.calibration import sample_batches
 
 
 RANKING_FILE = "ranking.json"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback
-from hf_compressm.adapters import SSMLayer, find_layers
+from hf_compressm.families import SSMLayer, find_layers
 
 
 System = tuple[Tensor, Tensor, Tensor]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, de
 from transformers.utils import logging
 
 from hf_compressm import enable_fast_selective_scan, find_last_complete_checkpoint
-from hf_compressm.adapters import find_layers
+from hf_compressm.families import find_layers
 
 
 MODEL_FOLDER = "model"

@@ -1,0 +1,21 @@
+"""What is on the disk: whole checkpoints and saved models, giving a live model their sizes, and cutting them."""
+
+from hf_compressm.checkpoints.cutting import cut_checkpoint
+from hf_compressm.checkpoints.fitting import fit_to_checkpoint, fit_with_adapters, load_converted
+from hf_compressm.checkpoints.reading import find_last_complete_checkpoint, read_saved, verify_checkpoint
+from hf_compressm.checkpoints.saved_model import SavedModel
+from hf_compressm.checkpoints.seal import seal_checkpoint, unseal_checkpoint
+
+
+__all__ = [
+    "SavedModel",
+    "cut_checkpoint",
+    "find_last_complete_checkpoint",
+    "fit_to_checkpoint",
+    "fit_with_adapters",
+    "load_converted",
+    "read_saved",
+    "seal_checkpoint",
+    "unseal_checkpoint",
+    "verify_checkpoint",
+]

@@ -1,0 +1,149 @@
+"""Reading checkpoints and saved models, each once, with every file verified; and finding the last whole one of a run.
+
+A checkpoint without a seal (the crash came between the Trainer's last file and the seal, or the run had no callback)
+counts if all its files read whole.
+"""
+
+import re
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from hf_compressm.checkpoints.saved_model import SavedModel
+from hf_compressm.checkpoints.seal import compare_with_seal
+from hf_compressm.files.atomic import read_json
+from hf_compressm.files.names import (
+    ADAPTER_FILE,
+    BASE_FOLDER,
+    CONFIG_FILE,
+    SEAL,
+    TRAINER_STATE_FILE,
+    UNFINISHED_FILE,
+)
+from hf_compressm.files.weights import read_header, read_headers
+
+
+logger = logging.get_logger(__name__)
+
+SETTLED_NANOSECONDS = 20_000_000
+"""A file that changed less than this before it was read may change again without a later time stamp."""
+
+
+def read_saved(directory: str | Path) -> SavedModel:
+    """Read a checkpoint or saved model, and make sure that every file in it is whole.
+
+    Reading the same directory twice in a row costs nothing the second time, as long as none of its files has changed:
+    a run that looks for its last whole checkpoint and resumes from it reads and checksums it once.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    directory = Path(directory)
+    if _LAST.is_of(directory):
+        return _LAST.saved[0]
+    since, stamps = time.time_ns(), _stamps(directory)
+    saved = _read(directory)
+    _LAST.keep(saved, stamps, since)
+    return saved
+
+
+def verify_checkpoint(directory: str | Path) -> None:
+    """Make sure that a checkpoint or saved model is whole and that sizes in configuration and tensors agree.
+
+    Args:
+        directory: with `config.json` and safetensors weights; as the Trainer or `save_pretrained` wrote it.
+
+    Raises:
+        ValueError: naming the file, and what is wrong with it.
+    """
+    read_saved(directory).verify()
+
+
+def find_last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint of a run from which training can go on, whatever happened to the run.
+
+    Unlike transformers' `get_last_checkpoint`, which takes the largest step number, it passes over checkpoints that
+    were torn by a crash, a full disk or a damaged file, and logs why.
+
+    Args:
+        output_dir: the run's `TrainingArguments.output_dir`.
+
+    Returns:
+        Path of a `checkpoint-<step>` directory, for `trainer.train(resume_from_checkpoint=...)`; None if there is
+        none to go on from, and training starts from the beginning.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    numbered = [(int(path.name[11:]), path) for path in folders if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            if read_saved(path).trainer_state is None:
+                raise ValueError(f"{path / TRAINER_STATE_FILE} is missing.")
+        except ValueError as error:
+            logger.warning(f"{path.name} is passed over: {error}")
+        else:
+            return str(path)
+    return None
+
+
+@dataclass
+class _LastRead:
+    """The directory that was read last, valid while its files have the time stamps that they had then."""
+
+    saved: list[SavedModel] = field(default_factory=list)
+    stamps: dict[Path, tuple[int, ...]] = field(default_factory=dict)
+
+    def is_of(self, directory: Path) -> bool:
+        return bool(self.saved) and self.saved[0].directory == directory and self.stamps == _stamps(directory)
+
+    def keep(self, saved: SavedModel, stamps: dict[Path, tuple[int, ...]], since: int) -> None:
+        settled = all(since - max(times) > SETTLED_NANOSECONDS for _, _, *times in stamps.values())
+        self.saved, self.stamps = ([saved], stamps) if settled else ([], {})
+
+
+_LAST = _LastRead()
+
+
+def _stamps(directory: Path) -> dict[Path, tuple[int, ...]]:
+    """Inode, length and times of every file below a directory."""
+    found = {path: path.stat() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in found.items()}
+
+
+def _read(directory: Path) -> SavedModel:
+    """Read a directory, whatever is known of it."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory.")
+    if (directory / UNFINISHED_FILE).exists():
+        raise ValueError(f"{directory} was interrupted while it was written ({UNFINISHED_FILE} is there).")
+    is_sealed = (directory / SEAL).exists()
+    if is_sealed:
+        compare_with_seal(directory)
+    values, state = (_json_if_there(directory / name) for name in (CONFIG_FILE, TRAINER_STATE_FILE))
+    adapters = [*directory.glob(ADAPTER_FILE), *directory.glob(f"*/{ADAPTER_FILE}")]  # "default", and those with names
+    for path in adapters:
+        read_header(path)
+    base = _read(directory / BASE_FOLDER) if (directory / BASE_FOLDER).is_dir() else None
+    headers = {} if adapters else read_headers(directory)
+    if not is_sealed:
+        for path in sorted([*directory.glob("*.pt"), *directory.glob("*.pth")]):
+            _check_archive(path)
+    return SavedModel(directory, values, state, headers, base, is_sealed, bool(adapters))
+
+
+def _json_if_there(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.exists() else None
+
+
+def _check_archive(path: Path) -> None:
+    """Raise `ValueError` unless a file of `torch.save` is a whole archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken: Any = archive.testzip()
+    except Exception as error:  # a flipped bit may claim a password, a compression, or a length that there is not
+        raise ValueError(f"{path} is not whole: {error}.") from error
+    if broken is not None:
+        raise ValueError(f"{path} is damaged in {broken}.")

@@ -1,0 +1,199 @@
+"""A checkpoint or saved model as it was read: its configuration, the headers of its weights, and whether they agree.
+
+Whoever needs to know what is on the disk is handed this value, so that nothing is read or verified twice.
+"""
+
+import copy
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_compressm import models
+from hf_compressm.checkpoints.sizes import check_sizes, named_sizes
+from hf_compressm.compression import check_record
+from hf_compressm.families import find_layers
+from hf_compressm.files.atomic import read_json
+from hf_compressm.files.names import (
+    CONFIG_FILE,
+)
+from hf_compressm.files.weights import Headers, read_tensors
+from hf_compressm.surgery import skeleton
+from hf_compressm.utils.checks import quoted
+
+
+@dataclass(frozen=True, eq=False)
+class SavedModel:
+    """What a directory holds; `read_saved` makes it, and has then seen that every file is whole.
+
+    Attributes:
+        directory: of the checkpoint or saved model.
+        values: of `config.json`; None without one.
+        trainer_state: of `trainer_state.json`; None without one.
+        headers: of every tensor of the weights; empty where the directory holds adapters.
+        base: the base beside adapters, if a cut has changed it.
+        is_sealed: whether a seal says that all of it was written.
+        has_adapters: whether it holds adapters of PEFT.
+    """
+
+    directory: Path
+    values: Mapping[str, Any] | None
+    trainer_state: Mapping[str, Any] | None
+    headers: Headers
+    base: "SavedModel | None" = None
+    is_sealed: bool = False
+    has_adapters: bool = False
+
+    @property
+    def config_path(self) -> Path:
+        """Where its configuration is, or would be."""
+        return self.directory / CONFIG_FILE
+
+    def config(self, like: PreTrainedConfig | None = None) -> PreTrainedConfig:
+        """The configuration, with every state size checked before anything is built from it.
+
+        Args:
+            like: a configuration whose class serves where it has the saved one's model type.
+
+        Raises:
+            ValueError: naming the file, the field and the value.
+        """
+        values = read_json(self.config_path) if self.values is None else self.values
+        try:
+            check_sizes(values)
+            check_record(values.get("compressm"))
+        except ValueError as error:
+            raise ValueError(f"{self.config_path}: {error}") from error
+        model_type = values.get("model_type")
+        if like is not None and model_type == like.model_type:
+            config_class = type(like)
+        elif isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+            config_class = CONFIG_MAPPING[model_type]
+        else:
+            raise ValueError(
+                f"{self.config_path}: model_type {quoted(model_type)} is not one that transformers knows."
+            )
+        try:
+            return config_class(**copy.deepcopy(dict(values)))
+        except Exception as error:  # whatever a configuration class makes of bad values, the file is to blame
+            raise ValueError(f"{self.config_path} does not describe a {config_class.__name__}: {error}") from error
+
+    def verify(self) -> type[PreTrainedModel]:
+        """Make sure that the sizes in configuration and tensors agree; returns the model's class.
+
+        Raises:
+            ValueError: naming the file, and what is wrong with it.
+        """
+        config = self.config()
+        kind = _model_class(config.architectures)
+        if kind is None or kind.config_class is not type(config):
+            raise ValueError(
+                f"{self.config_path}: architectures {quoted(config.architectures)} is no model class for a "
+                f"{type(config).__name__} that transformers or this package has, so that its tensors cannot be "
+                "compared with the configuration."
+            )
+        self.check_tensors(self.skeleton(kind, config))
+        return kind
+
+    def skeleton(self, kind: type, config: PreTrainedConfig) -> PreTrainedModel:
+        """A model of the saved sizes without memory for parameters.
+
+        Raises:
+            ValueError: if no tensor has room for a size that the configuration names, or nothing can be built from it.
+        """
+        place, values = self.config_path, self.values or {}
+        largest = 2 * max((size for header in self.headers.values() for size in header.shape), default=0)  # S5's pairs
+        layers = values.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(self.headers):
+            raise ValueError(
+                f"{place} is at odds with the weights: {layers} layers, and {len(self.headers)} tensors in all."
+            )
+        for name, size in named_sizes(values):
+            if size > largest:
+                raise ValueError(f"{place} is at odds with the weights: no tensor has room for {name} {quoted(size)}.")
+        try:
+            model = skeleton(kind, config)
+            find_layers(model)
+            return model
+        except Exception as error:  # whatever a model class makes of bad values, the file is to blame
+            raise ValueError(f"{place} does not describe a {kind.__name__}: {error}") from error
+
+    def check_tensors(self, wanted: PreTrainedModel) -> None:
+        """Make sure that the tensors of every SSM layer are there, with the shapes of a skeleton.
+
+        Raises:
+            ValueError: naming the tensor and both shapes.
+        """
+        on_disk = {_below_the_head(name): header.shape for name, header in self.headers.items()}
+        layers = getattr(wanted.config, "num_hidden_layers", None)
+        for name in on_disk:
+            place = re.match(r"layers\.(\d+)\.", name)
+            if place and layers is not None and int(place[1]) >= layers:
+                raise ValueError(f"{self.directory} has a tensor {name}, and {layers} layers by its {CONFIG_FILE}.")
+        for layer in find_layers(wanted):
+            prefix = f"{layer.name}." if layer.name else ""
+            expected = {_below_the_head(prefix + name): p.shape for name, p in layer.module.named_parameters()}
+            for name, shape in expected.items():
+                if name not in on_disk:
+                    raise ValueError(f"{self.directory} has no tensor {name}, which its {CONFIG_FILE} asks for.")
+                if on_disk[name] != tuple(shape):
+                    raise ValueError(
+                        f"{self.directory}: {CONFIG_FILE} is at odds with the weights: {name} has shape "
+                        f"{on_disk[name]}, and {tuple(shape)} by the sizes in {CONFIG_FILE}. Restore the file that was "
+                        "changed."
+                    )
+            known = {*expected, *(_below_the_head(prefix + name) for name, _ in layer.module.named_buffers())}
+            inside = _below_the_head(prefix)
+            extra = [name for name in on_disk if prefix and name.startswith(inside) and name not in known]
+            if extra:
+                raise ValueError(f"{self.directory} has a tensor {extra[0]} that its {CONFIG_FILE} knows nothing of.")
+
+    def load(self) -> PreTrainedModel:
+        """Load the model by the class that its configuration names, every tensor in the dtype it was saved in.
+
+        Raises:
+            ValueError: if `verify` refuses it, or a tensor that the model needs is missing.
+        """
+        config = self.config()
+        kind: Any = _model_class(config.architectures)
+        model, info = kind.from_pretrained(
+            self.directory,
+            config=config,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"{self.directory} has no tensor {missing[0]}, which a {kind.__name__} needs.")
+        present = model.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, stored in read_tensors(self.headers, [name for name in self.headers if name in present]):
+                if present[name].dtype != stored.dtype:  # one dtype is asked for, and may not be that of all
+                    present[name].data = stored
+        return model
+
+
+def _model_class(architectures: Any) -> type[PreTrainedModel] | None:
+    """The class that a configuration names, None if it names none."""
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(name, str):
+        return None
+    try:
+        found = getattr(models, name, None) or getattr(transformers, name, None)
+    except Exception:  # transformers imports what is asked for, and what that needs may be missing
+        return None
+    return found if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None
+
+
+def _below_the_head(name: str) -> str:
+    """A tensor's name without its first part, by which some families are saved under another name than they have."""
+    return name.split(".", 1)[-1]

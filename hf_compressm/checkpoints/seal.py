@@ -1,0 +1,103 @@
+"""Sealing a checkpoint when all of it is on the disk, and holding it against its seal later.
+
+A Trainer writes weights, optimizer, scheduler, generator states and, last, its own state, one file after the other
+into the final directory, so that a crash leaves a directory that looks like a checkpoint. The seal is written after
+all of them and lists every file with its length and checksum.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hf_compressm.files.atomic import read_json, sync_and_sum, sync_directory, write_json
+from hf_compressm.files.names import SEAL, TRAINER_STATE_FILE, UNFINISHED_FILE
+from hf_compressm.files.weights import is_file
+from hf_compressm.utils.checks import quoted
+
+
+SEAL_VERSION = 1
+
+
+def seal_checkpoint(directory: str | Path) -> None:
+    """Flush all files of a checkpoint to the disk, and list them in `compressm.complete` when they are there.
+
+    Args:
+        directory: a checkpoint to which nothing more will be written.
+
+    Raises:
+        OSError: from the file system; there is then no seal.
+    """
+    directory = Path(directory)
+    files = {path.relative_to(directory).as_posix(): sync_and_sum(path) for path in _files(directory)}
+    for folder in {(directory / name).parent for name in files} | {directory}:
+        sync_directory(folder)
+    write_json(directory / SEAL, {"schema_version": SEAL_VERSION, "files": files})
+
+
+def unseal_checkpoint(directory: str | Path) -> None:
+    """Mark a checkpoint invalid before it is overwritten.
+
+    Its sealed files are removed, not written into: a copy by hard links keeps them. The Trainer's state goes too: it is
+    written last, and without it the checkpoint is not complete, so that old files and new ones do not pass for one.
+
+    Args:
+        directory: of a checkpoint; it need not exist.
+
+    Raises:
+        OSError: from the file system.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        return
+    sealed = _sealed_names(directory)
+    for path in (directory / SEAL, directory / TRAINER_STATE_FILE):
+        path.unlink(missing_ok=True)
+    sync_directory(directory)
+    for path in list(_files(directory)):
+        if path.relative_to(directory).as_posix() in sealed:
+            path.unlink()
+
+
+def compare_with_seal(directory: Path) -> None:
+    """Make sure that every sealed file is as it was when it was sealed.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    seal = read_json(directory / SEAL)
+    files = seal.get("files")
+    version = seal.get("schema_version")
+    if not isinstance(version, int) or version > SEAL_VERSION:
+        raise ValueError(
+            f"{directory / SEAL} has schema_version {quoted(version)}; this package reads up to {SEAL_VERSION}."
+        )
+    if not isinstance(files, dict):
+        raise ValueError(f"{directory / SEAL} lists no files.")
+    for name, expected in files.items():
+        path = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{directory / SEAL} lists {quoted(name)}, which is not a file of this checkpoint.")
+        if not is_file(path):
+            raise ValueError(f"{path} is missing.")
+        try:
+            found = sync_and_sum(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if found != expected:
+            same_length = isinstance(expected, dict) and found["bytes"] == expected.get("bytes")
+            wrong = "content" if same_length else "length"
+            raise ValueError(f"{path} is damaged: its {wrong} is not what was written.")
+
+
+def _sealed_names(directory: Path) -> set[str]:
+    """What a checkpoint's seal lists; nothing if it has none that can be read."""
+    try:
+        return set(read_json(directory / SEAL).get("files") or ())
+    except (ValueError, TypeError):
+        return set()
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """Every file below a directory, but the seal, what an interrupted write left, and transformers' passing note."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name not in (SEAL, UNFINISHED_FILE) and not path.name.startswith(f".{SEAL}"):
+            yield path

@@ -1,0 +1,45 @@
+"""The state sizes that a saved configuration names, checked before anything is built from them."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hf_compressm.families import size_fields
+from hf_compressm.utils.checks import quoted
+
+
+MOST_LAYERS = 10_000
+
+
+def check_sizes(values: Mapping[str, Any]) -> None:
+    """Make sure that every state size is a whole number of at least 1, and of a layer that exists.
+
+    Args:
+        values: of a `config.json`.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+    per_layer = values.get("per_layer_config") or {}
+    if not isinstance(per_layer, Mapping):
+        raise ValueError(f"per_layer_config must be an object of layers, got {quoted(per_layer)}.")
+    layers = values.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # configurations make lists of that length
+        raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, got {quoted(layers)}.")
+    for index, own in per_layer.items():
+        known = isinstance(index, str) and index.isdecimal()
+        if not known or (isinstance(layers, int) and int(index) >= layers):
+            raise ValueError(
+                f"per_layer_config names layer {quoted(index)}, and num_hidden_layers is {quoted(layers)}."
+            )
+        if not isinstance(own, Mapping):
+            raise ValueError(f"per_layer_config[{quoted(index)}] must be an object, got {quoted(own)}.")
+    for field, size in named_sizes(values):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{field} must be a whole number of at least 1, got {quoted(size)}.")
+
+
+def named_sizes(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every state size of a configuration with its place; null belongs to families with another field."""
+    for index, source in [("", values), *(values.get("per_layer_config") or {}).items()]:
+        place = f"per_layer_config[{quoted(index)}]." if index else ""
+        yield from ((place + field, source[field]) for field in size_fields() if source.get(field) is not None)

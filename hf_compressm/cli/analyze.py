@@ -1,0 +1,145 @@
+"""`hf-compressm analyze`: what could be cut from a saved model, at several tolerances."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hf_compressm.cli.options import OF_MEASURING, Expansion, expanded, read_settings
+from hf_compressm.config import CompreSSMConfig
+from hf_compressm.data.sources import SequenceSource, TextSource
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_compressm.compression import Alternative
+
+
+TOLERANCES = "0.01,0.02,0.05,0.1,0.2"
+
+
+@expanded(
+    settings=Expansion(CompreSSMConfig, "How states are ranked", OF_MEASURING),
+    text=Expansion(TextSource, "Calibration data"),
+    sequences=Expansion(SequenceSource, "Calibration data"),
+)
+def analyze(
+    model: Annotated[str, typer.Argument(help="Directory of a saved model or checkpoint, or an id on the Hub.")],
+    tolerances: Annotated[
+        str, typer.Option(help="Shares of the sum of the HSVs that may go, with commas.")
+    ] = TOLERANCES,
+    plot: Annotated[Path | None, typer.Option(help="Image to draw: spectra and recommended sizes.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; options win over it.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a calibration batch.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it, spectra too, as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    *,
+    settings: dict[str, Any],
+    text: dict[str, Any],
+    sequences: dict[str, Any],
+) -> None:
+    """Show what a saved model could do without: recommended state sizes, predicted errors, and what a cut saves.
+
+    Nothing is changed. A tolerance that suits goes to `hf-compressm compress --tolerance`, or into a training run. The
+    sizes are those after one cut; in a run each further cut may discard that share again.
+    """
+    from hf_compressm.checkpoints import read_saved
+    from hf_compressm.cli.inputs import calibration_batches, local_directory, names_its_options
+    from hf_compressm.compression import compare_tolerances
+    from hf_compressm.reports.plots.analysis import plot_alternatives
+
+    wanted, shares = read_settings(config, settings), _numbers(tolerances)
+    console = Console(stderr=True, quiet=quiet)
+    with console.status("Reading the model and the calibration data ..."):
+        directory = local_directory(model)
+        saved = read_saved(directory)
+        saved.verify()
+        batches = calibration_batches(directory, wanted, {**text, **sequences}, batch_size)
+        loaded = saved.load().eval()
+    with console.status("Measuring ..."), names_its_options(model, batches):
+        found = compare_tolerances(loaded, shares, wanted, batches)
+    if plot is not None:
+        plot_alternatives(found, plot)
+    if quiet:
+        return
+    if as_json:
+        typer.echo(json.dumps(_summary(loaded, found), indent=2, allow_nan=False))
+        return
+    Console().print(_table(loaded, found))
+    _print_reasons(found[0])
+    if plot is not None:
+        typer.echo(f"Drawn in {plot}.")
+
+
+def _numbers(text: str) -> list[float]:
+    """The tolerances; each is checked where it becomes a setting."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--tolerances takes numbers with commas between them, as {TOLERANCES}; got {text!r}."
+        ) from None
+    return sorted(set(numbers))
+
+
+def _summary(model: "PreTrainedModel", found: Sequence["Alternative"]) -> dict[str, Any]:
+    """All of it, JSON-ready."""
+    from hf_compressm.compression import count_state_bytes
+
+    return {
+        "model": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "state_bytes": count_state_bytes(model),
+        "tolerances": [
+            {
+                "tolerance": alternative.tolerance,
+                "parameters": alternative.parameters,
+                "state_bytes": alternative.state_bytes,
+                **alternative.plan.to_dict(),
+            }
+            for alternative in found
+        ],
+    }
+
+
+def _table(model: "PreTrainedModel", found: Sequence["Alternative"]) -> Table:
+    """A row per layer, a column per tolerance: recommended size and predicted error; what it saves below."""
+    from hf_compressm.compression import count_state_bytes
+
+    shared = _shared_prefix([layer.name for layer in found[0].plan.layers])
+    title = f"States (predicted relative error) of {type(model).__name__} at each tolerance"
+    caption = f"layers in {shared.removesuffix('.')}" if shared else None
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, caption=caption)
+    table.add_column("layer", overflow="fold", min_width=11)
+    for heading in ("now", *(f"{alternative.tolerance:g}" for alternative in found)):
+        table.add_column(heading, justify="right")
+    for rows in zip(*(alternative.plan.layers for alternative in found), strict=True):
+        cells = [f"{row.new_state_size} ({row.predicted_error:.2f})" if row.status == "cut" else "-" for row in rows]
+        table.add_row(rows[0].name.removeprefix(shared), str(rows[0].state_size), *cells)
+    table.add_section()
+    sizes = [f"{alternative.parameters:,}" for alternative in found]
+    table.add_row("parameters", f"{model.num_parameters():,}", *sizes)
+    state = [f"{alternative.state_bytes:,}" for alternative in found]
+    table.add_row("state bytes", f"{count_state_bytes(model):,}", *state)
+    return table
+
+
+def _shared_prefix(names: Sequence[str]) -> str:
+    """The dotted beginning that all names share, which a narrow screen has no room to repeat."""
+    shared = names[0] if len(names) > 1 else ""
+    while shared and not all(name.startswith(f"{shared}.") for name in names):
+        shared = shared.rpartition(".")[0]
+    return f"{shared}." if shared else ""
+
+
+def _print_reasons(alternative: "Alternative") -> None:
+    """Why layers are not cut, at the smallest tolerance; those that cannot be measured are so at every one."""
+    for layer in alternative.plan.layers:
+        if layer.status == "skipped":
+            typer.echo(f"{layer.name} cannot be cut: {layer.reason}.")

@@ -1,0 +1,64 @@
+"""The cuts of a run as flat numbers, which is all that every tracker takes."""
+
+import math
+
+from hf_compressm.compression import LayerPlan
+from hf_compressm.compression.history import CutEvent
+from hf_compressm.numerics.ranks import count_by_tolerance
+
+
+PACE = "compressm/steps_per_second"
+STABILITY = "compressm/rank_stability"
+NEGLIGIBLE_ENERGY = 0.01
+"""Share of the sum of the HSVs that the states beyond the effective ones hold."""
+
+
+def scalars(event: CutEvent) -> dict[str, float]:
+    """Flat numbers of one event for a Trainer's log; layers are numbered in model order."""
+    result = event.result
+    layers = result.plan.layers
+    values: dict[str, float] = {
+        "compressm/cut": float(event.outcome == "cut"),
+        "compressm/state_size_mean": sum(event.sizes.values()) / len(layers),
+        "compressm/energy_kept": min(layer.energy_kept for layer in layers),
+        "compressm/predicted_error": max(layer.predicted_error for layer in layers),
+        "compressm/skipped_layers": float(sum(layer.status == "skipped" for layer in layers)),
+        "compressm/parameters": float(
+            result.parameters_before if event.outcome == "undone" else result.parameters_after
+        ),
+        "compressm/seconds": result.seconds,
+        "compressm/attempt": float(event.attempt),
+        "compressm/undone": float(event.outcome == "undone"),
+        "compressm/rolled_back": float(event.outcome == "rolled back"),
+    }
+    bounds = [layer.error_bound for layer in layers if layer.error_bound is not None]
+    if bounds:
+        values["compressm/error_bound"] = max(bounds)
+    for name in ("before", "after"):
+        if getattr(event, name) is not None:
+            values[f"compressm/guard_{name}"] = float(getattr(event, name))
+    if (state_bytes := _state_bytes(event)) is not None:
+        values["compressm/state_bytes"] = float(state_bytes)
+    for number, layer in enumerate(layers):
+        own = _layer_scalars(event, layer)
+        values |= {f"compressm/layer_{number:02d}/{name}": value for name, value in own.items()}
+    return values
+
+
+def _state_bytes(event: CutEvent) -> int | None:
+    """Bytes of one sequence's state once an attempt was over; None if its record does not tell."""
+    return event.result.state_bytes_before if event.outcome == "undone" else event.result.state_bytes_after
+
+
+def _layer_scalars(event: CutEvent, layer: LayerPlan) -> dict[str, float]:
+    """Numbers of one layer; `effective_states` are those that hold 99 % of the energy, before the cut."""
+    values = {
+        "state_size": float(event.sizes[layer.name]),
+        "energy_kept": layer.energy_kept,
+        "predicted_error": layer.predicted_error,
+    }
+    sigma = layer.hankel_singular_values
+    if sigma.numel() and math.isfinite(float(sigma.sum())):
+        per_state = max(sigma.numel() / layer.state_size, 1.0)  # two in the real realization of S5 and LRU
+        values["effective_states"] = count_by_tolerance(sigma, NEGLIGIBLE_ENERGY) / per_state
+    return values

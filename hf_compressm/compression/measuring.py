@@ -1,0 +1,88 @@
+"""Measuring the layers of a model, in one process or in several."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from hf_compressm.compression.choices import LayerChoice, check_settings
+from hf_compressm.compression.request import CutRequest
+from hf_compressm.config import CompreSSMConfig
+from hf_compressm.families import Measurement, Statistics, collect_statistics
+from hf_compressm.utils.processes import Processes
+from hf_compressm.utils.threads import for_each
+
+
+logger = logging.get_logger(__name__)
+
+
+T = TypeVar("T")
+
+
+def from_measurements(
+    work: Callable[[list[LayerChoice], list[Measurement]], T],
+    model: nn.Module,
+    request: CutRequest,
+) -> T:
+    """What `work` makes of the layers that the settings pick and of what each shows; touches nothing.
+
+    Args:
+        work: done by the first process alone; every process gets its result.
+        model: any module with SSM layers of a known family.
+        request: settings, calibration and processes.
+
+    Raises:
+        ValueError: as `plan_compression`, but for NaN and Inf; and what the work raises.
+    """
+    processes, calibration = request.processes, request.calibration
+    with processes.together():
+        choices = check_settings(model, request.config, calibrated=calibration is not None)
+        layers, criteria = [choice.layer for choice in choices], [choice.method.criterion for choice in choices]
+        statistics = collect_statistics(model, layers, criteria, calibration, not processes.is_first)
+    _add_up([item for item in statistics if item is not None], model, processes)
+
+    def measured() -> T:
+        return work(choices, for_each(lambda pair: _measure(*pair), zip(choices, statistics, strict=True)))
+
+    return processes.first(measured, model)
+
+
+def _measure(choice: LayerChoice, seen: Statistics | None) -> Measurement:
+    return choice.layer.family.measure(choice.layer, choice.method, seen)
+
+
+def _add_up(statistics: Sequence[Statistics], model: nn.Module, processes: Processes) -> None:
+    """Add to the first process's statistics what the others have seen."""
+    if processes.size == 1 or not statistics:
+        return
+    tokens = [torch.tensor(float(item.tokens), dtype=torch.float64) for item in statistics]
+    sums = [{**item.sums, "tokens": count} for item, count in zip(statistics, tokens, strict=True)]
+    added = processes.add_up(sums, next(model.parameters()).device)
+    samples = processes.gather([item.samples for item in statistics])
+    for number, (item, total) in enumerate(zip(statistics, added, strict=True)):
+        item.tokens = int(total.pop("tokens"))
+        item.sums = total
+        every = [seen[number] for seen in samples]
+        item.samples = {name: [rows for seen in every for rows in seen.get(name, ())] for name in every[0]}
+
+
+def tell_problems(
+    choices: Sequence[LayerChoice], measurements: Sequence[Measurement], config: CompreSSMConfig
+) -> None:
+    """Warn of layers that cannot be cut.
+
+    Raises:
+        ValueError: for NaN or Inf under `on_nonfinite="raise"`.
+    """
+    for choice, measurement in zip(choices, measurements, strict=True):
+        layer = choice.layer
+        if not measurement.problem:
+            continue
+        if config.on_nonfinite == "raise" and "non-finite" in measurement.problem:
+            raise ValueError(
+                f"{layer.name} has {measurement.problem}. Go back to an earlier checkpoint, or pass "
+                "on_nonfinite='skip' to leave such layers alone."
+            )
+        logger.warning(f"{layer.name} is not cut: {measurement.problem}.")

@@ -1,0 +1,47 @@
+"""One file per family of SSM layers, found through one registry."""
+
+from hf_compressm.families.falcon_mamba import NormalizedMambaFamily
+from hf_compressm.families.family import (
+    AttributeChange,
+    CutMethod,
+    Family,
+    LayerCut,
+    Measurement,
+    MomentTerm,
+    ParameterAddition,
+    ParameterChange,
+    SSMLayer,
+    Statistics,
+)
+from hf_compressm.families.lru import LRUFamily
+from hf_compressm.families.mamba import MambaFamily
+from hf_compressm.families.mamba2 import Mamba2Family
+from hf_compressm.families.registry import find_layers, register, registered_families, size_fields
+from hf_compressm.families.s5 import S5Family
+from hf_compressm.families.statistics import collect_statistics
+from hf_compressm.families.zamba import ZambaFamily
+
+
+__all__ = [
+    "AttributeChange",
+    "CutMethod",
+    "Family",
+    "LRUFamily",
+    "LayerCut",
+    "Mamba2Family",
+    "MambaFamily",
+    "Measurement",
+    "MomentTerm",
+    "NormalizedMambaFamily",
+    "ParameterAddition",
+    "ParameterChange",
+    "S5Family",
+    "SSMLayer",
+    "Statistics",
+    "ZambaFamily",
+    "collect_statistics",
+    "find_layers",
+    "register",
+    "registered_families",
+    "size_fields",
+]

@@ -1,0 +1,294 @@
+"""What a family of SSM layers has to say, and the values that travel between the floors.
+
+A family knows one kind of layer: how large its state is, how it is measured, and what a cut to r states writes. It
+never touches the layer. The room `surgery` does that, from the list of parameter changes that a family returns.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class CutMethod:
+    """How states are ranked.
+
+    Attributes:
+        criterion: `"hankel"`, `"empirical"`, `"surrogate"` or `"interpolative"`.
+        keep: `"largest"`; for ablations `"smallest"` or `"random"`.
+        realization: `"real"` or `"complex"` balancing of LTI layers.
+        seed: of the random ablation.
+        project: whether the model's class lets a layer project B and C after its convolution.
+    """
+
+    criterion: str
+    keep: str = "largest"
+    realization: str = "real"
+    seed: int = 0
+    project: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class MomentTerm:
+    """One summand of a new parameter's optimizer moment: a linear map of an old parameter's moment.
+
+    Attributes:
+        source: the old parameter.
+        matrix: acting along `dim`: float64 `(new, old)`, or `(groups, new, old)` with one matrix per entry of axis 0,
+            where second moments take squared entries; a plain number where the whole moment is scaled; or int64
+            `(new,)`, the old entries that stay.
+        dim: axis of the moment that is mapped.
+    """
+
+    source: nn.Parameter
+    matrix: Tensor
+    dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterChange:
+    """One parameter of a cut: what it was, what it becomes, and how its optimizer moments follow.
+
+    Attributes:
+        name: dotted name in the model.
+        parameter: the present parameter.
+        value: the new tensor, float64; in the parameter's own dtype where entries are only selected.
+        moments: the terms whose sum is the new moment. Moments are averages of gradients, so they are mapped by the
+            adjoint of the change of basis: where the old state is `h = T h_r`, the gradient is `T^H g`.
+        row_map: what the change does to axis 0, by which LoRA around a projection follows: float64 `(new, old)`, a
+            plain number, or int64 `(new,)`, the old entries that stay; None for anything else.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    value: Tensor
+    moments: tuple[MomentTerm, ...]
+    row_map: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterAddition:
+    """A parameter that a layer gets with its first cut.
+
+    Attributes:
+        name: dotted name in the model.
+        module: its owner, whose class has room for it under the last part of the name.
+        value: the tensor, float64.
+        beside: a present parameter whose dtype, device, `requires_grad` and optimizer group it takes.
+    """
+
+    name: str
+    module: nn.Module
+    value: Tensor
+    beside: nn.Parameter
+
+
+@dataclass(frozen=True, eq=False)
+class AttributeChange:
+    """An attribute or buffer that follows a cut, such as `mixer.ssm_state_size` or `x_proj.out_features`."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCut:
+    """All that a cut of one layer writes, and what it is expected to cost.
+
+    Attributes:
+        changes: parameters to replace.
+        attributes: plain attributes to set.
+        predicted_error: relative output error, an estimate.
+        error_bound: upper bound of the H-infinity error, for LTI layers cut by their closed-form Gramians; else None.
+        energy_kept: share of the HSV sum that stays.
+        note: what the user should know, such as a fallback that was taken.
+        additions: parameters that appear.
+        config_fields: further fields of the layer's config, besides the state size.
+    """
+
+    changes: tuple[ParameterChange, ...]
+    attributes: tuple[AttributeChange, ...]
+    predicted_error: float
+    error_bound: float | None
+    energy_kept: float
+    note: str = ""
+    additions: tuple[ParameterAddition, ...] = ()
+    config_fields: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """The spectrum of one layer and the answer to "what would keeping k values cost".
+
+    Attributes:
+        hankel_singular_values: float64 `(n,)`, descending; n may differ from the state size.
+        errors: float64 `(n + 1,)`, relative error after keeping the first k values: a guarantee for LTI layers under
+            `criterion="hankel"`, an estimate otherwise.
+        problem: why the layer cannot be cut (non-finite, unstable, no energy), or "".
+        detail: what the family needs again to cut.
+        note: what the user should know.
+        scores: float64 `(groups, n)`, what each of the present states passes on by itself; empty where unmeasured.
+    """
+
+    hankel_singular_values: Tensor
+    errors: Tensor
+    problem: str = ""
+    detail: Any = None
+    note: str = ""
+    scores: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+
+
+@dataclass(frozen=True, eq=False)
+class SSMLayer:
+    """A layer found in a model.
+
+    Attributes:
+        name: dotted name in the model.
+        module: the layer.
+        family: the family it belongs to.
+        index: its place among the model's layers, as `per_layer_config` counts them.
+    """
+
+    name: str
+    module: Any
+    family: "Family"
+    index: int
+
+    @property
+    def state_size(self) -> int:
+        """Present number of states."""
+        return self.family.state_size(self.module)
+
+
+class Statistics(ABC):
+    """What calibration batches show of a layer; batches that other processes saw can be added.
+
+    Attributes:
+        sums: tensors that add up over batches, float64.
+        tokens: that were seen.
+        samples: by name, rows of signals, one tensor per batch.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing seen."""
+        self.sums: dict[str, Tensor] = {}
+        self.tokens = 0
+        self.samples: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add a tensor to the sum of that name, on the CPU in float64."""
+        value = value.detach().to("cpu", torch.float64)
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def mean(self, name: str) -> Tensor:
+        """The sum of that name over the number of tokens."""
+        return self.sums[name] / max(self.tokens, 1)
+
+    @abstractmethod
+    def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """See one forward call of the layer."""
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """One family of SSM layers.
+
+    Attributes:
+        name: in plans, tables and error messages.
+        module_type: class of the layer, or its dotted path where importing it would be slow or might fail.
+        size_field: the model config's field with the state size.
+        per_layer: whether all of the family's model classes hold a size per layer.
+        criteria: supported criteria; the first is the default, the first that needs no data stands in without it.
+    """
+
+    name: str
+    module_type: type[nn.Module] | str
+    size_field: str
+    per_layer: bool
+    criteria: tuple[str, ...]
+    data_criteria: frozenset[str] = field(default=frozenset({"empirical", "surrogate", "interpolative"}))
+
+    def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
+        """The criterion to use for `wanted`, which may be `"auto"`.
+
+        Args:
+            wanted: from the settings.
+            calibrated: whether calibration data will be there.
+            realization: `"real"` or `"complex"` balancing of LTI layers.
+
+        Raises:
+            ValueError: if the family does not support it, or if it needs calibration data that is not there.
+        """
+        choices = [name for name in self.criteria if calibrated or name not in self.data_criteria]
+        if wanted == "auto" and choices:
+            return choices[0]
+        if wanted != "auto" and wanted not in self.criteria:
+            raise ValueError(
+                f"criterion={wanted!r} does not apply to {self.name} layers; choose one of {list(self.criteria)}, "
+                "or leave those layers out with ignore_layers."
+            )
+        if wanted not in choices:
+            raise ValueError(
+                f"{self.name} layers are measured on data (criterion={wanted!r}), and no calibration was given. "
+                "Pass calibration=, an iterable of model-input dicts; a DataLoader will do."
+            )
+        return wanted
+
+    @abstractmethod
+    def state_size(self, module: Any) -> int:
+        """Present number of states of a layer."""
+
+    @abstractmethod
+    def state_entries(self, module: Any) -> int:
+        """Real numbers that the state of one sequence has in a layer: what decoding carries from token to token."""
+
+    @abstractmethod
+    def statistics(self, module: Any, criterion: str) -> Statistics | None:
+        """An empty accumulator for the criterion, or None where no data is needed."""
+
+    @abstractmethod
+    def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
+        """The spectrum of a layer; computes in float64 on the CPU and changes nothing."""
+
+    @abstractmethod
+    def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
+        """What a cut to `size` states writes."""
+
+    def values_kept(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> int:
+        """How many of the singular values a cut to `size` states keeps."""
+        return size * measurement.hankel_singular_values.numel() // layer.state_size
+
+    def granularity(self, module: Any) -> int:
+        """State sizes of this layer are multiples of this."""
+        return 1
+
+    @property
+    def selects_rows(self) -> bool:
+        """Whether a cut leaves the rows of these parts that stay as they are; otherwise it may mix or scale them."""
+        return False
+
+    def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
+        """Names of the layer's modules whose weights a cut replaces; adapters around others need not follow."""
+        return ()
+
+
+def has_finite_parameters(module: nn.Module) -> bool:
+    """Whether no parameter of a layer holds NaN or infinity."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+
+
+def kept_order(count: int, method: CutMethod, layer: SSMLayer) -> Tensor:
+    """Permutation of `count` ranked states, most wanted first, for `keep` = largest, smallest or random.
+
+    The random order depends on the seed, the layer's index and the count alone, so that a resumed run draws it again.
+    """
+    if method.keep == "random":
+        generator = torch.Generator().manual_seed(method.seed + 1_000_003 * (layer.index + 1) + count)
+        return torch.randperm(count, generator=generator)
+    order = torch.arange(count)
+    return order.flip(0) if method.keep == "smallest" else order

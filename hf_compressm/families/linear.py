@@ -1,0 +1,314 @@
+"""What S5 and LRU layers share: linear time-invariant systems, cut by balanced truncation.
+
+| symbol | meaning | shape |
+|---|---|---|
+| slots | stored complex states; `state_size` counts two per slot where conjugates are implied | |
+| system | the discrete-time system that the layer computes, `y_k = Re(C h_k)` | |
+| participation | share of old state k in new state i, rows sum to one | `(r, slots)` |
+
+Discrete time. The participation factors (Perez-Arriaga et al., IEEE TPAS 101, 1982) are the diagonal of the gradient
+map of the eigenvalues, and carry every parameter that is one number per state.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
+
+from hf_compressm.families.family import (
+    AttributeChange,
+    CutMethod,
+    Family,
+    LayerCut,
+    Measurement,
+    MomentTerm,
+    ParameterChange,
+    SSMLayer,
+    Statistics,
+    has_finite_parameters,
+    kept_order,
+)
+from hf_compressm.numerics import BalancedTruncation, Balancing, DiagonalSystem, balance, relative_h2_error, truncate
+from hf_compressm.numerics.balancing import NUMERICAL_RANK
+from hf_compressm.numerics.ranks import tail_sums
+from hf_compressm.scans import diagonal_states
+
+
+FAILURES = (ValueError, torch.linalg.LinAlgError)
+"""No stable diagonal system of the size, or a decomposition that did not converge."""
+
+
+class StateCovariance(Statistics):
+    """Covariance of `sqrt(2) [Re h; Im h]` over the tokens of the calibration data."""
+
+    def __init__(self, family: "LinearFamily") -> None:
+        """Read the layer's systems through its family."""
+        super().__init__()
+        self.family = family
+
+    def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """See one call of the layer's forward."""
+        u = args[0] if args else kwargs["u"]
+        u = u.to(torch.promote_types(u.dtype, torch.float32))
+        system = self.family.system(module)
+        dtype = torch.complex128 if u.dtype == torch.float64 else torch.complex64
+        eigenvalues, B = (x.to(u.device, dtype) for x in (system.eigenvalues, system.B))
+        self.tokens += u.shape[0] * u.shape[1]
+        with maybe_autocast(device_type=u.device.type, enabled=False):
+            for reverse in self.family.directions(module):
+                for states in diagonal_states(u, eigenvalues, B, reverse=reverse):  # (batch, chunk, slots)
+                    flat = torch.cat([states.real, states.imag], dim=-1).flatten(0, 1)
+                    self.add("covariance", 2 * flat.mT @ flat)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """A balanced layer, its states, most wanted first, and the last cut of it: a size is tried before it is taken."""
+
+    balancing: Balancing
+    order: Tensor
+    truncations: dict[int, BalancedTruncation] = field(default_factory=dict)
+
+    def truncate(self, slots: int) -> BalancedTruncation:
+        """The cut to a number of complex slots; raises as `truncate` does."""
+        if slots not in self.truncations:
+            self.truncations.clear()  # each holds maps of the full order
+            self.truncations[slots] = truncate(self.balancing, slots, self.order)
+        return self.truncations[slots]
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """A truncated system brought to exactly the slots that were asked for, and its participation factors."""
+
+    system: DiagonalSystem
+    truncation: BalancedTruncation
+    participation: Tensor  # (r, slots)
+    to_reduced: Tensor  # (2r, 2 slots)
+    from_reduced: Tensor  # (2 slots, 2r)
+
+
+class LinearFamily(Family):
+    """Family of layers with a diagonal linear time-invariant system."""
+
+    @abstractmethod
+    def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:
+        """The layer's own parameters of a reduced system, float64, all but `C_re` and `C_im`."""
+
+    @abstractmethod
+    def input_gradient_scale(self, module: Any, system: DiagonalSystem, values: Mapping[str, Tensor]) -> Tensor:
+        """Complex `(slots,)` factor f with `B of the system = f * stored B`, for the given parameter values."""
+
+    def system(self, module: Any) -> DiagonalSystem:
+        """The discrete-time system of a layer, on the CPU; a bidirectional layer's two read-outs stand in one C."""
+        with torch.no_grad():
+            return DiagonalSystem(*(x.detach().cpu() for x in module.system(torch.float64)))
+
+    def directions(self, module: Any) -> tuple[bool, ...]:
+        """Whether each pass over the sequence is reversed."""
+        return (False, True) if module.bidirectional else (False,)
+
+    def state_size(self, module: Any) -> int:
+        """State size as the config counts it."""
+        return int(module.state_size)
+
+    def state_entries(self, module: Any) -> int:
+        """Two for each complex slot, in each direction."""
+        return 2 * int(module.B_re.shape[0]) * len(self.directions(module))
+
+    def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
+        """Measured covariances are real: complex balancing, the paper's own, is in closed form."""
+        if realization == "complex" and wanted == "auto":
+            return "hankel"
+        if realization == "complex" and wanted == "empirical":
+            raise ValueError(
+                "criterion='empirical' goes with realization='real'; got realization='complex'. "
+                "Use realization='real', or criterion='hankel'."
+            )
+        return super().criterion(wanted, calibrated, realization)
+
+    def statistics(self, module: Any, criterion: str) -> Statistics | None:
+        """States are only looked at under `criterion="empirical"`."""
+        return StateCovariance(self) if criterion == "empirical" else None
+
+    def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
+        """Balance the layer's system, in closed form or against the measured covariance."""
+        system = self.system(layer.module)
+        nothing = torch.full((layer.state_size,), torch.nan, dtype=torch.float64)
+        free = torch.zeros(layer.state_size + 1, dtype=torch.float64)
+        if not system.is_finite:
+            return Measurement(nothing, free, "non-finite parameters")
+        if not system.is_stable:
+            largest = float(system.eigenvalues.abs().max())
+            way_out = "clip_eigs=True in the config of an S5, or a lower learning rate, keeps it below 1"
+            return Measurement(nothing, free, f"unstable, max |eigenvalue| {largest:.6g}; {way_out}")
+        if not has_finite_parameters(layer.module):
+            return Measurement(nothing, free, "non-finite parameters")
+        covariance = None if statistics is None else statistics.mean("covariance")
+        if covariance is not None and not bool(torch.isfinite(covariance).all()):
+            return Measurement(nothing, free, "non-finite states on the calibration data")
+        balancing = balance(system, method.realization, covariance)
+        sigma = balancing.hankel_singular_values
+        if not float(sigma[0]) > 0:
+            return Measurement(sigma, free, "no output energy")
+        scores = balancing.state_scores[None]
+        detail = Ranked(balancing, kept_order(sigma.numel(), method, layer))
+        return Measurement(sigma, _relative_errors(balancing), detail=detail, scores=scores)
+
+    def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
+        """Truncate to the slots that `size` states need, and write the result in the layer's parametrisation."""
+        ranked: Ranked = measurement.detail
+        slots, note = _slots(layer, ranked, size), measurement.note
+        try:
+            truncation = ranked.truncate(slots)
+        except FAILURES:
+            if not ranked.balancing.measured:
+                raise
+            note = "cut by the closed-form Gramians: the cut against the data was not stable"
+            ranked = Ranked(balance(ranked.balancing.system, method.realization), ranked.order)
+            truncation = ranked.truncate(slots)
+        balancing, sigma = ranked.balancing, ranked.balancing.hankel_singular_values
+        kept = sigma[_used(ranked.order, sigma)[: truncation.kept]]
+        return LayerCut(
+            changes=self._changes(layer, _fill(balancing.system, truncation, slots)),
+            attributes=(AttributeChange(layer.module, "state_size", size),),
+            predicted_error=_predicted_error(balancing, truncation, kept),
+            error_bound=None if balancing.measured else truncation.error_bound * self._bound_factor(layer.module),
+            energy_kept=float(kept.sum() / sigma.sum()),
+            note=note,
+        )
+
+    def values_kept(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> int:
+        """Fewer than two values per slot, where real eigenvalues need slots of their own."""
+        count = measurement.hankel_singular_values.numel()
+        ranked: Ranked = measurement.detail
+        try:
+            kept = ranked.truncate(_slots(layer, ranked, size)).kept
+        except FAILURES:  # `cut` says why
+            return count
+        return count if kept == _used(ranked.order, measurement.hankel_singular_values).numel() else kept
+
+    def _bound_factor(self, module: Any) -> float:
+        """Both directions of a bidirectional layer add up: `|E_1| + |E_2| <= sqrt(2) |[E_1; E_2]|`."""
+        return 2**0.5 if len(self.directions(module)) == 2 else 1.0
+
+    def _changes(self, layer: SSMLayer, reduction: Reduction) -> tuple[ParameterChange, ...]:
+        """New parameters with their moment maps: participation, `T^H` for B, `W^H` for C."""
+        module, system = layer.module, reduction.system
+        values = self.parametrize(module, reduction)
+        C = torch.cat(system.C.chunk(2), dim=1) if len(self.directions(module)) == 2 else system.C
+        values["C_re"], values["C_im"] = self._stored_output(module, C)
+        terms = self._moment_terms(module, reduction, values)
+        prefix = f"{layer.name}." if layer.name else ""
+        return tuple(
+            ParameterChange(f"{prefix}{name}", getattr(module, name), value, terms[name])
+            for name, value in values.items()
+        )
+
+    def _stored_output(self, module: Any, C: Tensor) -> tuple[Tensor, Tensor]:
+        """`C_re` and `C_im` as stored; conjugate symmetry keeps its factor 2 out of the parameters."""
+        C = C / 2 if getattr(module, "conj_sym", False) else C
+        return C.real, C.imag
+
+    def _moment_terms(
+        self, module: Any, reduction: Reduction, values: Mapping[str, Tensor]
+    ) -> dict[str, tuple[MomentTerm, ...]]:
+        """How each parameter's moments follow."""
+        participation = reduction.participation
+        old_scale = self.input_gradient_scale(module, self.system(module), dict(module.named_parameters()))
+        new_scale = self.input_gradient_scale(module, reduction.system, values)
+        B_map = _scale_real(new_scale.conj()) @ reduction.from_reduced.mT @ _scale_real(1 / old_scale.conj())
+        sign = torch.ones(reduction.to_reduced.shape[0]), torch.ones(reduction.to_reduced.shape[1])
+        for part in sign:
+            part[part.numel() // 2 :] = -1
+        C_map = sign[0].double()[:, None] * reduction.to_reduced * sign[1].double()
+        terms: dict[str, tuple[MomentTerm, ...]] = {
+            name: (MomentTerm(getattr(module, name), participation, 0),) for name in values
+        }
+        terms |= dict(zip(("B_re", "B_im"), _complex_terms((module.B_re, module.B_im), B_map, dim=0), strict=True))
+        C_map = _both_directions(C_map) if len(self.directions(module)) == 2 else C_map
+        terms |= dict(zip(("C_re", "C_im"), _complex_terms((module.C_re, module.C_im), C_map, dim=1), strict=True))
+        return terms
+
+
+def _slots(layer: SSMLayer, ranked: Ranked, size: int) -> int:
+    """Complex slots that `size` states need."""
+    return size * ranked.balancing.system.order // layer.state_size
+
+
+def _used(order: Tensor, sigma: Tensor) -> Tensor:
+    """The states that `truncate` looks at: it passes over those without output."""
+    return order[sigma[order] > NUMERICAL_RANK * sigma[0]]
+
+
+def _relative_errors(balancing: Balancing) -> Tensor:
+    """Relative error after keeping the first k values, `(n + 1,)`.
+
+    Closed form: the guarantee `2 sum_{i>k} sigma_i / sigma_1`, since `sigma_1 <= ||G||_inf`. Measured covariance: the
+    share of the output energy on that data, `sqrt(sum_{i>k} sigma_i^2 / sum sigma_i^2)`.
+    """
+    sigma = balancing.hankel_singular_values
+    if balancing.measured:
+        tails = tail_sums(sigma.square())
+        return (tails / tails[0]).sqrt()
+    return 2 * tail_sums(sigma) / sigma[0]
+
+
+def _predicted_error(balancing: Balancing, truncation: BalancedTruncation, kept: Tensor) -> float:
+    """Relative root-mean-square output error: exact under white input, an estimate on measured data."""
+    if balancing.measured:
+        return float((1 - kept.square().sum() / balancing.hankel_singular_values.square().sum()).clamp_min(0).sqrt())
+    return relative_h2_error(balancing.system, truncation.system)
+
+
+def _fill(system: DiagonalSystem, truncation: BalancedTruncation, slots: int) -> Reduction:
+    """Bring a truncation to exactly `slots` states.
+
+    A slot that conjugate pairs and real eigenvalues could not fill repeats the slowest state without input: it adds
+    nothing to the output, and its B has a gradient from the first step on.
+    """
+    reduced = truncation.system
+    to_reduced, from_reduced = truncation.to_reduced, truncation.from_reduced
+    participation = _participation(to_reduced, from_reduced)
+    missing = slots - reduced.order
+    if missing > 0:
+        slowest = reduced.eigenvalues.abs().argsort(descending=True)
+        index = torch.cat([torch.arange(reduced.order), slowest[torch.arange(missing) % reduced.order]])
+        alive = (torch.arange(slots) < reduced.order).double()
+        reduced = DiagonalSystem(reduced.eigenvalues[index], reduced.B[index] * alive[:, None], reduced.C[:, index])
+        rows = torch.cat([index, index + truncation.system.order])
+        to_reduced = to_reduced[rows] * alive.repeat(2)[:, None]
+        from_reduced = from_reduced[:, rows] * alive.repeat(2)
+        participation = participation[index]
+    return Reduction(reduced, truncation, participation, to_reduced, from_reduced)
+
+
+def _participation(to_reduced: Tensor, from_reduced: Tensor) -> Tensor:
+    """Participation factors from the real maps: the trace of each 2 x 2 block, rows scaled to sum to one."""
+    slots, states = to_reduced.shape[0] // 2, to_reduced.shape[1] // 2
+    blocks = (to_reduced * from_reduced.mT).reshape(2, slots, 2, states).sum(dim=(0, 2))
+    return blocks / blocks.sum(dim=1, keepdim=True)
+
+
+def _scale_real(factor: Tensor) -> Tensor:
+    """Real `(2n, 2n)` matrix of multiplying `[Re x; Im x]` by a complex factor per entry."""
+    real, imaginary = torch.diag(factor.real), torch.diag(factor.imag)
+    return torch.cat([torch.cat([real, -imaginary], dim=1), torch.cat([imaginary, real], dim=1)])
+
+
+def _complex_terms(
+    sources: tuple[nn.Parameter, nn.Parameter], matrix: Tensor, dim: int
+) -> Iterator[tuple[MomentTerm, ...]]:
+    """Split a map of `[Re; Im]` into the terms of the real and of the imaginary parameter."""
+    for rows in matrix.chunk(2):
+        yield tuple(MomentTerm(source, part, dim) for source, part in zip(sources, rows.chunk(2, dim=1), strict=True))
+
+
+def _both_directions(matrix: Tensor) -> Tensor:
+    """The same map for the forward and the backward half of a bidirectional read-out, real and imaginary parts."""
+    parts = [[torch.block_diag(part, part) for part in rows.chunk(2, dim=1)] for rows in matrix.chunk(2)]
+    return torch.cat([torch.cat(row, dim=1) for row in parts])

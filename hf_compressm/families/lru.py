@@ -1,0 +1,49 @@
+"""LRU layers: `lambda = exp(-exp(nu_log) + i theta)`, B scaled by `exp(gamma_log)` (arXiv 2303.06349, section 3)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_compressm.families.linear import LinearFamily, Reduction
+from hf_compressm.families.registry import register
+from hf_compressm.models.modeling_lru import LRULayer
+from hf_compressm.numerics import DiagonalSystem
+
+
+SMALLEST_MODULUS = 1e-30
+"""log(-log|lambda|) must stay finite where a reduced system has an eigenvalue at zero."""
+
+
+class LRUFamily(LinearFamily):
+    """Family of `hf_compressm.models.LRULayer`."""
+
+    def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:
+        """Parameters of a reduced system; gamma is set to `sqrt(1 - |lambda|^2)` as at initialisation."""
+        system = reduction.system
+        modulus = system.eigenvalues.abs().clamp_min(SMALLEST_MODULUS)
+        gamma = ((1 - modulus) * (1 + modulus)).sqrt()
+        B = system.B / gamma[:, None]
+        return {
+            "nu_log": torch.log(-torch.log(modulus)),
+            "theta": system.eigenvalues.angle(),
+            "gamma_log": gamma.log(),
+            "B_re": B.real,
+            "B_im": B.imag,
+        }
+
+    def input_gradient_scale(self, module: Any, system: DiagonalSystem, values: Mapping[str, Tensor]) -> Tensor:
+        """`exp(gamma_log)`."""
+        return values["gamma_log"].detach().to("cpu", torch.float64).exp().to(torch.complex128)
+
+
+register(
+    LRUFamily(
+        name="lru",
+        module_type=LRULayer,
+        size_field="state_size",
+        per_layer=True,
+        criteria=("empirical", "hankel"),
+    )
+)

@@ -1,0 +1,87 @@
+"""S5 layers: continuous-time `Lambda` and B, discretised with a step size per state (arXiv 2208.04933, section 3.2).
+
+| symbol | meaning | shape |
+|---|---|---|
+| lambda | discrete-time eigenvalue | `(slots,)` |
+| Lambda, Delta | continuous-time eigenvalue and step size | `(slots,)` |
+| f | `B of the discrete system = f * stored B` | `(slots,)` |
+
+Zero-order hold: `lambda = exp(Lambda Delta)`, `f = (lambda - 1) / Lambda`. Bilinear: `lambda = (2 + Lambda Delta) /
+(2 - Lambda Delta)`, `f = 2 Delta / (2 - Lambda Delta)`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_compressm.families.linear import LinearFamily, Reduction
+from hf_compressm.families.registry import register
+from hf_compressm.models.modeling_s5 import S5Layer
+from hf_compressm.numerics import DiagonalSystem
+
+
+SMALLEST_MODULUS = 1e-30
+"""log(lambda) must stay finite where a reduced system has an eigenvalue at zero."""
+LARGEST_REAL_PART = -1e-4
+"""What `clip_eigs` clips Re(Lambda) to; a smaller step keeps new eigenvalues clear of it."""
+SMALLEST_STEP_PRODUCT = 1e-8
+"""Below this |Lambda Delta|, `f` is `Delta` in double precision, and the quotient would divide zero by zero."""
+
+
+class S5Family(LinearFamily):
+    """Family of `hf_compressm.models.S5Layer`."""
+
+    def granularity(self, module: Any) -> int:
+        """With conjugate symmetry states come in pairs."""
+        return 2 if module.conj_sym else 1
+
+    def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:
+        """Parameters of a reduced system.
+
+        The discrete eigenvalue fixes only `Lambda Delta`: each new state takes the step size of the old states that it
+        is made of (their participation), as slow as `clip_eigs` demands.
+        """
+        system = reduction.system
+        weight = reduction.participation.abs()
+        log_step = weight @ module.log_step.detach().to("cpu", torch.float64) / weight.sum(dim=1)
+        product = _step_product(system.eigenvalues, module.discretization)
+        if module.clip_eigs:
+            log_step = torch.minimum(log_step, (product.real / (1.001 * LARGEST_REAL_PART)).clamp_min(1e-30).log())
+        Lambda = product / log_step.exp()
+        values = {"Lambda_re": Lambda.real, "Lambda_im": Lambda.imag, "log_step": log_step}
+        B = system.B / self.input_gradient_scale(module, system, values)[:, None]
+        return values | {"B_re": B.real, "B_im": B.imag}
+
+    def input_gradient_scale(self, module: Any, system: DiagonalSystem, values: Mapping[str, Tensor]) -> Tensor:
+        """The discretisation's factor f."""
+        real, imaginary, log_step = (
+            values[name].detach().to("cpu", torch.float64) for name in ("Lambda_re", "Lambda_im", "log_step")
+        )
+        real = real.clamp(max=LARGEST_REAL_PART) if module.clip_eigs else real
+        step = log_step.exp()
+        product = torch.complex(real, imaginary) * step
+        if module.discretization == "bilinear":
+            return 2 * step / (2 - product)
+        small = product.abs() < SMALLEST_STEP_PRODUCT
+        safe = torch.where(small, torch.ones_like(product), product)
+        return torch.where(small, step.to(safe.dtype), step * torch.expm1(safe) / safe)
+
+
+def _step_product(eigenvalues: Tensor, discretization: str) -> Tensor:
+    """`Lambda Delta` of a discrete eigenvalue."""
+    if discretization == "bilinear":
+        return 2 * (eigenvalues - 1) / (eigenvalues + 1)
+    return torch.complex(eigenvalues.abs().clamp_min(SMALLEST_MODULUS).log(), eigenvalues.angle())
+
+
+register(
+    S5Family(
+        name="s5",
+        module_type=S5Layer,
+        size_field="state_size",
+        per_layer=True,
+        criteria=("empirical", "hankel"),
+    )
+)

@@ -1,0 +1,24 @@
+"""Names of files and folders in runs, checkpoints and saved models: each is written here, and nowhere else."""
+
+CONFIG_FILE = "config.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+SEAL = "compressm.complete"
+"""Lists every file of a checkpoint with its length and checksum; written last."""
+HISTORY_FILE = "compressm_history.json"
+"""Every attempt at a cut, and what a run needs to go on."""
+BASE_FOLDER = "base_model"
+"""Beside the adapters of a PEFT model: the base they were trained on, if a cut has changed it."""
+KEPT_PREFIX = "_before-cut-"
+"""Of a checkpoint kept for a rollback. A Trainer pushes nothing that begins with `_`, and rotates `checkpoint-*`."""
+UNFINISHED_FILE = "checkpoint-is-incomplete.txt"
+"""Left by transformers' just-in-time checkpoint where it was interrupted."""
+
+CARD_FILE = "README.md"
+FIGURES_FOLDER = "compressm_figures"
+"""Pictures that the model card shows."""
+REPORT_FILE = "report.html"
+OLD_REPORT = ("report.md", "report_figures")
+"""Written beside the report by earlier versions."""

@@ -1,0 +1,187 @@
+"""The base of a PEFT model: saved beside its adapters once it was cut, and loaded again.
+
+`PeftModel.save_pretrained` writes adapters alone. After a cut the base that they were trained on is in no other
+place: the original one has another size, or, where no adapter is around a cut projection, takes the adapters without a
+word and computes something else. So it goes into a folder of its own, `base_model`, under plain names, for
+`from_pretrained`; and `adapter_config.json` names that folder, unless the user has named another base since the cut.
+"""
+
+import os
+import secrets
+import shutil
+import zlib
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hf_compressm.files.atomic import link_or_copy, read_json, write_json
+from hf_compressm.files.names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_FOLDER
+from hf_compressm.files.weights import Headers, read_tensors
+from hf_compressm.peft.wrapping import is_wrapped, plain_modules, underlying
+from hf_compressm.utils.processes import checksum
+
+
+logger = logging.get_logger(__name__)
+
+_NAMES = "_compressm_base_names"
+_WRITTEN = "_compressm_base_written"
+_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that take something out of the base, which of a saved one is out already."""
+
+
+def keep_base_beside(model: Any) -> None:
+    """Let a `PeftModel` that is about to be cut save its base with its adapters; leaves other models alone."""
+    if is_wrapped(model) and not isinstance(underlying(model), PreTrainedModel):
+        logger.warning(
+            f"The adapters are around a {type(underlying(model)).__name__}, which cannot be saved beside them: "
+            "save_pretrained writes the adapters alone, and the base that this cut leaves is for you to keep."
+        )
+    elif is_wrapped(model) and not keeps_base_beside(model):
+        vars(model)[_NAMES] = {name: item.base_model_name_or_path for name, item in model.peft_config.items()}
+        vars(model)["save_pretrained"] = MethodType(_save_with_base, model)
+
+
+def keeps_base_beside(model: Any) -> bool:
+    """Whether a model is a `PeftModel` that was cut, and saves its base with its adapters."""
+    return _NAMES in vars(model)
+
+
+def save_base(model: Any, directory: str | Path) -> None:
+    """Save a `PeftModel`'s base in the folder `base_model` of a directory, for `from_pretrained`.
+
+    While the base is what it was when it was saved last, the files are hard links to those of then, where the file
+    system has them: the checkpoints of a run hold one base per cut.
+
+    Args:
+        model: a `PeftModel` around a transformers model.
+        directory: of the adapters; made if need be.
+
+    Raises:
+        OSError: from the file system; an earlier base is then untouched.
+    """
+    base, state = underlying(model), plain_state(model)
+    folder = Path(directory) / BASE_FOLDER
+    of_then, written = vars(model).get(_WRITTEN, (None, folder))
+    is_same = of_then == _checksum(base, state) and written.is_dir()
+    if is_same and written.resolve() == folder.resolve():
+        return
+    for left_over in folder.parent.glob(f".{BASE_FOLDER}.*"):  # of a process that was killed here
+        shutil.rmtree(left_over, ignore_errors=True)
+    fresh = folder.with_name(f".{BASE_FOLDER}.{secrets.token_hex(8)}")
+    try:
+        if is_same:
+            shutil.copytree(written, fresh, copy_function=link_or_copy)
+        else:
+            base.save_pretrained(fresh, state_dict=dict(state))  # which takes tied weights out
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(fresh, folder)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    vars(model)[_WRITTEN] = (_checksum(base, state), folder.resolve())
+
+
+def load_base(model: Any, directory: Path, headers: Headers) -> None:
+    """Load a saved base into that of a `PeftModel`, which already has its sizes; nothing else changes.
+
+    Args:
+        model: a `PeftModel` around a transformers model.
+        directory: the folder `base_model` of a checkpoint.
+        headers: of the tensors in it.
+
+    Raises:
+        ValueError: naming the folder, if it does not have every tensor.
+    """
+    base, state = underlying(model), plain_state(model)
+    if headers.keys() <= state.keys():
+        loaded = dict(read_tensors(headers))
+    else:  # saved under other names than in memory, as transformers does with mixtures of experts
+        loaded = type(base).from_pretrained(directory, config=base.config, dtype=base.dtype).state_dict()
+    filled = {state[name].data_ptr() for name in loaded if name in state}  # tied weights are saved once
+    missing = [name for name, value in state.items() if value.data_ptr() not in filled]
+    if missing:
+        raise ValueError(f"{directory} has no tensor {missing[0]}, which the model has.")
+    with torch.no_grad():
+        for name, value in loaded.items():
+            if name in state:
+                state[name].copy_(value)
+
+
+def load_adapters(model: Any, directory: str | Path) -> None:
+    """Load every adapter that a `PeftModel` has from a checkpoint, active or not; a Trainer loads some of them."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    for name in model.peft_config:
+        folder = Path(directory) if name == "default" else Path(directory) / name
+        if (folder / ADAPTER_FILE).exists():
+            set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
+
+
+def plain_state(model: Any) -> dict[str, Tensor]:
+    """The state dict that a model would have without its adapters; the tensors are the model's own."""
+    state: dict[str, Tensor] = {}
+    for name, module in plain_modules(underlying(model)):
+        module._save_to_state_dict(state, f"{name}." if name else "", keep_vars=False)
+    return state
+
+
+def check_base(model: nn.Module) -> None:
+    """Make sure that the base of a PEFT model can be saved beside its adapters, and loaded again.
+
+    Raises:
+        ValueError: naming what stands in the way, and the way out.
+    """
+    if not is_wrapped(model):
+        if hasattr(model, "peft_config"):  # `model.add_adapter`, or peft's model of mixed kinds
+            raise ValueError(
+                f"{type(model).__name__} has adapters and is no PeftModel: its checkpoints would hold these alone, "
+                "and the base that a cut leaves would be lost. Put them on with peft.get_peft_model."
+            )
+        return
+    base = underlying(model)
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(
+            f"The adapters are around a {type(base).__name__}, which is not a transformers model, so that the base "
+            "that a cut leaves could not be saved beside them. Use hf_compressm.compress between two runs."
+        )
+    if getattr(base, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "The adapters are around a quantised model, whose weights cannot be cut. Load it without "
+            "quantization_config, or cut the model before it is quantised."
+        )
+
+
+def _save_with_base(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """Replace a cut model's `save_pretrained`: the base is written first, so that no adapter is ever without it."""
+    is_writer = kwargs.get("is_main_process", True)
+    if is_writer:
+        save_base(self, save_directory)
+    type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    if is_writer:
+        for name in kwargs.get("selected_adapters") or self.peft_config:
+            _name_base(self, name, Path(save_directory))
+
+
+def _name_base(model: Any, adapter: str, directory: Path) -> None:
+    """Write where the base is into an adapter's configuration on the disk."""
+    path = (directory if adapter == "default" else directory / adapter) / ADAPTER_CONFIG
+    values = read_json(path)
+    of_others = (None, "", vars(model)[_NAMES].get(adapter), underlying(model).name_or_path)
+    if values.get("base_model_name_or_path") in of_others:
+        values["base_model_name_or_path"] = str(directory / BASE_FOLDER)
+    initialisation = values.get("init_lora_weights")
+    if isinstance(initialisation, str) and initialisation.startswith(_CHANGING):
+        values["init_lora_weights"] = True
+    write_json(path, values)
+
+
+def _checksum(base: PreTrainedModel, state: dict[str, Tensor]) -> int:
+    """CRC-32 of all tensors, their names and the configuration."""
+    words = base.config.to_json_string() + " ".join(state)
+    return zlib.crc32(words.encode(), checksum(*state.values()))

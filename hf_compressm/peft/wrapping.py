@@ -1,0 +1,56 @@
+"""What a model inside peft's `PeftModel` is without its adapters."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def underlying(model: Any) -> Any:
+    """The model inside peft's `PeftModel`, whose layers and configuration a cut is about; any other model itself."""
+    return model.get_base_model() if is_wrapped(model) else model
+
+
+def is_wrapped(model: Any) -> bool:
+    """Whether a model is peft's `PeftModel`."""
+    return hasattr(model, "peft_config") and callable(getattr(type(model), "get_base_model", None))
+
+
+def wrapped_module(module: nn.Module) -> nn.Module | None:
+    """The module that an adapter, or a copy that is trained in its place, was put around; None for all others."""
+    for name, marker in (("base_layer", "adapter_layer_names"), ("original_module", "set_adapter")):
+        inner = module._modules.get(name)
+        if inner is not None and hasattr(module, marker):
+            return inner
+    return None
+
+
+def plain_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module with the name that it has without adapters; what belongs to adapters is left out."""
+    inner = wrapped_module(module)
+    if inner is not None:
+        yield from plain_modules(inner, prefix)
+        return
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from plain_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def effective_weight(module: Any) -> Tensor:
+    """Weight of a linear layer as its forward has it, with active adapters of whatever kind; `(out, in)`.
+
+    Its columns are read off unit vectors where there are adapters, which costs one product with a square matrix.
+    """
+    if wrapped_module(module) is None:
+        return module.weight
+    weight = module.weight
+    basis = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return (module(basis) - module(torch.zeros_like(basis[:1]))).mT
+
+
+def innermost_module(module: nn.Module) -> nn.Module:
+    """The module below all adapters."""
+    inner = wrapped_module(module)
+    return module if inner is None else innermost_module(inner)

@@ -1,0 +1,177 @@
+"""Which files of a directory are the model: they go to the Hub, the state of a training run stays behind."""
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from hf_compressm.checkpoints import SavedModel, read_saved
+from hf_compressm.files.atomic import read_json
+from hf_compressm.files.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    BASE_FOLDER,
+    CARD_FILE,
+    CONFIG_FILE,
+    FIGURES_FOLDER,
+    TRAINER_STATE_FILE,
+)
+from hf_compressm.utils.checks import quoted
+
+
+MODEL_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.jinja",
+    CARD_FILE,
+    "LICENSE",
+    "LICENSE.md",
+    "NOTICE",
+)
+"""Configurations, tokenizers and processors, the history, the card; weights and code are chosen one by one."""
+IMAGES = ("*.png", "*.svg", "*.pdf")
+TEMPLATES_FOLDER = "additional_chat_templates"
+STALE = tuple(
+    prefix + pattern
+    for prefix in ("", f"{BASE_FOLDER}/")
+    for kind in ("model", "pytorch_model", "adapter_model")
+    for pattern in (f"{kind}.safetensors", f"{kind}-*-of-*.safetensors", f"{kind}.bin", f"{kind}-*-of-*.bin")
+) + ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""What an earlier push left in a repo, and a loader would take for a part of the model that is pushed now."""
+
+
+def read_whole(directory: str | Path) -> SavedModel:
+    """Read a directory, and make sure that it holds a whole model or whole adapters.
+
+    Raises:
+        ValueError: naming the file, if it does not.
+    """
+    directory = Path(directory)
+    if not directory.exists():
+        raise ValueError(f"{directory} is not there.")
+    saved = read_saved(directory)
+    found = [each for each in (saved, saved.base) if each is not None and each.values is not None]
+    for each in found:
+        each.verify()
+    if saved not in found and not any(_adapter_folders(directory)):
+        raise ValueError(
+            f"{directory} has neither {CONFIG_FILE} nor {ADAPTER_CONFIG}: give a directory that save_pretrained or a "
+            "Trainer wrote."
+        )
+    return saved
+
+
+def choose_files(saved: SavedModel) -> dict[str, Path]:
+    """The files that make a model, by their names in a repo.
+
+    These are weights, configurations, files of tokenizer and processor, the code that `auto_map` names with what it
+    imports, README.md and licence, the history of cuts, the folder `compressm_figures`, and for a PEFT model all its
+    adapters and its `base_model`. Optimizer, scheduler, generator states and the Trainer's own state stay behind, and
+    so does the seal, which lists them.
+
+    Raises:
+        ValueError: naming the file, if it cannot go to the Hub.
+    """
+    root = saved.directory
+    chosen = _of_a_model(root, saved)
+    for folder in {root / BASE_FOLDER, *_adapter_folders(root)} - {root}:
+        if folder.is_dir():
+            chosen += _of_a_model(folder, saved.base if folder.name == BASE_FOLDER else None)
+    chosen += [path for path in sorted((root / FIGURES_FOLDER).glob("*")) if _matches(path, IMAGES)]
+    return {_name_in_repo(path, root): path for path in sorted(chosen)}
+
+
+def left_behind(directory: Path, chosen: Mapping[str, Path]) -> list[str]:
+    """What of a directory is not pushed; names of folders end in `/`, and what is in them is not listed."""
+    folders = {parent for name in chosen for parent in Path(name).parents}
+    found = []
+    for folder in sorted(folders | {Path()}):
+        for path in sorted((directory / folder).iterdir()):
+            name = path.relative_to(directory)
+            if name.as_posix() not in chosen and name not in folders:
+                found.append(name.as_posix() + "/" * path.is_dir())
+    return sorted(found)
+
+
+def stale_files(names: set[str], present: set[str]) -> list[str]:
+    """What of a repo has to go when files of some names are pushed to it: old weights, and a base that is no more."""
+    has_base = any(name.startswith(f"{BASE_FOLDER}/") for name in names)
+    patterns = STALE if has_base else (*STALE, f"{BASE_FOLDER}/*")
+    return sorted(name for name in present - names if any(_fits(name, pattern) for pattern in patterns))
+
+
+def _of_a_model(folder: Path, saved: SavedModel | None) -> list[Path]:
+    """The files of one folder that belong to a model or adapter."""
+    headers = saved.headers.values() if saved is not None else ()
+    shards = {header.file for header in headers}
+    weights = shards | {folder / ADAPTER_FILE} | ({folder / SAFE_WEIGHTS_INDEX_NAME} if len(shards) > 1 else set())
+    code = _code(folder)
+    unwanted = {folder / TRAINER_STATE_FILE, folder / SAFE_WEIGHTS_INDEX_NAME} - weights
+    templates = [path for path in (folder / TEMPLATES_FOLDER).glob("*") if _matches(path, ("*.jinja",))]
+    return templates + [
+        path
+        for path in folder.iterdir()
+        if path in weights or path in code or (_matches(path, MODEL_FILES) and path not in unwanted)
+    ]
+
+
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
+    """Whether something is taken by its name; what is hidden, and what is a folder, is not."""
+    return not path.name.startswith(".") and not path.is_dir() and any(fnmatch(path.name, each) for each in patterns)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a path fits a pattern, folder by folder."""
+    parts, patterns = name.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
+
+
+def _adapter_folders(directory: Path) -> Iterator[Path]:
+    """Where adapters are: `default` beside everything else, those with names in folders."""
+    yield from (path.parent for path in (*directory.glob(ADAPTER_CONFIG), *directory.glob(f"*/{ADAPTER_CONFIG}")))
+
+
+def _code(folder: Path) -> set[Path]:
+    """The modules that configurations name, and what these import from beside them."""
+    configurations = sorted({*folder.glob(CONFIG_FILE), *folder.glob("[!.]*_config.json")})
+    files: set[Path] = set()
+    for path in {folder / f"{name}.py" for file in configurations for name in _modules(read_json(file), file)}:
+        try:
+            files |= {path, *(folder / Path(other).name for other in get_relative_import_files(path))}
+        except OSError as error:
+            raise ValueError(
+                f"{error.filename} cannot be read ({error.strerror}), and auto_map in a configuration beside it "
+                f"needs it for {path.stem}: save the model again, with its code."
+            ) from error
+    return files
+
+
+def _modules(values: dict[str, Any], path: Path) -> Iterator[str]:
+    """Names of the modules that a configuration's `auto_map` puts beside it, not those in another repo."""
+    named = values.get("auto_map")
+    for target in named.values() if isinstance(named, dict) else ():
+        for text in target if isinstance(target, list) else [target]:
+            if isinstance(text, str) and "--" not in text:
+                module = text.split(".")[0]
+                if not module.isidentifier():
+                    raise ValueError(f"{path}: auto_map names {quoted(text)}, which is no module beside it.")
+                yield module
+
+
+def _name_in_repo(path: Path, root: Path) -> str:
+    """A file's name in the repo, after making sure that it is a file of this directory with a name for a repo."""
+    name = path.relative_to(root).as_posix()
+    if not name.isprintable() or "\\" in name:
+        raise ValueError(f"{root} has a file {name!a}, and a repo takes no such name: rename or remove it.")
+    place = path.resolve()
+    if not place.is_relative_to(root.resolve()):
+        raise ValueError(f"{path} leads out of {root}, to {place}: put a copy in its place, or remove the link.")
+    if not path.is_file():
+        raise ValueError(f"{path} has the name of a file that is pushed, and is none: remove it.")
+    return name

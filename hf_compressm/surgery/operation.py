@@ -1,0 +1,90 @@
+"""One cut of a live model: everything is worked out first, and then put in place at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_compressm.families import AttributeChange, LayerCut, SSMLayer
+from hf_compressm.models import adopt
+from hf_compressm.peft import underlying
+from hf_compressm.peft.saved_base import keep_base_beside
+from hf_compressm.surgery.caches import refuse_stale_caches
+from hf_compressm.surgery.optimizer import OptimizerPlan, commit_optimizer, prepare_optimizer
+from hf_compressm.surgery.parameters import (
+    Addition,
+    Replacement,
+    commit_replacements,
+    prepare_additions,
+    prepare_replacements,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """New parameters, moments and attributes of a model, checked and not yet in place.
+
+    Attributes:
+        model: that is cut.
+        layers: that are cut.
+        replacements: parameters about to be replaced.
+        additions: parameters about to appear.
+        attributes: plain attributes and buffers that follow.
+        optimizer: what its optimizer becomes; None where there is none.
+    """
+
+    model: nn.Module
+    layers: tuple[SSMLayer, ...]
+    replacements: list[Replacement]
+    additions: list[Addition]
+    attributes: list[AttributeChange]
+    optimizer: OptimizerPlan | None
+
+    @classmethod
+    def prepare(
+        cls, model: nn.Module, cuts: Sequence[tuple[SSMLayer, LayerCut]], optimizer: Any = None, policy: str = "carry"
+    ) -> "Operation":
+        """Build every new tensor without touching model or optimizer.
+
+        Args:
+            model: that the layers belong to.
+            cuts: layers, each with what its cut writes.
+            optimizer: the optimizer that trains the model, if any.
+            policy: `"carry"` the moments of cut parameters over, or `"reset"` them.
+
+        Raises:
+            ValueError: as `prepare_replacements`, `prepare_additions` and `prepare_optimizer`.
+        """
+        replacements = prepare_replacements(model, [change for _, cut in cuts for change in cut.changes])
+        additions = prepare_additions([addition for _, cut in cuts for addition in cut.additions])
+        plan = prepare_optimizer(optimizer, model, replacements, policy, additions) if optimizer else None
+        attributes = [attribute for _, cut in cuts for attribute in cut.attributes]
+        return cls(model, tuple(layer for layer, _ in cuts), replacements, additions, attributes, plan)
+
+    def new_tensors(self) -> list[Tensor]:
+        """Parameters and moments about to be put in place, in an order that is the same in all processes."""
+        states = self.optimizer.states.values() if self.optimizer is not None else ()
+        moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return [*(item.new for item in self.replacements), *(item.new for item in self.additions), *moments]
+
+    def commit(self, config: Any = None, adopts: bool = False) -> None:
+        """Put it all in place; a `Snapshot` from before takes it back.
+
+        Args:
+            config: the model's configuration with its new sizes; None leaves that of the model as it is.
+            adopts: whether a stock model moves into this package's class.
+        """
+        if self.layers:
+            keep_base_beside(self.model)
+        if adopts:
+            adopt(underlying(self.model))
+        commit_replacements(self.replacements, self.attributes, self.additions)
+        if self.optimizer is not None:
+            commit_optimizer(self.optimizer)
+        if config is not None:
+            own = vars(getattr(self.model, "config"))  # noqa: B009 - a module has no such attribute for mypy
+            own.clear()
+            own.update(vars(config))
+        for layer in self.layers:
+            refuse_stale_caches(layer)

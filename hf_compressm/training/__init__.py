@@ -1,0 +1,8 @@
+"""Cutting inside a Trainer: when, under which guards, and how its checkpoints follow."""
+
+from hf_compressm.training.refusals import refuse_copies
+from hf_compressm.training.run import CompressedRun
+from hf_compressm.training.trainer import calling_trainer
+
+
+__all__ = ["CompressedRun", "calling_trainer", "refuse_copies"]

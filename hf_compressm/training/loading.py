@@ -1,0 +1,145 @@
+"""Checkpoints across cuts inside a Trainer: loading, checking the optimizer's state, and going back.
+
+A Trainer loads weights before it calls any callback, and the state dict that a module's load hook sees names neither
+the class nor the record of cuts; of a sharded checkpoint it sees a part at a time. So the three methods by which a
+Trainer loads are wrapped: the model first gets the sizes of the checkpoint's configuration, and what the Trainer would
+pass over in silence is refused.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import logging
+
+from hf_compressm.checkpoints import (
+    find_last_complete_checkpoint,
+    fit_to_checkpoint,
+    fit_with_adapters,
+    load_converted,
+    read_saved,
+)
+from hf_compressm.files.names import ADAPTER_FILE
+from hf_compressm.peft import is_wrapped
+from hf_compressm.surgery import misfit, rebuild_reducers, reset, unwrap
+from hf_compressm.training.trainer import wrap_methods
+
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointLoader:
+    """Wraps a Trainer's methods that load.
+
+    Args:
+        trainer: whose methods are wrapped.
+        allow_optimizer_reset: whether optimizer state that is missing or does not fit is dropped instead of refused.
+
+    Attributes:
+        directory: of the checkpoint whose weights the Trainer loaded last.
+    """
+
+    def __init__(self, trainer: Trainer, allow_optimizer_reset: bool) -> None:
+        self.directory: Path | None = None
+        self._trainer = trainer
+        self._allow_optimizer_reset = allow_optimizer_reset
+        wrap_methods(
+            trainer,
+            {
+                "_load_from_checkpoint": self._load_model,
+                "_load_best_model": self._load_best_model,
+                "_load_optimizer_and_scheduler": self._load_optimizer_and_scheduler,
+            },
+        )
+
+    def roll_back(self, folder: Path) -> None:
+        """Return weights, sizes and optimizer moments to a checkpoint; steps, scheduler and data order go on.
+
+        Raises:
+            ValueError: naming the file, if the checkpoint is not whole.
+        """
+        read_saved(folder)
+        self._trainer._load_from_checkpoint(str(folder))
+        optimizer = unwrap(self._trainer.optimizer)
+        saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        groups = optimizer.state_dict()["param_groups"]  # present learning rates stay: the scheduler goes on
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        problem = misfit(optimizer)
+        if problem:
+            raise ValueError(f"{folder / OPTIMIZER_NAME} does not fit the model: {problem}")
+
+    def _load_model(self, method: Callable[..., None], directory: str, model: nn.Module | None = None) -> None:
+        """Load the weights of a checkpoint into a model of any state size.
+
+        Raises:
+            ValueError: naming the file, if the checkpoint is not whole or is of another kind of model.
+        """
+        self.directory = Path(directory)
+        if not self._fit(self._trainer.model if model is None else model, directory):
+            method(directory, model)
+        rebuild_reducers(self._trainer.model_wrapped)  # an earlier `train()` may have wrapped it
+
+    def _load_best_model(self, method: Callable[[], None]) -> None:
+        """Load the weights of the best checkpoint, from before a cut or after it."""
+        best = self._trainer.state.best_model_checkpoint
+        if best is None or not self._fit(self._trainer.model, best):
+            method()
+        rebuild_reducers(self._trainer.model_wrapped)
+
+    def _load_optimizer_and_scheduler(self, method: Callable[[str | None], None], checkpoint: str | None) -> None:
+        """Load optimizer and scheduler of a checkpoint.
+
+        Raises:
+            ValueError: if the optimizer's state is missing or does not fit the model, unless it may be reset.
+        """
+        if checkpoint is None or self._is_engine():
+            method(checkpoint)
+            return
+        missing = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (Path(checkpoint) / name).is_file()]
+        if missing:
+            self._reset_or_raise(checkpoint, f"{Path(checkpoint) / missing[0]} is missing")
+            return
+        args = self._trainer.args
+        if args.device.type == "cpu":  # in one of several processes it is "cpu:0", to which torch.load cannot load
+            vars(args)["_setup_devices"] = torch.device("cpu")
+        try:
+            method(checkpoint)
+            problem = misfit(unwrap(self._trainer.optimizer))
+        except (ValueError, KeyError, RuntimeError) as error:
+            problem = str(error)
+        if problem:
+            self._reset_or_raise(checkpoint, f"{Path(checkpoint) / OPTIMIZER_NAME} does not fit the model: {problem}")
+
+    def _fit(self, model: nn.Module | None, directory: str) -> bool:
+        """Give the model the checkpoint's sizes; whether its weights were loaded here already."""
+        if model is None or self._is_engine() or ((Path(directory) / ADAPTER_FILE).exists() and not is_wrapped(model)):
+            return False
+        try:
+            saved = read_saved(directory)
+            if is_wrapped(model):
+                fit_with_adapters(model, saved, self._trainer.optimizer)
+            else:
+                fit_to_checkpoint(model, saved, self._trainer.optimizer)
+        except ValueError as error:
+            last = find_last_complete_checkpoint(Path(directory).parent)
+            raise ValueError(f"{error}{f' The last complete checkpoint is {last}.' if last else ''}") from error
+        return isinstance(model, PreTrainedModel) and load_converted(model, saved)
+
+    def _is_engine(self) -> bool:
+        return bool(self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled)
+
+    def _reset_or_raise(self, checkpoint: str, problem: str) -> None:
+        """Go on without the optimizer's state, but with the scheduler's, if that is allowed."""
+        if not self._allow_optimizer_reset:
+            raise ValueError(
+                f"{problem}. Resume from a checkpoint that has it, or pass allow_optimizer_reset=True to go on with "
+                "fresh moments."
+            )
+        logger.warning(f"{problem}. The optimizer starts with fresh moments.")
+        reset(unwrap(self._trainer.optimizer))
+        scheduler = Path(checkpoint) / SCHEDULER_NAME
+        if scheduler.is_file() and self._trainer.lr_scheduler is not None:
+            self._trainer.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))

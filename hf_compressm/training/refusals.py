@@ -1,0 +1,208 @@
+"""What cannot work is refused before the first step: engines, and guards that could not do their work."""
+
+import itertools
+import re
+from typing import Any, cast
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import Subset
+from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import logging
+
+from hf_compressm.compression.history import CALLBACK
+from hf_compressm.config import CompreSSMConfig
+from hf_compressm.surgery import check_optimizer, find_wrappers, unsupported_feature, unwrap
+from hf_compressm.training.guard import held_out_batches, held_out_loss
+from hf_compressm.training.recovery import metric_name, recovery_length
+from hf_compressm.training.schedule import Scheduled, Trigger
+from hf_compressm.utils.randomness import undisturbed
+
+
+logger = logging.get_logger(__name__)
+
+_AVERAGING = re.compile(r"(?<![A-Z])B?EMA(?![a-z])|Ema(?![a-z])|SyncRefModel")
+"""In the class names of callbacks that average weights: trl's, timm's, and those that people write."""
+
+
+def refuse_engines(trainer: Trainer) -> None:
+    """Refuse runs whose parameters an engine holds on to, or holds in parts, and runs with two callbacks that cut.
+
+    Raises:
+        ValueError: naming the engine and the way out.
+    """
+    args = trainer.args
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"CompreSSMCallback cannot cut a model in place under nn.DataParallel ({args.n_gpu} GPUs in one process). "
+            "Start one process per GPU, with `accelerate launch` or `torchrun`: that is faster, and can be cut."
+        )
+    engine = _engine(args, trainer)
+    if engine:
+        raise ValueError(
+            f"CompreSSMCallback cannot cut a model in place under {engine}. Train without the callback up to a "
+            "checkpoint, cut that with `hf-compressm compress CHECKPOINT --output DIR`, and resume from DIR."
+        )
+    kinds = [[kind.__name__ for kind in type(each).__mro__] for each in trainer.callback_handler.callbacks]
+    if sum(CALLBACK in names for names in kinds) > 1:
+        raise ValueError("Trainer has two CompreSSMCallbacks; keep one.")
+
+
+def _engine(args: TrainingArguments, trainer: Trainer) -> str:
+    """The engine of a run that cannot be cut in place, in words; "" where it can."""
+    model = _model(trainer)
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed"
+    if trainer.is_fsdp_enabled:
+        return "FSDP"
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return "tensor parallelism (its parameters are DTensors)"
+    if getattr(model, "is_quantized", False):
+        return "quantised weights"
+    wrappers = list(find_wrappers(trainer.model_wrapped))
+    feature = next((found for wrapper in wrappers if (found := unsupported_feature(wrapper))), "")
+    if feature:
+        return f"DistributedDataParallel with {feature}"
+    if args.world_size > 1 and not wrappers and any(parameter.requires_grad for parameter in model.parameters()):
+        return f"{args.world_size} processes without DistributedDataParallel"
+    return ""
+
+
+def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Refuse an optimizer that a cut could not give the new parameters.
+
+    Raises:
+        ValueError: naming the optimizer and the way out.
+    """
+    if optimizer is not None:
+        check_optimizer(unwrap(optimizer), list(model.parameters()))
+
+
+def refuse_copies(trainer: Trainer, model: nn.Module) -> None:
+    """Refuse callbacks that go on with the parameters from before a cut: averages of the weights, and lists of them.
+
+    Called before the first step, when every callback has begun.
+
+    Raises:
+        ValueError: naming the callback and the way out.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    for callback in trainer.callback_handler.callbacks:
+        name = type(callback).__name__
+        if any(_AVERAGING.search(kind.__name__) for kind in type(callback).__mro__):
+            raise ValueError(
+                f"{name} averages the weights over time, and the sums that it keeps have the sizes from before a cut. "
+                "Leave it out while CompreSSMCallback cuts, and train on with it and without CompreSSMCallback: the "
+                "weights of the smaller model are averaged there."
+            )
+        for attribute, value in vars(callback).items():
+            values = value.values() if isinstance(value, dict) else value
+            held = isinstance(value, dict | list | tuple | set) and any(id(one) in own for one in values)
+            if held or isinstance(value, AveragedModel):
+                raise ValueError(
+                    f"{name}.{attribute} holds parameters or averages of the model, and would go on with those from "
+                    "before a cut. Look parameters up by name in the model at every step, or leave the callback out "
+                    "while CompreSSMCallback cuts."
+                )
+
+
+def check_guards(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger, max_steps: int) -> None:
+    """Refuse guards that could not do their work, before the first step.
+
+    Raises:
+        ValueError: naming the setting and the way out.
+    """
+    if config.max_loss_increase is not None:
+        if trainer.eval_dataset is None:
+            logger.warning(
+                "There is no eval_dataset: max_loss_increase is measured on batches of the training data, which other "
+                "batches of it may have taught."
+            )
+        held_out_loss(trainer, _model(trainer), held_out_batches(trainer, config, config.sampling_seed)[:1])
+    if config.save_around_cuts and trainer.args.save_strategy == SaveStrategy.BEST:
+        raise ValueError("save_around_cuts does not go with save_strategy='best', which decides alone what is saved.")
+    if config.recovery_steps is not None:
+        _check_recovery(trainer, config, trigger, max_steps)
+
+
+def _check_recovery(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger, max_steps: int) -> None:
+    args = trainer.args
+    wanted = f"metric_tolerance={config.metric_tolerance:g}"
+    if args.eval_strategy == IntervalStrategy.NO or trainer.eval_dataset is None:
+        there = "missing" if trainer.eval_dataset is None else "given"
+        raise ValueError(
+            f"{wanted} compares a metric of the Trainer's evaluation, and there is none (eval_strategy="
+            f"{_text(args.eval_strategy)}, eval_dataset {there}). Set eval_strategy='steps' and pass an eval_dataset, "
+            "or use max_loss_increase."
+        )
+    if args.save_only_model or args.save_strategy == SaveStrategy.BEST:
+        raise ValueError(
+            f"{wanted} goes back to a checkpoint with its optimizer, saved before each cut; save_only_model="
+            f"{args.save_only_model} and save_strategy={_text(args.save_strategy)} leave none. Use "
+            "save_only_model=False and save_strategy='steps', 'epoch' or 'no'."
+        )
+    steps = recovery_length(config, max_steps)
+    latest = trigger.latest + steps
+    if latest >= max_steps:
+        raise ValueError(
+            f"The last cut may come after step {trigger.latest}, and its metric recovery_steps="
+            f"{config.recovery_steps:g} later, after step {latest}, but the run has {max_steps}. Lower recovery_steps "
+            "or end."
+        )
+    if isinstance(trigger, Scheduled):
+        gaps = [later - earlier for earlier, later in zip(trigger.steps, trigger.steps[1:], strict=False)]
+        if gaps and min(gaps) <= steps:
+            raise ValueError(
+                f"recovery_steps={config.recovery_steps:g} ({steps} steps) must be less than the {min(gaps)} steps "
+                "from one cut to the next. Lower recovery_steps, or num_cuts."
+            )
+    _check_metric(trainer)
+
+
+def _check_metric(trainer: Trainer) -> None:
+    """Raise `ValueError` unless an evaluation will have the metric, found out on a few examples where need be."""
+    name = metric_name(trainer.args)
+    known = {"eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    if isinstance(trainer.eval_dataset, dict):
+        known = {f"eval_{part}_{metric[5:]}" for part in trainer.eval_dataset for metric in known}
+        if name not in known and trainer.compute_metrics is None:
+            raise ValueError(_absent_metric(name, known))
+        return
+    if name in known:
+        return
+    if trainer.compute_metrics is not None:
+        known |= _computed_metrics(trainer)
+    if name not in known:
+        raise ValueError(_absent_metric(name, known))
+
+
+def _computed_metrics(trainer: Trainer) -> set[str]:
+    """Names that an evaluation of the first examples gives; it is not logged, and no callback is told."""
+    data: Any = trainer.eval_dataset
+    size = trainer.args.per_device_eval_batch_size
+    if hasattr(data, "select"):
+        few = data.select(range(min(size, len(data))))
+    elif hasattr(data, "__len__"):
+        few = Subset(data, range(min(size, len(data))))
+    else:
+        few = cast(Any, list(itertools.islice(iter(data), size)))
+    with undisturbed(_model(trainer)):
+        output = trainer.evaluation_loop(trainer.get_eval_dataloader(few), "Evaluation", metric_key_prefix="eval")
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressCallback):  # closes its bar of this evaluation
+            callback.on_predict(trainer.args, trainer.state, trainer.control, metrics={})
+    return set(output.metrics or ())
+
+
+def _absent_metric(name: str, known: set[str]) -> str:
+    return f"The metric {name!r} (metric_for_best_model) is none of those that an evaluation gives: {sorted(known)}."
+
+
+def _model(trainer: Trainer) -> nn.Module:
+    return cast(nn.Module, trainer.model)
+
+
+def _text(strategy: Any) -> str:
+    return repr(getattr(strategy, "value", strategy))

@@ -1,0 +1,180 @@
+"""What goes out with a cut model: its history, the pictures of its cuts, and a model card that explains them.
+
+A Trainer's `save_model` and `push_to_hub` write weights and a card of their own, and its pushes during training copy a
+fixed list of files. So the methods by which it saves a model and writes a card are wrapped, and `on_push_begin`
+completes the directory that is about to be pushed.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
+
+from hf_compressm.compression.history import CutEvent
+from hf_compressm.config import CompreSSMConfig
+from hf_compressm.files.atomic import write_text
+from hf_compressm.files.names import CARD_FILE, FIGURES_FOLDER
+from hf_compressm.peft import underlying
+from hf_compressm.reports.card import CardFacts, is_by_hand, with_metadata_of, write_card
+from hf_compressm.reports.pictures import Picture, draw_pictures
+from hf_compressm.reports.traces import Run, finite_entries
+from hf_compressm.training.clock import machine
+from hf_compressm.training.trainer import output_folder, wrap_methods
+
+
+logger = logging.get_logger(__name__)
+
+_FILE_FORMATS = ("csv", "json", "pandas", "parquet", "text", "generator")
+"""What `datasets` calls data that were read from files, and that have no name of their own."""
+
+
+class Publisher:
+    """Wraps a Trainer's methods that save a model and write its card.
+
+    Args:
+        trainer: whose methods are wrapped.
+        events: gives the run's attempts to cut.
+        write_traces: writes history and log into a directory.
+    """
+
+    def __init__(
+        self, trainer: Trainer, events: Callable[[], list[CutEvent]], write_traces: Callable[[Path], None]
+    ) -> None:
+        self._trainer = trainer
+        self._events = events
+        self._write_traces = write_traces
+        self._drawn: tuple[Any, list[Picture]] = (None, [])
+        wrap_methods(trainer, {"save_model": self._save_model, "create_model_card": self._create_model_card})
+
+    def _save_model(
+        self, method: Callable[..., None], output_dir: str | None = None, _internal_call: bool = False
+    ) -> None:
+        """Save as the Trainer does; beside a model that was cut, what explains it."""
+        method(output_dir, _internal_call)
+        if not _internal_call:  # a checkpoint, or a push that writes a card in its turn
+            self.publish(Path(output_dir) if output_dir else output_folder(self._trainer))
+
+    def _create_model_card(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Let the Trainer write its card, keep what a person wrote, and put in what the cuts were."""
+        path = output_folder(self._trainer) / CARD_FILE
+        before = _read(path)
+        method(*args, **kwargs)
+        card = _read(path)
+        if card is None or not self._has_something_to_tell():
+            return
+        by_hand = before is not None and is_by_hand(before)
+        if before is not None and by_hand:
+            card = with_metadata_of(before, card)
+        _without_failing(lambda: write_text(path, write_card(self._run(), self._facts(path.parent), card, by_hand)))
+
+    def publish(self, folder: Path) -> None:
+        """Write history, pictures, card and code into the directory of a model that was cut.
+
+        What fails is warned of: a trained model must not be lost over it.
+        """
+        if self._has_something_to_tell():
+            _without_failing(lambda: self._write(folder))
+
+    def _write(self, folder: Path) -> None:
+        """All that explains the model."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_traces(folder)
+        model = underlying(self._trainer.model)
+        if isinstance(model, PreTrainedModel) and model.is_remote_code():
+            custom_object_save(model, folder)  # a push during training copies the weights alone
+        path = folder / CARD_FILE
+        write_text(path, write_card(self._run(), self._facts(folder), _read(path)))
+
+    def _has_something_to_tell(self) -> bool:
+        cut = any(event.outcome == "cut" for event in self._events())
+        return self._trainer.args.should_save and bool(cut or self._run().record)
+
+    def _run(self) -> Run:
+        """The run so far."""
+        trainer, model = self._trainer, underlying(self._trainer.model)
+        config = model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
+        return Run(
+            name=output_folder(self._trainer).resolve().name,
+            events=tuple(self._events()),
+            log=tuple(finite_entries(trainer.state.log_history)),
+            config=config | {"architectures": [type(model).__name__]},
+            steps=trainer.state.global_step,
+            machine=machine(),
+        )
+
+    def _facts(self, folder: Path) -> CardFacts:
+        """What the card says beside the run; draws the pictures that it shows."""
+        trainer = self._trainer
+        repo_id, started_from = getattr(trainer, "hub_model_id", None), _started_from(underlying(trainer.model))
+        return CardFacts(
+            name=repo_id.split("/")[-1] if repo_id else folder.resolve().name,
+            repo_id=repo_id,
+            base_model=started_from,
+            datasets=_dataset_names(trainer.train_dataset),
+            pictures=self._draw(folder / FIGURES_FOLDER),
+        )
+
+    def _draw(self, folder: Path) -> list[Picture]:
+        """The pictures of the run, drawn anew when there is something new; none without matplotlib."""
+        of_now = (folder.resolve(), self._trainer.state.global_step, len(self._events()))
+        if self._drawn[0] != of_now:
+            try:
+                self._drawn = (of_now, draw_pictures(self._run(), folder))
+            except ImportError as error:
+                logger.warning_once(f"The model card has no pictures. {error}")
+                self._drawn = (of_now, [])
+        return self._drawn[1]
+
+
+def tell_outcome(
+    events: Sequence[CutEvent], config: CompreSSMConfig, when: str, step: int, earlier_cut: int | None
+) -> None:
+    """Warn at the end of a run in which nothing was cut.
+
+    Args:
+        events: attempts of the run.
+        config: its settings.
+        when: cuts come, in words.
+        step: optimizer steps done.
+        earlier_cut: step of the last cut that the model's record tells of; None if it tells of none.
+    """
+    tried = [event for event in events if event.outcome != "rolled back"]
+    if not tried and earlier_cut is None:
+        logger.warning(f"CompreSSM cut nothing: training ended at step {step}; cuts come {when}.")
+    elif tried and not any(event.outcome == "cut" for event in tried):
+        layers = tried[-1].result.plan.layers
+        reasons = {f"{layer.name}: {layer.reason}" for layer in layers}
+        rule = config.rank_rule
+        more = f" A {'smaller' if rule == 'target_state_size' else 'larger'} {rule} would cut more."
+        undone = sum(event.outcome == "undone" for event in tried)
+        logger.warning(
+            f"CompreSSM tried {len(tried)} cut(s) and none shrank a layer; {undone} were undone by the guard "
+            f"({'; '.join(sorted(reasons))}).{more * any(layer.status == 'kept' for layer in layers)}"
+        )
+
+
+def _without_failing(write: Callable[[], object]) -> None:
+    """Do it, or warn that it could not be done."""
+    try:
+        write()
+    except Exception as error:  # of files, plots and templates: no training run is to end over them
+        logger.warning(f"What explains the cuts could not be written beside the model: {error}")
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _started_from(model: Any) -> str | None:
+    """Id on the Hub of the model that training began with; None for a new model, or one from a directory."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    return name if name and not Path(name).exists() else None
+
+
+def _dataset_names(dataset: Any) -> list[str]:
+    """What the training data are called, where they say so themselves."""
+    name = getattr(dataset, "builder_name", None)
+    return [name] if isinstance(name, str) and name not in _FILE_FORMATS else []

@@ -1,0 +1,37 @@
+"""Easing the learning rate back in after a cut, without disturbing the scheduler."""
+
+from typing import Any
+
+
+class Rewarmup:
+    """Lowers the learning rates for single steps: 1 / (n + 1), ..., n / (n + 1) of them in the n steps after a cut.
+
+    Args:
+        steps: n, the number of steps; 0 for none.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.last_cut: int | None = None
+        self._rates: list[Any] | None = None
+
+    def share(self, step: int) -> float:
+        """Share of the learning rate in the step that follows `step` done steps."""
+        if self.last_cut is None or self.steps == 0:
+            return 1.0
+        return min((step - self.last_cut + 1) / (self.steps + 1), 1.0)
+
+    def lower(self, optimizer: Any, step: int) -> None:
+        """Lower the rates before the optimizer steps."""
+        share = self.share(step)
+        if share < 1:
+            self._rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * share
+
+    def restore(self, optimizer: Any) -> None:
+        """Put the rates back before the scheduler sees them."""
+        if self._rates is not None:
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
+            self._rates = None

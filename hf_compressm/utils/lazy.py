@@ -1,0 +1,107 @@
+"""What waits until it is needed: names of a package, and model types that transformers can look up before then.
+
+`import hf_compressm` imports neither torch nor transformers, so that the command line answers at once. Its models are
+nevertheless known to `AutoConfig` and the Auto classes of models from then on, in whichever order the two packages are
+imported: their types are entered into transformers' table of configurations without their classes, and the first
+lookup of one imports them.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+
+AUTO_MODULE = "transformers.models.auto.configuration_auto"
+
+
+def lazy_names(
+    package: str, homes: Mapping[str, Iterable[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package whose public names are imported when they are asked for (PEP 562).
+
+    Args:
+        package: dotted name.
+        homes: the names by the module, below the package, that has them.
+    """
+    home_of = {name: home for home, names in homes.items() for name in names}
+
+    def get_attribute(name: str) -> Any:
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{package}.{home_of[name]}"), name)
+        vars(sys.modules[package])[name] = value
+        return value
+
+    def list_names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *home_of})
+
+    return get_attribute, list_names
+
+
+def announce_models(model_types: Iterable[str], home: str) -> None:
+    """Let transformers look model types up whose classes are not imported yet.
+
+    Args:
+        model_types: as in `config.json`.
+        home: module that registers their classes when it is imported.
+    """
+    if AUTO_MODULE in sys.modules:
+        _enter(sys.modules[AUTO_MODULE], model_types, home)
+    else:
+        sys.meta_path.insert(0, _Entrance(tuple(model_types), home))
+
+
+class _Entrance(MetaPathFinder):
+    """Waits for the import of transformers' table of configurations, once."""
+
+    def __init__(self, model_types: tuple[str, ...], home: str) -> None:
+        self.model_types = model_types
+        self.home = home
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Find the table where Python finds it, and enter the types when it has been executed."""
+        if name != AUTO_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        loader: Any = spec.loader if spec is not None else None
+        if loader is not None:
+            execute = loader.exec_module
+
+            def execute_and_enter(module: ModuleType) -> None:
+                execute(module)
+                _enter(module, self.model_types, self.home)
+
+            loader.exec_module = execute_and_enter
+        return spec
+
+
+def _enter(module: ModuleType, model_types: Iterable[str], home: str) -> None:
+    """Put the types into the table; where this transformers has another one, they are known once `home` is imported."""
+    mapping = getattr(module, "CONFIG_MAPPING", None)
+    registered = getattr(mapping, "_extra_content", None)
+    if isinstance(registered, dict):
+        vars(mapping)["_extra_content"] = _Registered(registered, model_types, home)
+
+
+class _Registered(dict[str, Any]):
+    """Configuration classes by model type, some of them imported when one is asked for."""
+
+    def __init__(self, present: Mapping[str, Any], model_types: Iterable[str], home: str) -> None:
+        super().__init__({**dict.fromkeys(model_types), **present})
+        self.home = home
+
+    def __getitem__(self, model_type: str) -> Any:
+        if super().__getitem__(model_type) is None:
+            importlib.import_module(self.home)
+        return super().__getitem__(model_type)
+
+    def values(self) -> Any:
+        return [self[model_type] for model_type in self]
+
+    def items(self) -> Any:
+        return [(model_type, self[model_type]) for model_type in self]

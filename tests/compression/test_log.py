@@ -1,0 +1,45 @@
+"""The numbers that a cut leaves in a log."""
+
+from dataclasses import replace
+
+import torch
+
+from hf_compressm import CompreSSMConfig, compress
+from hf_compressm.compression import CompressionPlan
+from hf_compressm.compression.history import CutEvent
+from hf_compressm.compression.log import scalars
+from tests.family_table import LRU, MAMBA
+
+
+def test_scalars_are_flat_numbers_that_tell_what_happened() -> None:
+    result = compress(LRU.build(), CompreSSMConfig(fraction=0.5, layers=["layers.1.ssm"]))
+    values = scalars(CutEvent(7, result))
+    assert all(type(value) is float for value in values.values())
+    assert values["compressm/cut"] == 1
+    assert values["compressm/layer_00/state_size"] == 4
+    assert values["compressm/parameters"] == result.parameters_after
+    assert values["compressm/error_bound"] == result.plan.layers[0].error_bound
+    assert result.state_bytes_after == result.state_bytes_before * 3 / 4  # one of two layers is halved
+    assert values["compressm/state_bytes"] == result.state_bytes_after
+    layer = result.plan.layers[0]
+    assert values["compressm/layer_00/energy_kept"] == layer.energy_kept
+    assert values["compressm/layer_00/predicted_error"] == layer.predicted_error
+
+
+def test_without_a_bound_none_is_logged() -> None:
+    result = compress(MAMBA.build(), CompreSSMConfig(fraction=0.5), MAMBA.calibration())
+    assert "compressm/error_bound" not in scalars(CutEvent(1, result))
+
+
+def test_a_cut_that_changed_nothing_is_logged_as_such() -> None:
+    result = compress(LRU.build(), CompreSSMConfig(tolerance=0.0))
+    values = scalars(CutEvent(1, result))
+    assert (values["compressm/cut"], values["compressm/energy_kept"], values["compressm/state_size_mean"]) == (0, 1, 8)
+
+
+def test_effective_states_hold_99_percent_of_the_energy() -> None:
+    result = compress(LRU.build(), CompreSSMConfig(fraction=0.5))
+    sigma = torch.tensor([50.0, 49.5, 0.4, 0.1] + 12 * [0.0], dtype=torch.float64)  # two values per state
+    layers = tuple(replace(layer, hankel_singular_values=sigma) for layer in result.plan.layers)
+    values = scalars(CutEvent(1, replace(result, plan=CompressionPlan(layers))))
+    assert values["compressm/layer_00/effective_states"] == 1
