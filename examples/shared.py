@@ -243,7 +243,7 @@ class Experiment:
 
     def _report(self, folder: Path) -> None:
         if self.compressm.events:
-            page, _ = write_report(folder)
+            page = write_report(folder)
             print(f"Report: {page}; model card: {folder / 'README.md'}")
 
 

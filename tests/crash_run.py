@@ -20,9 +20,10 @@ import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainerState
 
-import hf_compressm.callback
 import hf_compressm.compression.applying
-import hf_compressm.recovery
+import hf_compressm.surgery.operation
+import hf_compressm.training.recovery
+import hf_compressm.training.run
 from hf_compressm import find_last_complete_checkpoint
 from hf_compressm.training.loading import CheckpointLoader
 from tests.family_table import LRU, MAMBA
@@ -158,18 +159,19 @@ def set_up() -> None:
     """Announce every phase of saving, cutting and rolling back."""
     tear_writes()
     tear_moves()
-    applying, callback, recovery = hf_compressm.compression.applying, hf_compressm.callback, hf_compressm.recovery
+    applying, operation = hf_compressm.compression.applying, hf_compressm.surgery.operation
+    recovery, run = hf_compressm.training.recovery, hf_compressm.training.run
     around(Trainer, "_save_checkpoint", "save: begins", "save: nothing of ours yet")
     around(Trainer, "_save_optimizer_and_scheduler", "save: weights without optimizer")
     around(transformers.trainer, "rotate_checkpoints", "save: before the rotation", "save: after the rotation")
-    around(callback, "seal_checkpoint", "save: history without seal", "save: sealed")
-    around(callback, "guarded_cut", "cut: begins", "cut: done")
-    around(applying, "plan_compression", after="cut: planned")
-    around(applying, "commit_replacements", after="cut: parameters in, optimizer old")
-    around(applying, "commit_optimizer", after="cut: optimizer in, config old")
+    around(run, "seal_checkpoint", "save: all without seal", "save: sealed")
+    around(run, "guarded_cut", "cut: begins", "cut: done")
+    around(applying, "plan_cut", after="cut: planned")
+    around(operation, "commit_replacements", after="cut: parameters in, optimizer old")
+    around(operation, "commit_optimizer", after="cut: optimizer in, config old")
     around(recovery, "link_or_copy", "keep: one more file")
     around(CheckpointLoader, "roll_back", "roll back: begins", "roll back: done")
-    around(CheckpointLoader, "load_model", after="load: weights without optimizer")
+    around(CheckpointLoader, "_load_model", after="load: weights without optimizer")
 
 
 class Steps(TrainerCallback):

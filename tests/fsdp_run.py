@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer
 
-from hf_compressm.checkpoints.fitting import load_model
+from hf_compressm.checkpoints import read_saved
 from tests.family_table import LRU, MAMBA, S5, perturbed
 from tests.launched_run import leave
 from tests.trainers import Examples, arguments
@@ -29,7 +29,7 @@ def main(folder: Path, name: str, kind: str, checkpoint: Path | None) -> None:
     family, block = BLOCKS[name]
     torch.manual_seed(0)
     # the weights that it has must not be those of the checkpoint, so that loading is what is tested
-    model = family.build() if checkpoint is None else perturbed(load_model(checkpoint))
+    model = family.build() if checkpoint is None else perturbed(read_saved(checkpoint).load())
     settings = {"version": 2, "state_dict_type": kind, "transformer_layer_cls_to_wrap": [block]}
     args = arguments(folder, fsdp=True, fsdp_config=settings, **RUN)
     assert args.device.type == "cpu"  # this sets up the processes, for what accelerate calls MULTI_CPU

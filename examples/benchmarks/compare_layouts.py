@@ -31,6 +31,7 @@ from hf_compressm import CompreSSMConfig, compress, enable_fast_selective_scan
 from hf_compressm.families import (
     CutMethod,
     MomentTerm,
+    NormalizedMambaFamily,
     ParameterChange,
     SSMLayer,
     collect_statistics,

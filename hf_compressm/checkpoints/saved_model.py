@@ -3,7 +3,6 @@
 Whoever needs to know what is on the disk is handed this value, so that nothing is read or verified twice.
 """
 
-import copy
 import inspect
 import re
 from collections.abc import Mapping
@@ -81,7 +80,7 @@ class SavedModel:
                 f"{self.config_path}: model_type {quoted(model_type)} is not one that transformers knows."
             )
         try:
-            return config_class(**copy.deepcopy(dict(values)))
+            return config_class(**config_class._decode_special_floats(dict(values)))  # which copies them
         except Exception as error:  # whatever a configuration class makes of bad values, the file is to blame
             raise ValueError(f"{self.config_path} does not describe a {config_class.__name__}: {error}") from error
 

@@ -179,10 +179,10 @@ def _written_anew(directory: Path, files: dict[str, Path], repo_id: str) -> dict
 
 def _explained(error: Exception, target: PushTarget) -> str:
     """An error of a push in a sentence that names the way out."""
+    if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError | json.JSONDecodeError):
+        return f"{_in_one_line(error)}."  # of this package, or of the client, which names the file
     answered = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
     if answered is None:
-        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):  # names the file or setting
-            return f"{_in_one_line(error)}."
         text = (
             f"The connection to the Hub failed ({_in_one_line(error)}), and the push to {target.repo_id} is given up."
         )

@@ -1,5 +1,6 @@
 """Which files of a directory are the model: they go to the Hub, the state of a training run stays behind."""
 
+import os
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -169,8 +170,8 @@ def _name_in_repo(path: Path, root: Path) -> str:
     name = path.relative_to(root).as_posix()
     if not name.isprintable() or "\\" in name:
         raise ValueError(f"{root} has a file {name!a}, and a repo takes no such name: rename or remove it.")
-    place = path.resolve()
-    if not place.is_relative_to(root.resolve()):
+    place = Path(os.path.realpath(path))  # which names no error where links lead in a circle
+    if not place.is_relative_to(os.path.realpath(root)):
         raise ValueError(f"{path} leads out of {root}, to {place}: put a copy in its place, or remove the link.")
     if not path.is_file():
         raise ValueError(f"{path} has the name of a file that is pushed, and is none: remove it.")

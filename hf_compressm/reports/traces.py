@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hf_compressm.checkpoints.seal import find_last_complete_checkpoint
+from hf_compressm.checkpoints import find_last_complete_checkpoint
 from hf_compressm.compression import check_record
 from hf_compressm.compression.history import CALLBACK, CutEvent, from_record, read_history
 from hf_compressm.compression.log import PACE

@@ -172,7 +172,7 @@ class CompressedRun:
 
     def write_traces(self, folder: Path) -> None:
         """Write the history of the cuts, and the Trainer's state with its log, as a checkpoint has them."""
-        state = self.trainer.state
+        state: Any = self.trainer.state
         state.stateful_callbacks[CALLBACK] = self.exported()
         write_json(folder / HISTORY_FILE, self._record())
         state.save_to_json(str(folder / TRAINER_STATE_FILE))
@@ -285,7 +285,8 @@ class CompressedRun:
 
     def _restore(self) -> None:
         """Start afresh, or go on from the history of the checkpoint that the Trainer has loaded."""
-        trainer, state = self.trainer, self.trainer.state
+        trainer = self.trainer
+        state: Any = trainer.state
         self.events, self._reduction_share, self._recovery = [], 1.0, RecoveryGuard(self.config)
         if state.global_step:
             loaded = self._loader.directory if self._loader is not None else None

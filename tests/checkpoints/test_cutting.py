@@ -18,7 +18,7 @@ from hf_compressm import (
     find_last_complete_checkpoint,
     verify_checkpoint,
 )
-from hf_compressm.checkpoints.fitting import load_model
+from hf_compressm.checkpoints import read_saved
 from hf_compressm.training.calibration import sample_batches
 from tests.family_table import JAMBA, LRU, MAMBA, MAMBA2, S5, S5_CLASSIFIER, Family, family_id, same
 from tests.trainers import HALVE, callback_of, trainer_of
@@ -123,7 +123,7 @@ def test_the_next_launch_goes_on_as_if_cut_in_place(family: Family, optimizer: s
     whole = train(family, tmp_path / "whole", SETTINGS, **OPTIMIZERS[optimizer])
     assert [event.outcome for event in callback_of(whole).events] == ["cut"]
     output, _ = cut_on_disk(family, tmp_path, **OPTIMIZERS[optimizer])
-    resumed = train(family, tmp_path / "cut", None, load_model(output), output, **OPTIMIZERS[optimizer])
+    resumed = train(family, tmp_path / "cut", None, read_saved(output).load(), output, **OPTIMIZERS[optimizer])
     compare(resumed, whole)
 
 
@@ -146,7 +146,7 @@ def test_the_callback_accepts_it_and_does_not_cut_again(family: Family, tmp_path
 def test_classifiers_own_classes_and_mixtures(family: Family, settings: dict, tmp_path: Path) -> None:
     whole = train(family, tmp_path / "whole", settings)
     output, _ = cut_on_disk(family, tmp_path, settings)
-    resumed = train(family, tmp_path / "cut", None, load_model(output), output)
+    resumed = train(family, tmp_path / "cut", None, read_saved(output).load(), output)
     assert type(resumed.model) is type(whole.model)
     compare(resumed, whole)
 
@@ -155,9 +155,8 @@ def test_a_history_is_extended(tmp_path: Path) -> None:
     train(LRU, tmp_path, {**HALVE, "end": 2})
     output = tmp_path / "out"
     result = compress_checkpoint(tmp_path / "checkpoint-4", output, CompreSSMConfig(target_state_size=2))
-    state = json.loads((output / "trainer_state.json").read_text())["stateful_callbacks"]["CompreSSMCallback"]
-    assert [event["step"] for event in state["run"]["events"]] == [2, 4]
-    assert json.loads((output / "compressm_history.json").read_text()) == state["run"]
+    history = json.loads((output / "compressm_history.json").read_text())
+    assert [event["step"] for event in history["events"]] == [2, 4]
     resumed = train(LRU, tmp_path / "on", {**HALVE, "end": 2}, resume=output)
     assert [event.step for event in callback_of(resumed).events] == [2, 4]
     assert set(result.state_sizes_after.values()) == {2}
@@ -175,7 +174,7 @@ def test_shards_and_dtypes_stay(tmp_path: Path) -> None:
     assert len(list((tmp_path / "a" / "b").glob("model-*.safetensors"))) > 1
     assert (tmp_path / "a" / "b" / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "a" / "b" / "trainer_state.json").exists()
-    cut = load_model(tmp_path / "a" / "b")
+    cut = read_saved(tmp_path / "a" / "b").load()
     assert {name: value.dtype for name, value in cut.state_dict().items()} == {
         name: value.dtype for name, value in model.state_dict().items()
     }
@@ -216,6 +215,12 @@ def no_step(folder: Path) -> None:
 
 
 def pending(folder: Path) -> None:
+    history = {"schema_version": 1, "events": [], "recovery": {"pending": {"step": 1}}}
+    (folder / "compressm_history.json").write_text(json.dumps(history))
+
+
+def pending_in_the_place_of_earlier_versions(folder: Path) -> None:
+    (folder / "compressm_history.json").unlink(missing_ok=True)
     state = json.loads((folder / "trainer_state.json").read_text())
     run = {"schema_version": 1, "events": [], "recovery": {"pending": {"step": 1}}}
     state["stateful_callbacks"]["CompreSSMCallback"] = {"args": {}, "attributes": {}, "run": run}
@@ -251,6 +256,7 @@ no_state = changed_groups(lambda saved: saved.pop("state"))
         (pickled, "optimizer.pt cannot be carried.*cannot be read.*optimizer_state='reset'"),
         (no_step, "global_step"),
         (pending, "waited for its metric"),
+        (pending_in_the_place_of_earlier_versions, "waited for its metric"),
         (no_norm, "no tensor .*norm"),
         (frozen, "optimizer_state='reset'"),
         (other_order, "moments are not those.*optimizer_state='reset'"),
@@ -281,7 +287,7 @@ def test_a_failure_while_writing_leaves_nothing(made: Path, tmp_path: Path, monk
     def fail(*args: Any) -> None:
         raise OSError("a full disk")
 
-    monkeypatch.setattr("hf_compressm.checkpoint_compression.seal_checkpoint", fail)
+    monkeypatch.setattr("hf_compressm.checkpoints.cutting.seal_checkpoint", fail)
     with pytest.raises(OSError, match="a full disk"):
         compress_checkpoint(made, tmp_path / "new" / "out", CompreSSMConfig(fraction=0.5))
     assert not list(tmp_path.iterdir())
@@ -301,7 +307,7 @@ def test_a_reset_goes_on_with_fresh_moments(spoil: Callable[[Path], None], made:
         assert saved["state"] == {}
         assert len(saved["param_groups"]) == 2
     settings = {**HALVE, "allow_optimizer_reset": True}
-    resumed = train(LRU, tmp_path, settings, load_model(tmp_path / "checkpoint-1"), tmp_path / "checkpoint-1")
+    resumed = train(LRU, tmp_path, settings, read_saved(tmp_path / "checkpoint-1").load(), tmp_path / "checkpoint-1")
     assert resumed.state.global_step == SAVING["max_steps"]
 
 
@@ -318,5 +324,5 @@ def test_one_group_of_all_parameters_and_named_ones_are_known(tmp_path: Path) ->
         assert cut.changed
         saved = torch.load(tmp_path / f"out{number}" / "optimizer.pt", weights_only=True)
         shapes = [tuple(state["exp_avg"].shape) for _, state in sorted(saved["state"].items())]
-        assert shapes == [tuple(p.shape) for p in load_model(tmp_path / f"out{number}").parameters()]
+        assert shapes == [tuple(p.shape) for p in read_saved(tmp_path / f"out{number}").load().parameters()]
         assert shapes != [tuple(p.shape) for p in trainer.model.parameters()]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_compressm import CompreSSMConfig, compress, verify_checkpoint
-from hf_compressm.checkpoints.fitting import fit_to_checkpoint, load_converted
+from hf_compressm.checkpoints import fit_to_checkpoint, load_converted, read_saved
 from tests.family_table import (
     BAMBA,
     FAMILIES,
@@ -87,7 +87,7 @@ def refused(family: Family, folder: Path, match: str, whole_by_itself: bool = Fa
     before, moments = snapshot(model), optimizer.state_dict()
     held, kinds = [id(p) for p in optimizer.param_groups[0]["params"]], (type(model), type(model.config))
     with pytest.raises(ValueError, match=match) as caught:
-        fit_to_checkpoint(model, folder, optimizer)
+        fit_to_checkpoint(model, read_saved(folder), optimizer)
     assert str(folder) in str(caught.value)
     assert same(snapshot(model), before)
     assert same(optimizer.state_dict(), moments)
@@ -96,7 +96,7 @@ def refused(family: Family, folder: Path, match: str, whole_by_itself: bool = Fa
 
 
 def loaded(model: Any, folder: Path) -> None:
-    if not load_converted(model, folder):
+    if not load_converted(model, read_saved(folder)):
         model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
 
 
@@ -107,12 +107,12 @@ def test_a_whole_checkpoint_passes_and_a_model_of_the_original_size_takes_it_ove
     small, model = saved(family, tmp_path), family.build()
     verify_checkpoint(tmp_path)
     optimizer = torch.optim.AdamW(model.parameters())
-    assert fit_to_checkpoint(model, tmp_path, optimizer)
+    assert fit_to_checkpoint(model, read_saved(tmp_path), optimizer)
     loaded(model, tmp_path)
     assert torch.equal(outputs(model, family.batch()), outputs(small, family.batch()))
     assert model.config.to_dict() == small.config.to_dict()
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
-    assert not fit_to_checkpoint(model, tmp_path, optimizer)
+    assert not fit_to_checkpoint(model, read_saved(tmp_path), optimizer)
     train_step(model, optimizer, family.batch())
 
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_the_own_class_and_one_of_the_stock_class_are_taken_in_t
     stock.save_pretrained(tmp_path / "stock")
     for name, other in (("own", own), ("stock", stock), ("own", own)):
         verify_checkpoint(tmp_path / name)
-        assert fit_to_checkpoint(model, tmp_path / name)
+        assert fit_to_checkpoint(model, read_saved(tmp_path / name))
         loaded(model, tmp_path / name)
         assert (type(model), type(model.config)) == (type(other), type(other.config))
         assert torch.equal(outputs(model, family.batch()), outputs(other, family.batch()))
@@ -325,7 +325,7 @@ def test_a_checkpoint_of_a_model_with_other_dimensions_is_refused(family: Family
 
 def test_a_model_that_is_none_of_transformers_is_left_alone(folder_of: Callable) -> None:
     model = torch.nn.Linear(2, 2)
-    assert not fit_to_checkpoint(model, folder_of(LRU))
+    assert not fit_to_checkpoint(model, read_saved(folder_of(LRU)))
 
 
 def test_nothing_of_a_checkpoint_is_run_as_code(folder_of: Callable) -> None:
@@ -333,4 +333,4 @@ def test_nothing_of_a_checkpoint_is_run_as_code(folder_of: Callable) -> None:
     (folder / "modeling_evil.py").write_text("raise SystemExit('ran')")
     edit(folder, auto_map={"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"})
     verify_checkpoint(folder)
-    fit_to_checkpoint(LRU.build(), folder)
+    fit_to_checkpoint(LRU.build(), read_saved(folder))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_compressm import CompreSSMConfig, compress_checkpoint, verify_checkpoint
-from hf_compressm.checkpoints.fitting import load_model
+from hf_compressm.checkpoints import read_saved
 from hf_compressm.checkpoints.fsdp import FULL, SHARDED, read_state, write_state
 from hf_compressm.checkpoints.optimizer_state import restore_saved
 from hf_compressm.training.calibration import sample_batches
@@ -35,7 +35,7 @@ def as_fsdp_writes(plain: Path, folder: Path, kind: str) -> Path:
     folder.mkdir()
     for name in [*kept, "model.safetensors"] if kind == "FULL_STATE_DICT" else kept:
         shutil.copy(plain / name, folder)
-    model = load_model(plain)
+    model = read_saved(plain).load()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimizer = restore_saved(torch.load(plain / "optimizer.pt", weights_only=True), model)
     groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
@@ -47,7 +47,7 @@ def as_fsdp_writes(plain: Path, folder: Path, kind: str) -> Path:
 
 def moments_by_name(folder: Path) -> dict[str, Any]:
     """Moments of a plain checkpoint by the name of their parameter."""
-    model = load_model(folder)
+    model = read_saved(folder).load()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimizer = restore_saved(torch.load(folder / "optimizer.pt", weights_only=True), model)
     return {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
@@ -79,7 +79,7 @@ def test_the_files_of_fsdp_are_cut_as_plain_ones(
         read_state(tmp_path / "fsdp" / KINDS[kind][1], "optimizer"),
         moments_by_name(tmp_path / "plain"),
     )
-    model = load_model(tmp_path / "fsdp")
+    model = read_saved(tmp_path / "fsdp").load()
     assert set(optimizer["state"]) == {name for name, _ in model.named_parameters()}  # FSDP loads no state with gaps
     assert same({name: optimizer["state"][name] for name in moments}, moments)
     for name, parameter in model.named_parameters():

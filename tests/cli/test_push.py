@@ -11,7 +11,6 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from hf_compressm import CompreSSMConfig, compress
-from hf_compressm.reports.hub_failures import WAITS
 from tests.cli.running import complaint, run
 from tests.family_table import LRU, MAMBA, S5, STATE_SIZE
 from tests.hub_directories import (
@@ -26,14 +25,6 @@ from tests.hub_directories import (
     shard_count,
 )
 from tests.hub_server import READ_TOKEN, HubServer, in_another_process, point_client_at, serving
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were waited, in no time."""
-    found: list[float] = []
-    monkeypatch.setattr(time, "sleep", found.append)
-    return found
 
 
 @pytest.fixture
@@ -81,7 +72,7 @@ def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(tmp_path: Path, capsy
 
 def test_json_and_quiet_are_for_programs(hub: HubServer, folder: Path, capsys: Any) -> None:
     found = json.loads(run(capsys, "push", folder, "cut", "--json")[1])
-    assert (found["repo"], found["created"], found["removed"]) == ("me/cut", True, [])
+    assert (found["repo"], found["removed"]) == ("me/cut", [])
     assert found["commit"] == hub.repos["me/cut"].commits()[-1].oid
     assert run(capsys, "push", folder, "cut", "--quiet") == (0, "", "")
     assert len(hub.repos["me/cut"].commits()) == 2  # nothing had changed
@@ -183,67 +174,55 @@ def test_a_card_that_is_there_stays(hub: HubServer, folder: Path, capsys: Any) -
     assert "me/other" not in hub.repos
 
 
-PASSING = {
-    "500": ("POST", "/commit/", 500),
-    "reset in the commit": ("POST", "/commit/", "reset"),
-    "reset when looked up": ("GET", "/api/models/me/cut$", "reset"),
-    "503 when made": ("POST", "/api/repos/create", 503),
-    "answer lost": ("POST", "/commit/", "lost"),
-    "answer of a gateway": ("POST", "/preupload/", "garbled"),
-    "commit of somebody else": ("POST", "/commit/", 412),
-}
-
-
-@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
-def test_what_passes_is_tried_again_and_told(
-    fault: tuple[str, str, Any], hub: HubServer, folder: Path, waits: list[float], capsys: Any
-) -> None:
-    hub.fail(*fault)
-    code, out, err = run(capsys, "push", folder, "me/cut")
-    assert code == 0
-    assert "trying again in 1 s" in err
-    assert out.endswith(f"{hub.url}/me/cut\n")
-    assert waits == [WAITS[0]]
-    assert len(hub.repos["me/cut"].commits()) == 2
-    assert (hub.faults[0].seen == 1) == (fault[2] == "lost")  # the second attempt finds that nothing has changed
-    assert "model.safetensors" in hub.repos["me/cut"].files()
-
-
 def test_a_large_file_goes_on_after_a_broken_connection(
-    hub: HubServer, folder: Path, waits: list[float], capsys: Any
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's own patience
     hub.fail("PUT", "/lfs/", "reset")
     assert run(capsys, "push", folder, "me/cut")[0] == 0
     assert hub.count("PUT", "/lfs/") == 2
-    assert len(waits) == 1
     assert hub.repos["me/cut"].files()["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("outcome", [500, "reset"])
-@pytest.mark.parametrize("is_new", [True, False])
-def test_a_hub_that_is_down_ends_the_push_with_the_repo_as_it_was(
-    outcome: Any, is_new: bool, hub: HubServer, tmp_path: Path, waits: list[float], capsys: Any
+DOWN = {
+    "500": ("POST", "/commit/", 500, "The Hub answered 500"),
+    "reset": ("POST", "/commit/", "reset", "The connection to the Hub failed"),
+    "answer lost": ("POST", "/commit/", "lost", "The connection to the Hub failed"),
+    "503 when made": ("POST", "/api/repos/create", 503, "The Hub answered 503"),
+    "answer of a gateway": ("POST", "/preupload/", "garbled", "The connection to the Hub failed"),
+    "commit of somebody else": ("POST", "/commit/", 412, "Others commit to me/cut at the same time"),
+}
+
+
+@pytest.mark.parametrize("fault", DOWN.values(), ids=DOWN)
+def test_a_hub_that_is_down_ends_the_push_and_the_next_one_succeeds(
+    fault: tuple[str, str, Any, str], hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    if not is_new:
-        assert run(capsys, "push", saved_model(tmp_path / "old", LRU), "me/cut", "--quiet")[0] == 0
-    before = None if is_new else hub.repos["me/cut"].commits()
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    hub.fail(*fault[:3])
+    said = complaint(capsys, "push", folder, "me/cut")
+    assert fault[3] in said
+    assert "Push again" in said
+    assert run(capsys, "push", folder, "me/cut")[0] == 0
+    assert "model.safetensors" in hub.repos["me/cut"].files()
+    assert len(hub.repos["me/cut"].commits()) == 2  # a commit whose answer was lost is there once
+
+
+@pytest.mark.parametrize("outcome", [500, "reset"])
+def test_a_hub_that_is_down_leaves_the_repo_as_it_was(
+    outcome: Any, hub: HubServer, tmp_path: Path, capsys: Any
+) -> None:
+    assert run(capsys, "push", saved_model(tmp_path / "old", LRU), "me/cut", "--quiet")[0] == 0
+    before = hub.repos["me/cut"].commits()
     hub.fail("POST", "/commit/", outcome, last=99)
-    said = complaint(capsys, "push", saved_model(tmp_path / "new", S5), "me/cut", "--quiet")
-    assert f"{1 + len(WAITS)} times" in said
-    assert ("was made for it and stays" in said) == is_new
-    assert waits == list(WAITS)
-    if is_new:
-        assert set(hub.repos["me/cut"].files()) == {".gitattributes"}
-    else:
-        assert hub.repos["me/cut"].commits() == before
+    complaint(capsys, "push", saved_model(tmp_path / "new", S5), "me/cut", "--quiet")
+    assert hub.repos["me/cut"].commits() == before
 
 
-def test_a_pull_request_is_not_opened_twice(hub: HubServer, folder: Path, waits: list[float], capsys: Any) -> None:
+def test_a_pull_request_whose_answer_was_lost_is_looked_for(hub: HubServer, folder: Path, capsys: Any) -> None:
     hub.fail("POST", "/commit/", "lost")
-    said = complaint(capsys, "push", folder, "me/cut", "--create-pr")
-    assert "Look whether the pull request was opened" in said
+    assert "Look whether the pull request was opened" in complaint(capsys, "push", folder, "me/cut", "--create-pr")
     assert [name for name in hub.repos["me/cut"].branches if name.startswith("refs/pr/")] == ["refs/pr/1"]
-    assert waits == []
 
 
 REFUSED = {
@@ -262,14 +241,11 @@ CASES = [(place, status, words) for place, rows in REFUSED.items() for status, w
 
 @pytest.mark.parametrize(("place", "status", "words"), CASES, ids=[f"{place} {status}" for place, status, _ in CASES])
 def test_a_refusal_is_final_and_names_the_way_out(
-    place: str, status: int, words: str, hub: HubServer, folder: Path, waits: list[float], capsys: Any
+    place: str, status: int, words: str, hub: HubServer, folder: Path, capsys: Any
 ) -> None:
     hub.fail("POST", place, status, last=99)
-    said = complaint(capsys, "push", folder, "me/cut")
-    assert words in said
+    assert words in complaint(capsys, "push", folder, "me/cut")
     assert hub.faults[0].seen == 1
-    assert waits == []
-    assert ("me/cut was made for it and stays, empty." in said) == (place != "/api/repos/create")
     assert all(set(repo.files()) == {".gitattributes"} for repo in hub.repos.values())
 
 
@@ -400,7 +376,6 @@ def test_a_card_that_the_hub_does_not_take_is_named(hub: HubServer, folder: Path
     (folder / "README.md").write_text("---\ntags: [unclosed\n---\n")
     said = complaint(capsys, "push", folder, "me/cut")
     assert "Invalid metadata in README.md" in said
-    assert "me/cut was made for it and stays, empty." in said
 
 
 SESSION = """

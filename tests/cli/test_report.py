@@ -21,9 +21,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_report_is_written_where_the_run_is(run_folder: Path, capsys: Any) -> None:
     code, out, err = run(capsys, "report", run_folder)
     assert code == 0
-    assert out == f"Written: {run_folder / 'report.html'} and {run_folder / 'report.md'}.\n"
+    assert out == f"Written: {run_folder / 'report.html'}.\n"
     assert "error" not in err
-    assert (run_folder / "report_figures" / "spectra.png").exists()
 
 
 def test_it_may_go_elsewhere_and_speak_to_programs(run_folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -31,7 +30,7 @@ def test_it_may_go_elsewhere_and_speak_to_programs(run_folder: Path, tmp_path: P
     assert code == 0
     found = json.loads(out)
     place = tmp_path / "new" / "place"
-    assert found == {"html": str(place / "report.html"), "markdown": str(place / "report.md")}
+    assert found == {"html": str(place / "report.html")}
     assert Path(found["html"]).exists()
     assert run(capsys, "report", run_folder, "--output", tmp_path, "--quiet")[:2] == (0, "")
 

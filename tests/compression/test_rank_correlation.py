@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hf_compressm.numerics.ranks import rank_correlation
+from hf_compressm.compression.stability import rank_correlation
 
 
 PROPERTY = settings(max_examples=100, deadline=None, database=None, derandomize=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hf_compressm import durable
+from hf_compressm.files import atomic
 from hf_compressm.files.atomic import read_json, sync_and_sum, write_json
 from hf_compressm.utils.checks import quoted
 
@@ -73,7 +73,7 @@ def test_an_interruption_leaves_the_old_file(written: Path, monkeypatch: pytest.
 
 def test_a_directory_that_cannot_be_flushed_is_no_error(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "open", refuse)
-    durable.sync_directory(written.parent)
+    atomic.sync_directory(written.parent)
 
 
 def test_a_missing_directory_is_the_systems_own_error(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_length_and_checksum_of_a_file_longer_than_a_chunk(tmp_path: Path, monke
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(256)) * 4)
     whole = sync_and_sum(path)
-    monkeypatch.setattr(durable, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(atomic, "CHUNK_BYTES", 100)
     assert sync_and_sum(path) == whole
     assert whole["bytes"] == 1024
 

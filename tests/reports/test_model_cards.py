@@ -44,5 +44,5 @@ def test_its_pictures_are_there_and_its_command_is_one_of_the_examples(path: Pat
 
 def test_there_are_cards_and_the_template_is_the_package_s() -> None:
     assert len(CARDS) >= 2
-    package = ROOT / "hf_compressm" / "reporting" / "templates" / "card.md.jinja"
+    package = ROOT / "hf_compressm" / "reports" / "templates" / "card.md.jinja"
     assert (ROOT / "model_cards" / "template.md").resolve() == package

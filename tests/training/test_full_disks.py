@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
 from hf_compressm import find_last_complete_checkpoint
-from hf_compressm.checkpoints.seal import verify_files
+from hf_compressm.checkpoints import read_saved
 from hf_compressm.files.atomic import sync_and_sum
 from hf_compressm.files.names import HISTORY_FILE, SEAL
 from tests.family_table import LRU, same
@@ -34,9 +34,9 @@ WRITES = {
     "config": ("transformers.PreTrainedConfig.to_json_file", "config.json", CUT),
     "optimizer": ("torch.save", "optimizer.pt", CUT),
     "trainer's state": ("transformers.TrainerState.save_to_json", "trainer_state.json", CUT),
-    "history": ("hf_compressm.callback.write_json", HISTORY_FILE, CUT + 1),
-    "flush": ("hf_compressm.checkpoints.sync_and_sum", "optimizer.pt", CUT + 1),
-    "seal": ("hf_compressm.checkpoints.write_json", SEAL, CUT + 1),
+    "history": ("hf_compressm.training.run.write_json", HISTORY_FILE, CUT),
+    "flush": ("hf_compressm.checkpoints.seal.sync_and_sum", "optimizer.pt", CUT + 1),
+    "seal": ("hf_compressm.checkpoints.seal.write_json", SEAL, CUT + 1),
 }
 """The function that writes, its file, and the checkpoint to go on from: one that only lacks the seal is whole."""
 
@@ -101,7 +101,7 @@ def test_a_full_disk_reaches_the_user_and_leaves_what_was_whole(
             run(tmp_path, lambda: is_full.append(True))
     assert caught.value.errno == errno.ENOSPC
     assert not (tmp_path / f"checkpoint-{CUT + 1}" / SEAL).exists()
-    verify_files(tmp_path / f"checkpoint-{CUT}")
+    read_saved(tmp_path / f"checkpoint-{CUT}")
     assert_goes_on(tmp_path, step, whole)
 
 

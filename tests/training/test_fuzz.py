@@ -13,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress
+from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.compression import check_record, recorded_cuts
 from hf_compressm.compression.history import CutEvent, from_record, to_record
 from hf_compressm.compression.log import scalars
+from hf_compressm.training import CompressedRun
 from hf_compressm.training.recovery import RecoveryGuard
 from hf_compressm.training.schedule import StableRanking
 from tests.family_table import LRU
@@ -314,8 +315,8 @@ def test_a_ranking_of_any_content_is_taken_or_refused(state: dict[str, Any]) -> 
 def test_a_callback_state_of_any_content_is_taken_or_refused(
     run: dict[str, Any], valid: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    callback = CompreSSMCallback()
-    monkeypatch.setattr(callback, "_run_folder", lambda: tmp_path)
-    state = SimpleNamespace(global_step=3, stateful_callbacks={"CompreSSMCallback": {"run": valid["history"] | run}})
-    accepted(lambda: callback._restore(state))
+    own = CompressedRun(CompreSSMConfig())
+    trainer = SimpleNamespace(_get_output_dir=lambda trial: str(tmp_path))
+    monkeypatch.setattr(CompressedRun, "trainer", trainer)
+    accepted(lambda: own.restore(valid["history"] | run))
     assert list(tmp_path.iterdir()) == []

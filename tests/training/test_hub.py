@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_compressm.checkpoints.seal import verify_files
+from hf_compressm.checkpoints import read_saved
 from hf_compressm.files.names import KEPT_PREFIX, SEAL
 from tests.family_table import MAMBA, S5, STATE_SIZE, Family, outputs
 from tests.hub_repos import Repo
@@ -159,7 +159,7 @@ def test_the_checkpoint_on_the_hub_is_whole_and_the_run_goes_on_from_it(
             path = folder / name.removeprefix(prefix)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-    verify_files(folder)
+    read_saved(folder)
     assert {"compressm.complete", "compressm_history.json", "optimizer.pt"} <= {path.name for path in folder.iterdir()}
     resumed = trainer_of(FAMILIES[kind], tmp_path / "resumed", max_steps=7)
     resumed.train(resume_from_checkpoint=str(folder))

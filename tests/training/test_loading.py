@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_compressm import CompreSSMCallback, find_last_complete_checkpoint
-from hf_compressm.training.loading import watch_loading
+from hf_compressm.training.loading import CheckpointLoader
 from tests.family_table import FAMILIES, JAMBA, LRU, MAMBA, MAMBA2, S5, Family, family_id, outputs, same
 from tests.trainers import HALVE, Examples, arguments, callback_of, trainer_of
 
@@ -258,14 +258,7 @@ def test_a_trainer_without_the_methods_that_load_is_refused_by_name(tmp_path: Pa
         _load_best_model = None
 
     with pytest.raises(ValueError, match="_load_best_model"):
-        watch_loading(Renamed(model=LRU.build(), args=trainer_of(LRU, tmp_path).args), False)
-
-
-def test_the_methods_that_load_are_stood_in_front_of_once(tmp_path: Path) -> None:
-    trainer = trainer_of(LRU, tmp_path)
-    loader = watch_loading(trainer, False)
-    assert watch_loading(trainer, True) is loader
-    assert loader.allow_optimizer_reset
+        CheckpointLoader(Renamed(model=LRU.build(), args=trainer_of(LRU, tmp_path).args), False)
 
 
 def test_batches_that_do_not_fit_into_memory_start_over_with_smaller_ones(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ OWN_TEXT = "Made for the *tide tables* of Brest.\n"
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than the run; these tests look at text."""
-    monkeypatch.setattr("hf_compressm.publishing.draw_pictures", lambda run, folder: [])
+    monkeypatch.setattr("hf_compressm.training.reporting.draw_pictures", lambda run, folder: [])
 
 
 def trained(folder: Path, family: Family = LRU, **kwargs: Any) -> Trainer:
@@ -44,7 +44,7 @@ def warnings_of(act: Any) -> list[str]:
     seen: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())
-    logger = transformers_logging.get_logger("hf_compressm.publishing")
+    logger = transformers_logging.get_logger("hf_compressm.training.reporting")
     transformers_logging.get_logger("hf_compressm").addHandler(handler)
     level = logger.getEffectiveLevel()
     logger.setLevel(logging.WARNING)

@@ -116,7 +116,7 @@ def test_a_run_whose_ranking_never_settles_says_why_nothing_was_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr("hf_compressm.callback.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_compressm.training.reporting.logger.warning", warnings.append)
     trainer_of(LRU, tmp_path, {**STABLE, "stability": 0.9999999999}, learning_rate=0.3).train()
     (warning,) = warnings
     assert "cut nothing" in warning

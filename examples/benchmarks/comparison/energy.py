@@ -6,12 +6,12 @@ from dataclasses import fields, replace
 
 from torch import nn
 
-from hf_compressm.families import CutMethod, Measurement, SSMLayer, Statistics, register
+from hf_compressm.families import CutMethod, MambaFamily, Measurement, SSMLayer, Statistics, register
 from hf_compressm.families.registry import find_layers
 from hf_compressm.families.selective import Selection
 
 
-class EnergyAdapter(MambaFamily):
+class EnergyFamily(MambaFamily):
     """Keeps the states with the largest `P_ii Q_ii`, state energy times read-out energy; the others are gone."""
 
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
@@ -31,14 +31,14 @@ def ranking_by_energy(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: for a model with other layers.
     """
-    adapters = {layer.family for layer in find_layers(model)}
-    others = [adapter.family for adapter in adapters if type(adapter) is not MambaFamily]
+    families = {layer.family for layer in find_layers(model)}
+    others = [family.name for family in families if type(family) is not MambaFamily]
     if others:
         raise ValueError(f"Ranking by energy is for Mamba-1 layers; this model has layers of {others[0]}.")
     try:
-        for adapter in adapters:
-            register(EnergyAdapter(**{item.name: getattr(adapter, item.name) for item in fields(adapter)}))
+        for family in families:
+            register(EnergyFamily(**{item.name: getattr(family, item.name) for item in fields(family)}))
         yield
     finally:
-        for adapter in adapters:
-            register(adapter)
+        for family in families:
+            register(family)
