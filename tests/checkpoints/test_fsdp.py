@@ -22,7 +22,7 @@ from tests.fsdp_run import BLOCKS, RUN
 from tests.trainers import callback_of, trainer_of
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CUT = 3
 SETTINGS = {"fraction": 0.5, "end": CUT, "num_cuts": 1}
 BEST = {"tolerance": 0.05, "per_layer": True, "compat": "best", "min_reduction": 0}

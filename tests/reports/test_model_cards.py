@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from hf_compressm.reports.card import TAGS, is_by_hand
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 SCRIPTS = {path.name for path in (ROOT / "examples").glob("run_*.py")}
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from hf_compressm import CompreSSMConfig, apply_plan, compress, plan_compression
-from hf_compressm.compression import applying
-from hf_compressm.surgery import Snapshot
+from hf_compressm.surgery import Snapshot, operation
 from tests.family_table import (
     BAMBA,
     FAMILIES,
@@ -111,14 +110,14 @@ def test_a_plan_that_fails_half_way_leaves_all_as_before(
     model, optimizer = trained(family)
     plan = plan_compression(model, CompreSSMConfig(target_state_size=4, compat=compat), family.calibration())
     before, name = state_of(model, optimizer), place.split(",")[0]
-    original = getattr(applying, name)
+    original = getattr(operation, name)
 
     def fail(*args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(applying, name, fail)
+        patch.setattr(operation, name, fail)
         with pytest.raises(type(error)):
             apply_plan(model, plan, optimizer)
     assert same(state_of(model, optimizer), before)

@@ -22,7 +22,7 @@ from hf_compressm import find_last_complete_checkpoint
 from tests.family_table import same
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OUTCOME = "outcome.pt"
 PAUSE = 0.02  # seconds in each phase, so that a kill lands there
 RUN_SECONDS = 5.0  # a run takes about so long, with its pauses

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
+from hf_compressm.compression import CutRequest
 from hf_compressm.training.guard import guarded_cut
 from tests.family_table import (
     FAMILIES,

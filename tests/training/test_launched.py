@@ -13,7 +13,7 @@ import torch
 from tests.launched_run import SCENARIOS, make, outcome
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "examples" / "accelerate_configs" / "cpu.yaml"
 HURT = ("hurt-raise", "hurt-drift")
 ALONE_TOO = ["s5", "s5-per-layer", "lru-empirical", "mamba", "mamba-per-layer", "stream", "stable", "lora"]

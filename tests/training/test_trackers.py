@@ -31,8 +31,8 @@ TRACKED = """
 import json, sys
 from pathlib import Path
 import trackio
-from tests.families import LRU
-from tests.training import Examples, trainer_of
+from tests.family_table import LRU
+from tests.trainers import Examples, trainer_of
 trainer_of(
     LRU, Path(sys.argv[1]), report_to=["trackio"], run_name="cut", eval_dataset=Examples(LRU, 2),
     eval_strategy="steps", eval_steps=2, max_steps=6,
