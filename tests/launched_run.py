@@ -16,8 +16,9 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
-from hf_compressm import callback, find_last_complete_checkpoint
-from hf_compressm.compression import applying
+from hf_compressm import find_last_complete_checkpoint
+from hf_compressm.surgery import operation
+from hf_compressm.training import run as training_run
 from hf_compressm.utils.processes import checksum
 from tests.family_table import LRU, MAMBA, S5
 from tests.trainers import Examples, Stream, callback_of, trainer_of
@@ -141,11 +142,11 @@ def wound(name: str) -> None:
         next(iter(plan.states.values()))["exp_avg"].add_(1)
         return plan
 
-    prepare = applying.prepare_optimizer
+    prepare = operation.prepare_optimizer
     if name == "hurt-drift":
-        applying.prepare_optimizer = drift
+        operation.prepare_optimizer = drift
     else:
-        applying.commit_optimizer = fail
+        operation.commit_optimizer = fail
 
 
 def run_hurt(name: str, folder: Path, rank: int) -> dict[str, Any]:
@@ -165,13 +166,13 @@ def run_hurt(name: str, folder: Path, rank: int) -> dict[str, Any]:
 def run_resumed(folder: Path) -> dict[str, Any]:
     """A whole run, and one that goes on from a checkpoint between its cuts; and who sealed checkpoints."""
     sealed = []
-    seal = callback.seal_checkpoint
+    seal = training_run.seal_checkpoint
 
     def noted(directory: Path) -> None:
         sealed.append(directory.name)
         seal(directory)
 
-    callback.seal_checkpoint = noted
+    training_run.seal_checkpoint = noted
     whole = make("resume", folder)
     whole[0].train()
     resumed = make("resume", folder)
@@ -184,8 +185,8 @@ def run_resumed(folder: Path) -> dict[str, Any]:
 
 def soften(offsets: list[float]) -> None:
     """Add something to the held-out losses, one after the other: 1 after a cut lets it look like harm."""
-    real = callback.held_out_loss
-    callback.held_out_loss = lambda *args: real(*args) + offsets.pop(0)
+    real = training_run.held_out_loss
+    training_run.held_out_loss = lambda *args: real(*args) + offsets.pop(0)
 
 
 def run(name: str, folder: Path, rank: int) -> dict[str, Any]:
