@@ -30,6 +30,7 @@ EXAMPLES = ["datasets", "evaluate", "matplotlib", "psutil", "scikit-learn"]
 ORACLES = ["pymor", "s5-pytorch", "slycot"]
 TEST = [
     "hypothesis",
+    "import-linter",
     "optuna",
     "peft",
     "pytest",

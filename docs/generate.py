@@ -1,8 +1,8 @@
-"""Writes the generated parts of `options.md` and `api.md`: `python docs/generate.py`, after every change to either.
+"""Writes the generated parts of `options.md`, and the reference `api.md`, which is not committed: `python docs/generate.py`.
 
 A page says what it wants between two comments, `<!-- begin KIND WORDS -->` and `<!-- end -->`; what is between them is
-replaced. Settings come from the fields of `CompreSSMConfig`, what each may be from the error that it gives, commands
-from the command line's own application, and the reference from signatures and docstrings as they stand in the source.
+replaced. Settings come from the fields of `CompreSSMConfig`, what each may be from the error that refuses others,
+commands from the command line's own application, and the reference from signatures and docstrings in the source.
 """
 
 import dataclasses
@@ -12,13 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from command_pages import command_section
-from reference_pages import reference_of, reference_section
+from reference_pages import reference_section
 
 from hf_compressm import CompreSSMConfig
 
 
 DOCS = Path(__file__).parent
-PAGES = ("options.md", "api.md")
+REFERENCE = """# Reference
+
+Signatures and docstrings of the public names, made from the source by `python docs/generate.py`. What is not named here
+may change without notice.
+"""
+MODULES = ("hf_compressm", "hf_compressm.numerics", "hf_compressm.scans")
 PART = re.compile(r"(<!-- begin (\w+) ?(.*?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -56,8 +61,6 @@ def rendered(text: str) -> str:
     kinds: dict[str, Callable[[Sequence[str]], str]] = {
         "settings": settings_section,
         "command": command_section,
-        "reference": reference_section,
-        "object": reference_of,
     }
     named = [name for _, kind, words, _ in PART.findall(text) if kind == "settings" for name in words.split()]
     fields = sorted(field.name for field in dataclasses.fields(CompreSSMConfig))
@@ -66,15 +69,18 @@ def rendered(text: str) -> str:
     return PART.sub(lambda part: f"{part[1]}\n{kinds[part[2]](part[3].split())}\n\n{part[4]}", text)
 
 
+def reference_page() -> str:
+    """Every public name with its signature and docstring."""
+    sections = (f"\n## `{module}`\n\n{reference_section([module])}\n" for module in MODULES)
+    return REFERENCE + "".join(sections)
+
+
 def main() -> None:
-    """Write the pages that changed."""
-    for page in PAGES:
-        path = DOCS / page
-        before = path.read_text(encoding="utf-8")
-        after = rendered(before)
-        if after != before:
-            path.write_text(after, encoding="utf-8")
-            sys.stdout.write(f"{path} written\n")
+    """Write the pages."""
+    options, reference = DOCS / "options.md", DOCS / "api.md"
+    options.write_text(rendered(options.read_text(encoding="utf-8")), encoding="utf-8")
+    reference.write_text(reference_page(), encoding="utf-8")
+    sys.stdout.write(f"{options} and {reference} written\n")
 
 
 if __name__ == "__main__":

@@ -29,12 +29,6 @@ def reference_section(modules: Sequence[str]) -> str:
     return "\n\n".join(parts)
 
 
-def reference_of(paths: Sequence[str]) -> str:
-    """Some objects by dotted path."""
-    found = (path.rpartition(".") for path in paths)
-    return "\n\n".join(_entry(getattr(importlib.import_module(module), name)) for module, _, name in found)
-
-
 def _entry(thing: Any) -> str:
     node = _definition(thing)
     ancestors = [_definition(kind) for kind in getattr(thing, "__mro__", ())[1:] if _is_own(kind)]

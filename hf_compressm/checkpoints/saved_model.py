@@ -145,8 +145,8 @@ class SavedModel:
                 if on_disk[name] != tuple(shape):
                     raise ValueError(
                         f"{self.directory}: {CONFIG_FILE} is at odds with the weights: {name} has shape "
-                        f"{on_disk[name]}, and {tuple(shape)} by the sizes in {CONFIG_FILE}. Restore the file that was "
-                        "changed."
+                        f"{on_disk[name]}, and {tuple(shape)} by the sizes in {CONFIG_FILE}. Restore the file that "
+                        "was changed."
                     )
             known = {*expected, *(_below_the_head(prefix + name) for name, _ in layer.module.named_buffers())}
             inside = _below_the_head(prefix)

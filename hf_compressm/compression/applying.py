@@ -107,7 +107,7 @@ def apply_cut(model: nn.Module, plan: CompressionPlan, request: CutRequest) -> C
     )
 
 
-def compress(
+def compress(  # noqa: PLR0913 - public
     model: nn.Module,
     config: CompreSSMConfig,
     calibration: Iterable[Mapping[str, Any]] | None = None,

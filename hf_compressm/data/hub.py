@@ -13,7 +13,7 @@ def load_hub_dataset(name: str, config_name: str | None) -> Any:
         ValueError: if there is nothing to load, or no `train` split.
     """
     try:
-        import datasets
+        import datasets  # noqa: PLC0415 - optional
     except ImportError as error:
         raise ValueError("dataset_name needs the datasets library: pip install datasets.") from error
     try:

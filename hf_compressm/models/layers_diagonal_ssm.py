@@ -24,7 +24,9 @@ try:
 except ImportError:  # this file was loaded as custom code, in a process that does not have the package
     exported = None  # type: ignore[assignment]
 
-    def diagonal_scan(u, eigenvalues, B, C, initial_state=None, return_last_state=False, reverse=False):
+    def diagonal_scan(  # type: ignore[no-untyped-def]
+        u, eigenvalues, B, C, initial_state=None, return_last_state=False, reverse=False
+    ):
         """Plain recurrence with the signature and results of `hf_compressm.scans.diagonal_scan`."""
         inputs = u.to(eigenvalues.dtype) @ B.mT  # (batch, length, slots)
         state = inputs.new_zeros(inputs[:, 0].shape) if initial_state is None else initial_state

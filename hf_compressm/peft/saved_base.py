@@ -115,7 +115,7 @@ def load_base(model: Any, directory: Path, headers: Headers) -> None:
 
 def load_adapters(model: Any, directory: str | Path) -> None:
     """Load every adapter that a `PeftModel` has from a checkpoint, active or not; a Trainer loads some of them."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import load_peft_weights, set_peft_model_state_dict  # noqa: PLC0415 - optional
 
     for name in model.peft_config:
         folder = Path(directory) if name == "default" else Path(directory) / name

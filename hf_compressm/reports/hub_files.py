@@ -38,12 +38,16 @@ MODEL_FILES = (
 """Configurations, tokenizers and processors, the history, the card; weights and code are chosen one by one."""
 IMAGES = ("*.png", "*.svg", "*.pdf")
 TEMPLATES_FOLDER = "additional_chat_templates"
-STALE = tuple(
-    prefix + pattern
-    for prefix in ("", f"{BASE_FOLDER}/")
-    for kind in ("model", "pytorch_model", "adapter_model")
-    for pattern in (f"{kind}.safetensors", f"{kind}-*-of-*.safetensors", f"{kind}.bin", f"{kind}-*-of-*.bin")
-) + ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WEIGHTS = ("model", "pytorch_model", "adapter_model")
+STALE = (
+    *(
+        f"{kind}{ending}"
+        for kind in _WEIGHTS
+        for ending in (".safetensors", "-*-of-*.safetensors", ".bin", "-*-of-*.bin")
+    ),
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
 """What an earlier push left in a repo, and a loader would take for a part of the model that is pushed now."""
 
 
@@ -103,7 +107,7 @@ def left_behind(directory: Path, chosen: Mapping[str, Path]) -> list[str]:
 def stale_files(names: set[str], present: set[str]) -> list[str]:
     """What of a repo has to go when files of some names are pushed to it: old weights, and a base that is no more."""
     has_base = any(name.startswith(f"{BASE_FOLDER}/") for name in names)
-    patterns = STALE if has_base else (*STALE, f"{BASE_FOLDER}/*")
+    patterns = [*STALE, *(f"{BASE_FOLDER}/{pattern}" for pattern in (STALE if has_base else ["*"]))]
     return sorted(name for name in present - names if any(_fits(name, pattern) for pattern in patterns))
 
 

@@ -1,4 +1,4 @@
-"""How fast a run goes: steps per second between two lines of the Trainer's log, cuts, evaluations and saves left out."""
+"""How fast a run is: steps per second between two lines of the Trainer's log, without cuts, evaluations and saves."""
 
 import time
 

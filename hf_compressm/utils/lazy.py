@@ -81,7 +81,7 @@ class _Entrance(MetaPathFinder):
 
 
 def _enter(module: ModuleType, model_types: Iterable[str], home: str) -> None:
-    """Put the types into the table; where this transformers has another one, they are known once `home` is imported."""
+    """Put the types into the table. Where transformers has another table, importing `home` makes them known."""
     mapping = getattr(module, "CONFIG_MAPPING", None)
     registered = getattr(mapping, "_extra_content", None)
     if isinstance(registered, dict):

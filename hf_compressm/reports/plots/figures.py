@@ -13,8 +13,8 @@ SMALLEST_SHARE = 1e-8  # of the largest singular value: what lies below is round
 def new_figure(width: float, height: float) -> Any:
     """A figure of its own canvas: neither pyplot's global state nor the user's back end is touched."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
+        from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install hf_compressm[plot]") from error
     figure = Figure(figsize=(width, height), layout="constrained")

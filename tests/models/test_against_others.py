@@ -4,8 +4,8 @@ import torch
 from s5.s5_model import S5, discretize_bilinear  # a test extra; without it this file must fail, not be skipped
 from torch.testing import assert_close
 
-from hf_compressm.models.converting import LRU_REFERENCE_PARAMETERS, lru_layer_from_reference, s5_layer_from_s5_pytorch
 from tests.models.cases import LRU
+from tests.models.oracles import lru_layer_from_reference, s5_layer_from_s5_pytorch
 
 
 TOLERANCE = 1e-10  # float64, both sides
@@ -67,15 +67,6 @@ def test_s5_states_equal_those_of_s5_pytorch():
     assert_close(state, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_s5_conversion_refuses_what_has_no_counterpart():
-    with pytest.raises(ValueError, match="liquid=True"):
-        s5_layer_from_s5_pytorch(S5(4, 4, liquid=True))
-    with pytest.raises(ValueError, match="degree=2"):
-        s5_layer_from_s5_pytorch(S5(4, 4, degree=2))
-    with pytest.raises(ValueError, match="Linear has no Lambda"):
-        s5_layer_from_s5_pytorch(torch.nn.Linear(2, 2))
-
-
 def test_lru_from_reference_parameters():
     layer = LRU.layer().double()
     params = {name: parameter.detach().numpy().copy() for name, parameter in layer.named_parameters()}
@@ -88,6 +79,3 @@ def test_lru_from_reference_parameters():
         layer.theta[0] = 0.0
     u = torch.randn(2, 9, 6, dtype=torch.float64)
     assert_close(converted(u), layer(u), rtol=TOLERANCE, atol=TOLERANCE)
-    for name in LRU_REFERENCE_PARAMETERS:
-        with pytest.raises(ValueError, match=f"lacks {name}"):
-            lru_layer_from_reference({key: value for key, value in params.items() if key != name})
