@@ -1,4 +1,4 @@
-"""Writes the generated parts of `options.md`, and the reference `api.md`, which is not committed: `python docs/generate.py`.
+"""Writes the generated parts of `options.md`, and the reference `api.md`, which is not committed.
 
 A page says what it wants between two comments, `<!-- begin KIND WORDS -->` and `<!-- end -->`; what is between them is
 replaced. Settings come from the fields of `CompreSSMConfig`, what each may be from the error that refuses others,
@@ -20,8 +20,8 @@ from hf_compressm import CompreSSMConfig
 DOCS = Path(__file__).parent
 REFERENCE = """# Reference
 
-Signatures and docstrings of the public names, made from the source by `python docs/generate.py`. What is not named here
-may change without notice.
+Signatures and docstrings of the public names, made from the source by `python docs/generate.py`. What is not named
+here may change without notice.
 """
 MODULES = ("hf_compressm", "hf_compressm.numerics", "hf_compressm.scans")
 PART = re.compile(r"(<!-- begin (\w+) ?(.*?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)

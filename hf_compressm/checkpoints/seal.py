@@ -36,8 +36,8 @@ def seal_checkpoint(directory: str | Path) -> None:
 def unseal_checkpoint(directory: str | Path) -> None:
     """Mark a checkpoint invalid before it is overwritten.
 
-    Its sealed files are removed, not written into: a copy by hard links keeps them. The Trainer's state is removed too.
-    It is written last, and without it a checkpoint is not complete, so that old files and new ones do not pass for one.
+    Its sealed files are removed, not written into: a copy by hard links keeps them. The Trainer's state, which is
+    written last, is removed too: without it a checkpoint is not complete, and old files beside new ones do not count.
 
     Args:
         directory: of a checkpoint; it need not exist.

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,13 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @pytest.fixture(params=[LRU, MAMBA, MAMBA2, JAMBA], ids=family_id)
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Family, Path]]:
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Family, Path]:
     """A run with a cut after step 2, and its checkpoints, old enough for their time stamps to be trusted."""
     family = request.param
     trainer_of(family, tmp_path / "first", save_strategy="steps", save_steps=STEP, max_steps=STEP + 1).train()
     shutil.copytree(tmp_path / "first", tmp_path / "run")
     wait(tmp_path / "run")
-    yield family, tmp_path / "run"
+    return family, tmp_path / "run"
 
 
 def wait(folder: Path) -> None:

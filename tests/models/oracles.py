@@ -11,8 +11,8 @@ from hf_compressm.models import LRUConfig, LRULayer, S5Config, S5Layer
 def s5_layer_from_s5_pytorch(module: Any) -> S5Layer:
     """The layer that computes what an `S5` or `S5SSM` of s5-pytorch computes, in its precision.
 
-    s5-pytorch reads out `Re(C x)` over all its states, hence `conj_sym=False`. Its C `(H, slots)`, or `(H, 2 slots)` as
-    `[forward | backward]`, has the layout used here, and its B is stored as `(slots, H, 2)`.
+    s5-pytorch reads out `Re(C x)` over all its states, hence `conj_sym=False`. Its C `(H, slots)`, or `(H, 2 slots)`
+    as `[forward | backward]`, has the layout used here, and its B is stored as `(slots, H, 2)`.
     """
     ssm = getattr(module, "seq", module)
     config = S5Config(
