@@ -1,7 +1,7 @@
 """Train or fine-tune a causal language model and compress its state on the way.
 
-By default a small byte-level Mamba on the source text of Python's standard library; nothing is downloaded. `--help`
-lists every option, and a YAML or JSON file may stand in their place: `run_clm.py configs/clm.yaml`.
+The default is a small byte-level Mamba on the source text of Python's standard library; nothing is downloaded.
+`--help` lists every option; a YAML or JSON file can replace them: `run_clm.py configs/clm.yaml`.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments(TextSource):
-    """The text: Python's standard library unless one of these is given."""
+    """The text: Python's standard library unless another source is given."""
 
     validation_share: float = field(default=0.05, metadata={"help": "Share at the end of the text that is held out."})
     max_eval_blocks: int = field(default=64, metadata={"help": "Evaluate on no more blocks than this."})
@@ -61,7 +61,7 @@ class ClmTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or a share of all below 1."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate, beside every cut."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate, in addition to every cut."})
     eval_steps: float | None = field(default=100, metadata={"help": "Steps between evaluations."})
     save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints; the end is always saved."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
@@ -92,7 +92,7 @@ def make_blocks(args: DataArguments, tokenize: Callable) -> tuple[Dataset, Datas
 
 
 def make_model(args: ModelArguments) -> tuple[PreTrainedModel, ByteTokenizer | AutoTokenizer]:
-    """A new or a pretrained model and its tokenizer; bytes where it has none."""
+    """A new or a pretrained model and its tokenizer; that of bytes if it has none."""
     if not args.model_name_or_path:
         sizes = {name: getattr(args, name) for name in ("hidden_size", "state_size", "num_hidden_layers")}
         return MambaForCausalLM(MambaConfig(vocab_size=BYTES, **sizes)), ByteTokenizer()
@@ -101,7 +101,7 @@ def make_model(args: ModelArguments) -> tuple[PreTrainedModel, ByteTokenizer | A
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     except (OSError, ValueError):
         tokenizer = None
-    # Where a directory has no tokenizer files, some families answer with a tokenizer that knows no word.
+    # For a directory without tokenizer files, some families return a tokenizer that knows no word.
     if tokenizer is not None and tokenizer("text", add_special_tokens=False)["input_ids"]:
         return model, tokenizer
     if model.config.vocab_size != BYTES:
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def _first(logits: torch.Tensor | tuple) -> torch.Tensor:
-    """Models with a cache return it behind the logits."""
+    """The logits alone; models with a cache return it after them."""
     return logits[0] if isinstance(logits, tuple) else logits
 
 

@@ -1,7 +1,7 @@
 """Train a sequence classifier and compress its state on the way.
 
-By default S5 on scikit-learn's handwritten digits, read pixel by pixel; nothing is downloaded. `--help` lists every
-option, and a YAML or JSON file may stand in their place: `run_sequence_classification.py configs/smnist_lru.yaml`.
+The default is S5 on scikit-learn's handwritten digits, read pixel by pixel; nothing is downloaded. `--help` lists
+every option; a YAML or JSON file can replace them: `run_sequence_classification.py configs/smnist_lru.yaml`.
 """
 
 from collections.abc import Sequence
@@ -44,9 +44,9 @@ class ModelArguments:
 
 @dataclass
 class DataArguments(SequenceSource):
-    """The data: scikit-learn's digits unless one of these is given."""
+    """The data: scikit-learn's digits unless another source is given."""
 
-    test_size: float = field(default=0.2, metadata={"help": "Share held out where the data have no test split."})
+    test_size: float = field(default=0.2, metadata={"help": "Share held out if the data have no test split."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use no more training examples than this."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use no more test examples than this."})
 
@@ -63,7 +63,7 @@ class DigitsTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or a share of all below 1."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate, beside every cut."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate, in addition to every cut."})
     save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints; the end is always saved."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
     report_to: str | None = field(default="none", metadata={"help": "Tracker: tensorboard, trackio, wandb, ..."})
@@ -86,7 +86,7 @@ def load_data(args: DataArguments) -> tuple[Split, Split]:
 
 
 def to_dataset(split: Split, num_labels: int, limit: int | None) -> Dataset:
-    """A `datasets.Dataset` with what the models read."""
+    """A `datasets.Dataset` with the inputs that the models read."""
     sequences, labels = (part[:limit] for part in split)
     features = {"input_values": Array2D(sequences.shape[1:], "float32"), "labels": ClassLabel(num_labels)}
     columns = {"input_values": list(sequences), "labels": labels.astype(np.int64)}

@@ -34,10 +34,10 @@ MAX_LAYER_ROWS = 8
 
 @dataclass
 class RunArguments:
-    """How the run is compressed, and how far it goes."""
+    """Whether the run is compressed, and how far it goes."""
 
     compress: bool = field(
-        default=True, metadata={"help": "Cut while training; false where an engine such as FSDP holds the parameters."}
+        default=True, metadata={"help": "Cut while training; false if an engine such as FSDP holds the parameters."}
     )
     stop_after: int | None = field(
         default=None,
@@ -53,7 +53,7 @@ def parse_arguments(kinds: Sequence[type], arguments: Sequence[str] | None = Non
         arguments: of the command line; by default those of this process.
 
     Raises:
-        ValueError: for a file that is missing or no mapping, or holds a key that no dataclass knows.
+        ValueError: for a file that is missing, is not a mapping, or holds a key that no dataclass knows.
     """
     parser = HfArgumentParser(tuple(kinds))
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -105,19 +105,19 @@ class Accuracy(evaluate.Metric):
 
 
 class StopAfter(TrainerCallback):
-    """Saves and stops after a step; schedules stay those of the whole run."""
+    """A callback that saves and stops after a step; schedules stay those of the whole run."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stop, if it is time to."""
+        """Stop, if it is that step."""
         if state.global_step == self.step:
             control.should_save = control.should_training_stop = True
 
 
 class Checkup(TrainerCallback):
-    """Evaluates where a cut is due: before the cut or after it, by its place in the list of callbacks."""
+    """A callback that evaluates before or after every cut, depending on its place in the list of callbacks."""
 
     def __init__(self, prefix: str, compressm: CompreSSMCallback) -> None:
         self.prefix = prefix
@@ -134,9 +134,9 @@ class Checkup(TrainerCallback):
 
 
 class StepTimer(TrainerCallback):
-    """Times training steps: forward, backward and update. Cuts, evaluation, saving and loading are not inside.
+    """A callback that times training steps: forward, backward and update, not cuts, evaluation, saving and loading.
 
-    It belongs behind all other callbacks: its clock then starts when a cut is done.
+    It belongs after all other callbacks, so that its clock starts when a cut is done.
     """
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class StepTimer(TrainerCallback):
         self._start = _synchronised_time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stop it."""
+        """Stop the clock."""
         self.seconds[state.global_step - 1] = _synchronised_time() - self._start
 
     def between(self, start: int, end: int) -> list[float]:
@@ -205,7 +205,7 @@ class Experiment:
             print(f"\n{table(rows)}")
 
     def _at(self, checkup: Checkup, step: int, name: str) -> str:
-        """A metric around a cut; a dash where the cut was made before this run was resumed."""
+        """A metric around a cut; a dash if the cut was made before this run was resumed."""
         value = checkup.metrics.get(step, {}).get(name)
         return "-" if value is None else f"{value:.4f}"
 
@@ -248,7 +248,7 @@ class Experiment:
 
 
 def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
-    """`auto_class.from_pretrained`, with one line for a directory or Hub id that cannot be loaded.
+    """Load with `auto_class.from_pretrained`; the error for a directory or Hub id that cannot be loaded is one line.
 
     Raises:
         ValueError: if there is nothing to load.
@@ -258,7 +258,7 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{name!r} is neither a local model directory nor a Hub model within reach: {reason}"
+            f"{name!r} is neither a local model directory nor a model that can be loaded from the Hub: {reason}"
         ) from error
 
 
@@ -282,7 +282,7 @@ def _size_rows(before: dict[str, int], after: dict[str, int]) -> list[tuple[str,
 
 
 def _synchronised_time() -> float:
-    """Wall-clock seconds, after the accelerator has done what it was given."""
+    """Wall-clock seconds, after the accelerator has finished its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""The Trainer callback: each of its hooks tells the run what the Trainer has come to."""
+"""The Trainer callback: each of its hooks passes an event of the Trainer on to the run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,24 +13,24 @@ from hf_compressm.training import CompressedRun, calling_trainer, refuse_copies
 
 
 class CompreSSMCallback(TrainerCallback, ExportableState):
-    """Cuts a model's SSM layers while `Trainer` trains it.
+    """A callback that cuts a model's SSM layers while `Trainer` trains it.
 
     A cut at step k happens at the start of step k + 1, so that log, evaluation and checkpoint of step k are those of
-    the model before it. Sizes and a record of every cut are in `model.config`; `events` has the cuts of this run,
-    those from before a resume and those that were undone among them.
+    the model before it. Sizes and a record of every cut are in `model.config`; `events` lists the cuts of this
+    run, including those from before a resume and those that were undone.
 
     Under `accelerate launch` or `torchrun` with DDP all processes cut together: calibration batches are divided among
-    them, the first decides, and all compare new weights and moments before any of them changes.
+    them, the first process decides, and all compare new weights and moments before any of them changes.
 
-    Pass it to `Trainer(..., callbacks=[...])`: given later, it cannot see to a checkpoint of another state size that
-    the run resumes from.
+    Pass it to `Trainer(..., callbacks=[...])`: added later, it cannot prepare the model for a checkpoint of another
+    state size that the run resumes from.
 
     Args:
         config: settings, as an object, a mapping, or the path of a YAML or JSON file.
 
     Raises:
         ValueError: at the start of training, if a setting does not fit the model, no cut could ever happen, a guard
-            could not do its work, or the run is one that cannot be cut in place.
+            could not work, or the run cannot be cut in place.
     """
 
     def __init__(self, config: CompreSSMConfig | Mapping[str, Any] | str | Path | None = None) -> None:
@@ -51,7 +51,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         return self._run.exported()
 
     def cut_follows(self, step: int) -> bool:
-        """Whether a cut comes after this step, and was not tried yet: a checkpoint may come from after it.
+        """Whether a cut comes after this step and was not tried yet; a checkpoint of this step may hold it already.
 
         Args:
             step: optimizer steps done.
@@ -67,20 +67,20 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what cannot work before the first step, and go on from a checkpoint."""
+        """Before the first step, refuse a run that cannot work, and resume from a checkpoint."""
         self._run.attach(calling_trainer())
         self._run.begin(kwargs["model"], kwargs.get("optimizer"), kwargs.get("train_dataloader"))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse callbacks that would go on with the old parameters; by now all of them have begun."""
+        """Refuse callbacks that would keep using the old parameters; by now all callbacks have started."""
         refuse_copies(self._run.trainer, kwargs["model"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Cut, if it is time to; or go back from a cut that was not recovered from."""
+        """Cut if a cut is due, or roll back a cut from which the metric did not recover."""
         self._run.step_begins(kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"])
 
     def on_pre_optimizer_step(
@@ -92,34 +92,34 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the learning rates back before the scheduler sees them."""
+        """Restore the learning rates before the scheduler sees them."""
         self._run.rewarmup.restore(kwargs["optimizer"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Measure the ranking, and ask for the evaluations and checkpoints that guards and settings need."""
+        """Measure the ranking, and request the evaluations and checkpoints that guards and settings need."""
         self._run.step_ends(control)
         return control
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the metric to the guard that waits for it."""
+        """Pass the metric to the guard that waits for it."""
         self._run.evaluated(kwargs.get("metrics", {}))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remove what was kept for a rollback that can no longer come."""
+        """Remove kept checkpoints that no rollback needs any more."""
         self._run.saved()
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Complete what is about to be pushed."""
+        """Complete the directory that is about to be pushed."""
         self._run.complete_push(kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say so if nothing was cut, and write the history of the run."""
+        """Warn if nothing was cut, and write the history of the run."""
         self._run.end(kwargs["model"])

@@ -1,4 +1,4 @@
-"""Every setting of a compression, with its default; nothing else in the package has one."""
+"""Every setting of a compression; its default is defined here alone."""
 
 import json
 import math
@@ -37,7 +37,7 @@ _WHOLE_NUMBERS = {
     "sampling_seed": 0,
     "rewarmup_steps": 0,
 }
-"""The least value of each."""
+"""Smallest allowed value of each."""
 
 _SWITCHES = ("allow_optimizer_reset", "save_around_cuts")
 
@@ -50,11 +50,11 @@ def _setting(default: Any, text: str) -> Any:
 
 @dataclass
 class CompreSSMConfig:
-    """How much is cut, how states are ranked, and when cuts happen.
+    """Settings: how much is cut, how states are ranked, and when cuts happen.
 
     Exactly one of `tolerance`, `max_error`, `fraction` and `target_state_size` decides the sizes. Steps are optimizer
-    steps: a whole number, or a share of the run's steps where below 1. Readable by `HfArgumentParser`, also beside
-    `TrainingArguments`, whose `--seed` stays its own; in Python `seed=` is short for `sampling_seed=`.
+    steps: a whole number, or below 1 a share of the run's steps. `HfArgumentParser` reads this class, also together
+    with `TrainingArguments`, which keeps its own `--seed`; in Python `seed=` is short for `sampling_seed=`.
 
     Raises:
         ValueError: naming the setting, the value and what is allowed.
@@ -69,18 +69,18 @@ class CompreSSMConfig:
         None, "Relative output error a cut may add: a guarantee for S5/LRU in closed form, a prediction otherwise."
     )
     fraction: float | None = _setting(None, "Share of the present states that each cut removes.")
-    target_state_size: int | None = _setting(None, "State size to reach, at the first cut.")
+    target_state_size: int | None = _setting(None, "State size to reach at the first cut.")
     criterion: str = _setting("auto", f"How states are ranked: {', '.join(_CHOICES['criterion'])}.")
-    keep: str = _setting("largest", "Which states stay: largest, or for ablations smallest or random.")
+    keep: str = _setting("largest", "Which states stay: largest; for ablations also smallest or random.")
     realization: str = _setting("real", "Balance the real system that S5/LRU compute, or the complex one (paper).")
     per_layer: bool | None = _setting(
         None,
-        "A size per layer (default for S5/LRU and under compat=best), or one for all, the largest that any asks for.",
+        "Whether each layer has its own size (default for S5/LRU and under compat=best), or all share the largest.",
     )
     compat: str = _setting(
         "stock",
-        "Plain transformers must load the result (stock), or Mamba and Mamba-2 language models may move into a class "
-        "of this package, saved as custom code, for sizes per layer and less damage (best).",
+        "stock: plain transformers can load the result. best: Mamba and Mamba-2 language models may move into a class "
+        "of this package, saved as custom code, for sizes per layer and less damage.",
     )
     round_to: int = _setting(1, "New sizes are multiples of this.")
     min_state_size: int = _setting(1, "No layer gets smaller than this.")
@@ -94,38 +94,38 @@ class CompreSSMConfig:
     num_cuts: int = _setting(4, "Number of cuts, evenly spaced after start and up to end.")
     interval: float | None = _setting(
         None,
-        "Steps between cuts, instead of num_cuts; under trigger=stable steps between measurements (default: a "
+        "Steps between cuts, instead of num_cuts; under trigger=stable, steps between measurements (default: a "
         "twentieth of the steps from start to end).",
     )
     trigger: str = _setting(
         "schedule",
-        "What releases a cut: the schedule, or between start and end a ranking of the states that is stable.",
+        "What starts a cut: the schedule, or between start and end a stable ranking of the states.",
     )
-    stability: float = _setting(0.95, "Rank correlation of successive measurements at which a ranking is stable.")
-    stability_window: int = _setting(3, "So many successive correlations must reach it.")
+    stability: float = _setting(0.95, "Rank correlation of successive measurements from which a ranking is stable.")
+    stability_window: int = _setting(3, "Number of successive correlations that must reach stability.")
     calibration_batches: int = _setting(4, "Training batches on which selective layers are measured before each cut.")
     sampling_seed: int = _setting(0, "Seed of the calibration sample and of keep='random'.")
     max_loss_increase: float | None = _setting(
         None,
-        "Undo a cut after which the loss on held-out batches is higher by more than this, and try again with half the "
+        "Undo a cut that raises the loss on held-out batches by more than this, and try again with half the "
         "reduction.",
     )
-    max_retries: int = _setting(2, "So many gentler attempts follow a cut that max_loss_increase undid.")
+    max_retries: int = _setting(2, "Number of gentler attempts after a cut that max_loss_increase undid.")
     recovery_steps: float | None = _setting(
         None,
-        "So many steps after a cut the Trainer's metric (metric_for_best_model, by default eval_loss) is compared "
-        "with that from before it.",
+        "Steps after a cut until the Trainer's metric (metric_for_best_model, by default eval_loss) is compared with "
+        "its value from before the cut.",
     )
     metric_tolerance: float | None = _setting(
         None,
-        "If that metric is worse by more than this, weights and optimizer return to the checkpoint from before the "
-        "cut, and the next cut takes half.",
+        "If the metric is then worse by more than this, weights and optimizer return to the checkpoint from before "
+        "the cut, and the next cut takes half.",
     )
-    save_around_cuts: bool = _setting(False, "Save a checkpoint before and one after each cut.")
-    rewarmup_steps: int = _setting(0, "After a cut the learning rate climbs back linearly over this many steps.")
+    save_around_cuts: bool = _setting(False, "Save one checkpoint before and one after each cut.")
+    rewarmup_steps: int = _setting(0, "After a cut, the learning rate rises again linearly over this many steps.")
     optimizer_state: str = _setting("carry", "Carry optimizer moments over a cut, or reset those of cut parameters.")
     allow_optimizer_reset: bool = _setting(
-        False, "Resume from a checkpoint whose optimizer state is missing or does not fit, without that state."
+        False, "If the optimizer state of a checkpoint is missing or does not fit, resume without it."
     )
     on_nonfinite: str = _setting("skip", "Skip a layer with NaN or Inf, or raise an error.")
     seed: InitVar[int | None] = None
@@ -181,13 +181,13 @@ class CompreSSMConfig:
 
         Raises:
             OSError: from the file system.
-            ValueError: naming the file, if it is not JSON or YAML, or what `from_dict` says of its values.
+            ValueError: naming the file, if it is not JSON or YAML, or if `from_dict` refuses its values.
         """
         path = Path(path)
         content = path.read_bytes()
         try:
             values = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content.decode("utf-8"))
-        except Exception as error:  # PyYAML lets through whatever goes wrong in its constructors
+        except Exception as error:  # PyYAML passes on any error of its constructors
             kind = "JSON" if path.suffix == ".json" else "YAML"
             raise ValueError(f"{path} is not {kind}: {type(error).__name__}: {error}") from error
         if not isinstance(values, Mapping):
@@ -239,7 +239,7 @@ class CompreSSMConfig:
 
 
 def _check_range(name: str, value: Any, low: float, high: float, meaning: str, open_low: bool = False) -> None:
-    """Refuse what is no number in `[low, high)`, or in `(low, high)`."""
+    """Refuse a value that is not a number in `[low, high)`, or in `(low, high)`."""
     if value is None and name in _OPTIONAL_NUMBERS:
         return
     if not _is_finite(value) or not low <= value < high or (open_low and value == low):
@@ -248,7 +248,7 @@ def _check_range(name: str, value: Any, low: float, high: float, meaning: str, o
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether it is a number that a float has; a whole number may be larger than all of those."""
+    """Whether the value is a number that a float can hold; a whole number may be too large for one."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""What is on the disk: whole checkpoints and saved models, giving a live model their sizes, and cutting them."""
+"""Checkpoints and saved models on disk: reading and sealing them, fitting a live model to them, cutting them."""
 
 from hf_compressm.checkpoints.cutting import cut_checkpoint
 from hf_compressm.checkpoints.fitting import fit_to_checkpoint, fit_with_adapters, load_converted

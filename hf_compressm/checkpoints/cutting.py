@@ -1,7 +1,7 @@
 """Cutting a checkpoint on disk: between two launches of a run whose model cannot be cut in place, or after training.
 
-The new checkpoint is one from which training goes on: weights, configuration, optimizer state and history are those
-that a cut in place after the same step would have left, and everything else is copied.
+Training can resume from the new checkpoint: its weights, configuration, optimizer state and history are those that a
+cut in place after the same step would have left, and everything else is copied.
 """
 
 import json
@@ -43,7 +43,7 @@ from hf_compressm.utils.checks import is_count, quoted
 logger = logging.get_logger(__name__)
 
 ANEW = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|_fsdp_\w+\.py")
-"""Weights, and the files of torch that transformers takes for the code of a model that FSDP2 has wrapped."""
+"""Weights, and files of torch that transformers mistakes for the code of a model that FSDP2 has wrapped."""
 DEEPSPEED = ("zero_to_fp32.py", "latest", "global_step*")
 
 
@@ -54,17 +54,17 @@ def cut_checkpoint(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     finish: Callable[[Path], None] = lambda folder: None,
 ) -> CompressionResult:
-    """Cut a Trainer's checkpoint, or a saved model, so that the next launch goes on with the smaller model.
+    """Cut a Trainer's checkpoint, or a saved model, so that the next launch continues with the smaller model.
 
     Args:
-        checkpoint: as of `hf_compressm.compress_checkpoint`, like the next three.
+        checkpoint: as in `hf_compressm.compress_checkpoint`, like the next three.
         output: likewise.
         config: likewise.
         calibration: likewise.
-        finish: called with the new directory before it is sealed, for what is written about the model.
+        finish: called with the new directory before it is sealed, to add files about the model.
 
     Returns:
-        What was done, as of `compress`.
+        What was done, as from `compress`.
 
     Raises:
         ValueError: as `hf_compressm.compress_checkpoint`; nothing is then written.
@@ -95,7 +95,7 @@ def cut_checkpoint(
 
 @dataclass(frozen=True)
 class _Progress:
-    """How far the run is: the Trainer's state, and the history of cuts; both empty for a model that was only saved."""
+    """The progress of a run: the Trainer's state and the history of cuts; both empty for a model without a run."""
 
     trainer: Mapping[str, Any]
     run: Mapping[str, Any]
@@ -107,7 +107,7 @@ class _Progress:
 
     @classmethod
     def read(cls, checkpoint: Path, trainer: Mapping[str, Any] | None) -> "_Progress":
-        """Take the Trainer's state, and make sure that the history can be extended."""
+        """Read the Trainer's state, and make sure that the history can be extended."""
         path = checkpoint / TRAINER_STATE_FILE
         if trainer is None and path.exists():  # FSDP's weights were read from another place
             trainer = read_json(path)
@@ -118,14 +118,14 @@ class _Progress:
         recovery = progress.run.get("recovery")
         if isinstance(recovery, Mapping) and recovery.get("pending"):
             raise ValueError(
-                f"{checkpoint} was saved while a cut waited for its metric, and may yet be rolled back. Cut a "
+                f"{checkpoint} was saved while a cut waited for its metric, and may still be rolled back. Cut a "
                 "checkpoint from after recovery_steps."
             )
         from_record(progress.run)
         return progress
 
     def write(self, folder: Path, result: CompressionResult, config: CompreSSMConfig) -> None:
-        """Add the cut to the history, so that a callback that goes on from here takes it for its own."""
+        """Add the cut to the history, so that a callback that resumes from here treats it as one of its own."""
         if self.step is None:
             return
         write_json(
@@ -143,7 +143,7 @@ class _Progress:
 
 @dataclass(frozen=True)
 class _OptimizerState:
-    """What was saved of the optimizer (None if nothing was), and one made of it if its parameters are known."""
+    """The saved optimizer state, None if there is none; and an optimizer with it if its parameters are known."""
 
     layout: Layout
     saved: dict[str, Any] | None
@@ -171,7 +171,7 @@ class _OptimizerState:
             return cls(layout, saved, None, parameters)
 
     def write(self, folder: Path, model: PreTrainedModel) -> None:
-        """Write the state after the cut; groups without moments if it was dropped, so that the scheduler goes on."""
+        """Write the state after the cut; if it was dropped, groups without moments, so that the scheduler resumes."""
         if not self.layout.optimizer:
             return
         state = self._cut_state(model)
@@ -179,8 +179,8 @@ class _OptimizerState:
             write_state(folder / self.layout.optimizer, "optimizer", state)
         else:
             logger.warning(
-                "Nothing could be kept of the optimizer: a Trainer starts optimizer and scheduler anew; with "
-                "CompreSSMCallback and allow_optimizer_reset=True the scheduler goes on."
+                "Nothing of the optimizer's state could be kept: a Trainer starts optimizer and scheduler anew; with "
+                "CompreSSMCallback and allow_optimizer_reset=True the scheduler continues."
             )
 
     def _cut_state(self, model: PreTrainedModel) -> dict[str, Any] | None:
@@ -195,13 +195,13 @@ class _OptimizerState:
 
 
 def _check_places(checkpoint: Path, output: Path) -> None:
-    """Raise `ValueError` unless there is a checkpoint, and room for another one."""
+    """Raise `ValueError` unless the checkpoint exists and the output is free."""
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is not a directory; a checkpoint of a Trainer or a saved model is needed.")
     if output.resolve().is_relative_to(checkpoint.resolve()):
-        raise ValueError(f"output {output} is {checkpoint} or inside it; a checkpoint is not cut in its own place.")
+        raise ValueError(f"output {output} is {checkpoint} or inside it. Name a directory outside of the checkpoint.")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"output {output} is there already, with something in it. Name a new directory.")
+        raise ValueError(f"output {output} exists and is not empty. Name a new directory.")
 
 
 def _refuse_other_kinds(checkpoint: Path) -> None:
@@ -210,8 +210,8 @@ def _refuse_other_kinds(checkpoint: Path) -> None:
     if found:
         raise ValueError(
             f"{checkpoint} is a checkpoint of DeepSpeed ({found[0]}), whose optimizer state is in parts that cannot "
-            "be cut. Make whole weights of it with its own zero_to_fp32.py (--safe_serialization), put them and its "
-            "config.json into a new directory, cut that, and train on from there with a fresh optimizer."
+            "be cut. Convert it to whole weights with its own zero_to_fp32.py (--safe_serialization), put them and "
+            "its config.json into a new directory, cut that, and train on from there with a fresh optimizer."
         )
     adapters = [path for name in (ADAPTER_FILE, ADAPTER_CONFIG) for path in checkpoint.glob(f"**/{name}")]
     if adapters:
@@ -223,9 +223,9 @@ def _refuse_other_kinds(checkpoint: Path) -> None:
 
 
 def _copy_the_rest(checkpoint: Path, folder: Path) -> None:
-    """Copy all files but those that a cut writes anew, byte for byte: none is read."""
+    """Copy all files except those that a cut writes anew, byte for byte: none is interpreted."""
     anew = {CONFIG_FILE, OPTIMIZER_NAME, TRAINER_STATE_FILE, HISTORY_FILE, SEAL, *FULL, *SHARDED}
-    anew |= {REPORT_FILE, *OLD_REPORT, FIGURES_FOLDER}  # of the run up to here
+    anew |= {REPORT_FILE, *OLD_REPORT, FIGURES_FOLDER}  # these describe the run up to here
     for path in sorted(checkpoint.rglob("*")):
         name = path.relative_to(checkpoint)
         if path.is_file() and name.parts[0] not in anew and not ANEW.fullmatch(str(name)):
@@ -234,6 +234,6 @@ def _copy_the_rest(checkpoint: Path, folder: Path) -> None:
 
 
 def _shard_size(headers: Headers) -> dict[str, Any]:
-    """Shards as large as those of a checkpoint that has several; transformers' own choice for one that has not."""
+    """Arguments for shards as large as the checkpoint's if it has several; else none, so that transformers decides."""
     shards = {header.file for header in headers.values()}
     return {"max_shard_size": max(shard.stat().st_size for shard in shards)} if len(shards) > 1 else {}

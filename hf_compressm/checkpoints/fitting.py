@@ -17,16 +17,16 @@ def fit_to_checkpoint(model: nn.Module, saved: SavedModel, optimizer: Any = None
     """Give a live model the class and state sizes of a checkpoint, so that its weights can be loaded.
 
     Args:
-        model: a transformers model, or a `PeftModel` around one; any other module is left as it is, since nothing
-            tells what to make of it.
+        model: a transformers model, or a `PeftModel` around one; any other module is left unchanged, since it has
+            no configuration to compare.
         saved: the checkpoint.
         optimizer: the optimizer that trains the model, if there is one yet.
 
     Returns:
-        Whether anything had another shape.
+        Whether anything had to change its shape.
 
     Raises:
-        ValueError: if the checkpoint contradicts itself, or is of another kind of model. The model is then as before.
+        ValueError: if the checkpoint contradicts itself, or is of another kind of model. The model is then unchanged.
     """
     base = underlying(model)
     if not isinstance(base, PreTrainedModel) or saved.values is None:
@@ -49,15 +49,15 @@ def fit_to_checkpoint(model: nn.Module, saved: SavedModel, optimizer: Any = None
 
 
 def fit_with_adapters(model: Any, saved: SavedModel, optimizer: Any = None) -> None:
-    """Give a live `PeftModel` the base of a checkpoint, weights and all, and every adapter that is in it.
+    """Give a live `PeftModel` the base of a checkpoint with its weights, and every adapter of the checkpoint.
 
     Args:
         model: a `PeftModel` around a transformers model of any state size.
-        saved: the checkpoint; one without a base goes with the base that the model has.
+        saved: the checkpoint; if it has no base, the model keeps its own.
         optimizer: the optimizer that trains the model, if there is one yet.
 
     Raises:
-        ValueError: as `fit_to_checkpoint`; or if the checkpoint has no base, and that of the model was cut since.
+        ValueError: as `fit_to_checkpoint`; or if the checkpoint has no base, and the model's was cut since.
     """
     if saved.base is not None:
         fit_to_checkpoint(model, saved.base, optimizer)
@@ -67,22 +67,22 @@ def fit_with_adapters(model: Any, saved: SavedModel, optimizer: Any = None) -> N
     elif keeps_base_beside(model):
         raise ValueError(
             f"{saved.directory} has adapters and no {BASE_FOLDER}, and the model was cut since: the base that they "
-            "belong to is not there. Load that base anew, put the adapters around it, and resume from this checkpoint."
+            "belong to is missing. Load that base anew, put the adapters around it, and resume from this checkpoint."
         )
 
 
 def load_converted(model: PreTrainedModel, saved: SavedModel) -> bool:
-    """Load weights whose names on disk are not those in memory, as transformers saves mixtures of experts.
+    """Load weights whose names on disk differ from those in memory, as transformers saves mixtures of experts.
 
-    `from_pretrained` renames and stacks them; the Trainer's own loading does not, and leaves what it cannot place as
-    it is, with a warning.
+    `from_pretrained` renames and stacks them. The Trainer's own loading does not: it warns, and leaves unchanged what
+    it has no weights for.
 
     Args:
-        model: that already has the sizes of the checkpoint.
+        model: a model that already has the sizes of the checkpoint.
         saved: the checkpoint.
 
     Returns:
-        Whether the names were others and the weights have been loaded here.
+        Whether the names differed, so that the weights were loaded here.
     """
     present = model.state_dict()
     if saved.headers.keys() <= present.keys():

@@ -1,4 +1,4 @@
-"""Where a checkpoint has weights and optimizer state, those of FSDP among them, read and written without processes.
+"""Weights and optimizer state of a checkpoint, FSDP's included: found, read and written in one process.
 
 | state dict type | weights | optimizer | written by |
 |---|---|---|---|
@@ -6,10 +6,10 @@
 | `FULL_STATE_DICT` | `pytorch_model_fsdp.bin`, and `model.safetensors` | `optimizer.bin` | parameters by name |
 | `SHARDED_STATE_DICT` | `pytorch_model_fsdp_0/` | `optimizer_0/` | `torch.distributed.checkpoint`, likewise |
 
-Tried on checkpoints that FSDP2 wrote and read again in two processes on the CPU (gloo), under the oldest and newest
-torch that this package supports; accelerate does not start FSDP on a CPU of its own accord, and was told that it has
-GPUs. Not tried: GPUs, mixed precision and offloading; and FSDP1, which is to write the same files by the same names,
-and which accelerate does not run on a CPU.
+Tested with checkpoints that FSDP2 wrote and read again in two processes on the CPU (gloo), with the oldest and newest
+torch that this package supports. accelerate does not start FSDP on a CPU by itself, so it was told that it has GPUs.
+Not tested: GPUs, mixed precision and offloading; and FSDP1, which should write the same files under the same names,
+but which accelerate does not run on a CPU.
 """
 
 import tempfile
@@ -37,12 +37,12 @@ from hf_compressm.utils.checks import quoted
 FULL = ("pytorch_model_fsdp.bin", "optimizer.bin")
 SHARDED = ("pytorch_model_fsdp_0", "optimizer_0")
 CLASS_PREFIX = "FSDP"
-"""FSDP2 makes a class of its own of every module class."""
+"""FSDP2 gives the modules that it wraps new classes, whose names have this prefix."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of what a checkpoint has besides safetensors: FSDP's weights, and the optimizer's state; "" is neither."""
+    """Names of what a checkpoint has besides safetensors: FSDP's weights, and the optimizer's state; "" if missing."""
 
     weights: str
     optimizer: str
@@ -54,7 +54,7 @@ class Layout:
 
 
 def find_layout(checkpoint: Path) -> Layout:
-    """Look what there is.
+    """The layout of a checkpoint, by the files that exist.
 
     Raises:
         ValueError: if FSDP wrote parts that each belong to one process.
@@ -75,11 +75,11 @@ def find_layout(checkpoint: Path) -> Layout:
 def read_state(path: Path, key: str) -> Any:
     """A state dict from a file of `torch.save`, or from a directory of `torch.distributed.checkpoint`.
 
-    Nothing that may be pickled in it is run; resuming under FSDP is another matter, where torch reads it in its way.
+    Code that may be pickled in it is not run. Resuming under FSDP is different: there torch reads it in its own way.
 
     Args:
         path: of the file or directory.
-        key: under which FSDP keeps it in a directory, `"model"` or `"optimizer"`.
+        key: name under which FSDP keeps it in a directory, `"model"` or `"optimizer"`.
 
     Raises:
         ValueError: if it cannot be read.
@@ -88,31 +88,31 @@ def read_state(path: Path, key: str) -> Any:
         if path.is_file():
             return torch.load(path, map_location="cpu", weights_only=True)
         return read_sharded(path)[key]
-    except distributed_checkpoint.CheckpointException as error:  # no `Exception`
+    except distributed_checkpoint.CheckpointException as error:  # not an `Exception`
         cause = next((wrapped[0] for wrapped in error.failures.values()), error)
         raise ValueError(f"It cannot be read: {quoted(str(cause))}.") from error
-    except Exception as error:  # torch tells of unknown types, bad archives and bad pickles in many ways
+    except Exception as error:  # torch reports unknown types, bad archives and bad pickles in many ways
         raise ValueError(f"It cannot be read: {quoted(str(error))}.") from error
 
 
 def write_state(path: Path, key: str, state: dict[str, Any]) -> None:
-    """The inverse of `read_state`; the name tells which of both it is."""
+    """Write a state dict for `read_state`: a file if the name has a suffix, otherwise a directory."""
     if path.suffix:
         torch.save(state, path)
         return
     writer = distributed_checkpoint.FileSystemWriter(path)
     with warnings.catch_warnings():
-        for message in ("torch.distributed is disabled", "TypedStorage is deprecated"):  # meant; torch 2.9 of itself
+        for message in ("torch.distributed is disabled", "TypedStorage is deprecated"):  # intended; torch 2.9's own
             warnings.filterwarnings("ignore", message=message)
         distributed_checkpoint.save({key: state}, storage_writer=writer, no_dist=True)
 
 
 @contextmanager
 def plain_weights(checkpoint: Path, layout: Layout) -> Iterator[Path]:
-    """A directory with `config.json` and safetensors weights: the checkpoint itself if it has them, or a passing one.
+    """A directory with `config.json` and safetensors weights: the checkpoint if it has them, else a temporary one.
 
     Raises:
-        ValueError: if there is no `config.json`, which FSDP leaves out beside sharded weights, or FSDP's weights
+        ValueError: if `config.json` is missing, which FSDP leaves out beside sharded weights, or FSDP's weights
             cannot be read.
     """
     if not layout.is_fsdp or has_weights(checkpoint):
@@ -120,8 +120,8 @@ def plain_weights(checkpoint: Path, layout: Layout) -> Iterator[Path]:
         return
     if not (checkpoint / CONFIG_FILE).is_file():
         raise ValueError(
-            f"{checkpoint} has no {CONFIG_FILE}: a Trainer writes none beside sharded weights of FSDP. Copy that of "
-            "the model that the run began with into it, with the model's class in its architectures."
+            f"{checkpoint} has no {CONFIG_FILE}: a Trainer writes none beside sharded weights of FSDP. Copy the "
+            "one of the model that the run began with into it, with the model's class in its architectures."
         )
     try:
         state = read_state(checkpoint / layout.weights, "model")

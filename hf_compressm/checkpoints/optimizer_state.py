@@ -1,8 +1,8 @@
-"""An optimizer's state as it was saved, put back to the parameters that it belongs to without the optimizer itself.
+"""A saved optimizer state, matched to its parameters without the optimizer itself.
 
-A saved state numbers parameters in the order in which the optimizer was given them, and says nothing of their names.
-That order is known where the Trainer made the optimizer (parameters with weight decay, then those without), or where
-it was given all parameters of the model in one group; FSDP, and optimizers made from named parameters, save names.
+A saved state numbers parameters in the order in which the optimizer got them, and does not hold their names. The order
+is known where the Trainer made the optimizer (parameters with weight decay, then those without), or where it got all
+parameters of the model in one group; FSDP, and optimizers made from named parameters, save names.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,33 +17,33 @@ from hf_compressm.utils.checks import quoted
 
 
 class SavedOptimizer(torch.optim.Optimizer):
-    """Parameter groups and state as they were saved, for a cut to change; it trains nothing.
+    """An optimizer that holds saved parameter groups and state for a cut to change; it cannot train.
 
     Args:
-        groups: with the parameters of a model in the place of numbers or names.
-        state: by parameter.
+        groups: saved groups, with the parameters of a model in place of numbers or names.
+        state: saved state by parameter.
     """
 
     def __init__(self, groups: list[dict[str, Any]], state: Mapping[nn.Parameter, dict[str, Any]]) -> None:
-        """Take them as they are: `load_state_dict` would change the moments' dtype."""
+        """Store both unchanged: `load_state_dict` would change the moments' dtype."""
         super().__init__(groups, {})
         for parameter, own in state.items():
             self.state[parameter] = own
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Refuse: what rule the state belongs to is not known."""
+        """Refuse: the update rule of the state is not known."""
         raise NotImplementedError("This optimizer only holds what was saved; it cannot train.")
 
 
 def restore_saved(saved: Any, model: nn.Module) -> SavedOptimizer:
-    """Find the parameters of a saved optimizer state.
+    """Match a saved optimizer state to the parameters of a model.
 
     Args:
-        saved: what `Optimizer.state_dict` or FSDP's optimizer state dict gave.
+        saved: from `Optimizer.state_dict`, or FSDP's optimizer state dict.
         model: the model that was trained, with the sizes that it was saved with.
 
     Raises:
-        ValueError: if that is no optimizer state, or it is not clear beyond doubt which parameters it belongs to.
+        ValueError: if it is not an optimizer state, or it is not certain which parameters it belongs to.
     """
     groups, states = _parts(saved)
     places = _places(groups, model)
@@ -59,11 +59,11 @@ def restore_saved(saved: Any, model: nn.Module) -> SavedOptimizer:
 
 
 def to_saved(optimizer: SavedOptimizer, saved: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The inverse of `restore_saved`, in the form in which it was saved.
+    """The state of a restored optimizer, in the form in which it was saved.
 
     Args:
-        optimizer: what `restore_saved` gave, after a cut.
-        saved: what `restore_saved` was given.
+        optimizer: from `restore_saved`, after a cut.
+        saved: the argument of `restore_saved`.
         model: the model after the cut.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -80,10 +80,10 @@ def to_saved(optimizer: SavedOptimizer, saved: Mapping[str, Any], model: nn.Modu
 
 
 def fill_with_zeros(optimizer: SavedOptimizer) -> None:
-    """Give parameters without state what they would have before their first step: FSDP loads no state with gaps.
+    """Give parameters without state the zeros of before their first step: FSDP does not load a state with gaps.
 
     Raises:
-        ValueError: if the state is of a kind that does not begin with zeros of the parameter's shape.
+        ValueError: if this kind of state does not begin with zeros of the parameter's shape.
     """
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     pattern = next((parameter for parameter in held if optimizer.state.get(parameter)), None)
@@ -95,13 +95,13 @@ def fill_with_zeros(optimizer: SavedOptimizer) -> None:
         for key, value in optimizer.state[pattern].items():
             known = isinstance(value, Tensor) and (value.shape == pattern.shape or value.dim() == 0)
             if not known:
-                raise ValueError(f"FSDP needs state for every parameter, and {key!r} of a new one cannot be made up.")
+                raise ValueError(f"FSDP needs state for every parameter, and {key!r} of a new one is not known.")
             size = parameter.shape if value.shape == pattern.shape else ()
             optimizer.state[parameter][key] = torch.zeros(size, dtype=value.dtype)
 
 
 def _parts(saved: Any) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
-    """Groups and states, after making sure that they are of that form."""
+    """Groups and states of a saved state; raises `ValueError` for another form."""
     parts: Any = saved if isinstance(saved, Mapping) else {}
     groups, states = parts.get("param_groups"), parts.get("state")
     fine = isinstance(groups, list) and groups and isinstance(states, Mapping)
@@ -134,13 +134,13 @@ def _places(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> dict[Any, 
     raise ValueError(
         f"Its groups have {sizes} parameters, and those that a Trainer makes for this model have "
         f"{[len(group) for group in _trainer_order(model)]}: some parameters were frozen, or the groups are of your "
-        "own, so that it is not known which moments belong to which parameter."
+        "own, so it is not known which moments belong to which parameter."
     )
 
 
 def _trainer_order(model: nn.Module) -> list[list[nn.Parameter]]:
     """The groups that `Trainer.create_optimizer` makes: with weight decay, and without."""
-    decayed = set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))  # it looks at nothing but the model
+    decayed = set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))  # it uses only the model
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [[parameter for name, parameter in trained if (name in decayed) is wanted] for wanted in (True, False)]
 

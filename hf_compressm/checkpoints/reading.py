@@ -1,7 +1,7 @@
-"""Reading checkpoints and saved models, each once, with every file verified; and finding the last whole one of a run.
+"""Reading checkpoints and saved models once, with every file verified; and finding the last whole one of a run.
 
 A checkpoint without a seal (the crash came between the Trainer's last file and the seal, or the run had no callback)
-counts if all its files read whole.
+counts if all its files can be read.
 """
 
 import re
@@ -9,6 +9,7 @@ import time
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from transformers.utils import logging
@@ -55,7 +56,7 @@ def verify_checkpoint(directory: str | Path) -> None:
     """Make sure that a checkpoint or saved model is whole and that sizes in configuration and tensors agree.
 
     Args:
-        directory: with `config.json` and safetensors weights; as the Trainer or `save_pretrained` wrote it.
+        directory: with `config.json` and safetensors weights, as the Trainer or `save_pretrained` writes it.
 
     Raises:
         ValueError: naming the file, and what is wrong with it.
@@ -64,17 +65,17 @@ def verify_checkpoint(directory: str | Path) -> None:
 
 
 def find_last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint of a run from which training can go on, whatever happened to the run.
+    """The newest checkpoint from which a run can resume, whatever happened to it.
 
     Unlike transformers' `get_last_checkpoint`, which takes the largest step number, it passes over checkpoints that
-    were torn by a crash, a full disk or a damaged file, and logs why.
+    a crash, a full disk or a damaged file left incomplete, and logs why.
 
     Args:
         output_dir: the run's `TrainingArguments.output_dir`.
 
     Returns:
         Path of a `checkpoint-<step>` directory, for `trainer.train(resume_from_checkpoint=...)`; None if there is
-        none to go on from, and training starts from the beginning.
+        none, so that training starts from the beginning.
     """
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
     numbered = [(int(path.name[11:]), path) for path in folders if re.fullmatch(r"checkpoint-\d+", path.name)]
@@ -91,7 +92,7 @@ def find_last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 @dataclass
 class _LastRead:
-    """The directory that was read last, valid while its files have the time stamps that they had then."""
+    """The directory that was read last, valid while the time stamps of its files stay the same."""
 
     saved: list[SavedModel] = field(default_factory=list)
     stamps: dict[Path, tuple[int, ...]] = field(default_factory=dict)
@@ -109,16 +110,23 @@ _LAST = _LastRead()
 
 def _stamps(directory: Path) -> dict[Path, tuple[int, ...]]:
     """Inode, length and times of every file below a directory."""
-    found = {path: path.stat() for path in sorted(directory.rglob("*")) if path.is_file()}
-    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in found.items()}
+    found: dict[Path, tuple[int, ...]] = {}
+    for path in sorted(directory.rglob("*")):
+        try:
+            of_file = path.stat()
+        except OSError:  # a link that leads nowhere, or a file that another process has just removed
+            continue
+        if S_ISREG(of_file.st_mode):
+            found[path] = (of_file.st_ino, of_file.st_size, of_file.st_mtime_ns, of_file.st_ctime_ns)
+    return found
 
 
 def _read(directory: Path) -> SavedModel:
-    """Read a directory, whatever is known of it."""
+    """Read a directory, even if it was read before."""
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory.")
     if (directory / UNFINISHED_FILE).exists():
-        raise ValueError(f"{directory} was interrupted while it was written ({UNFINISHED_FILE} is there).")
+        raise ValueError(f"{directory} was interrupted while it was written ({UNFINISHED_FILE} exists).")
     is_sealed = (directory / SEAL).exists()
     if is_sealed:
         compare_with_seal(directory)
@@ -131,7 +139,7 @@ def _read(directory: Path) -> SavedModel:
     if not is_sealed:
         for path in sorted([*directory.glob("*.pt"), *directory.glob("*.pth")]):
             _check_archive(path)
-    return SavedModel(directory, values, state, headers, base, is_sealed, bool(adapters))
+    return SavedModel(directory, values, state, headers, base, is_sealed)
 
 
 def _json_if_there(path: Path) -> dict[str, Any] | None:
@@ -143,7 +151,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken: Any = archive.testzip()
-    except Exception as error:  # a flipped bit may claim a password, a compression, or a length that there is not
+    except Exception as error:  # a flipped bit may announce a password, a compression, or a wrong length
         raise ValueError(f"{path} is not whole: {error}.") from error
     if broken is not None:
         raise ValueError(f"{path} is damaged in {broken}.")

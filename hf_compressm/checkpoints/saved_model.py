@@ -1,6 +1,6 @@
 """A checkpoint or saved model as it was read: its configuration, the headers of its weights, and whether they agree.
 
-Whoever needs to know what is on the disk is handed this value, so that nothing is read or verified twice.
+This value is passed on to all code that needs to know what is on the disk, so that nothing is read or verified twice.
 """
 
 import inspect
@@ -30,7 +30,7 @@ from hf_compressm.utils.checks import quoted
 
 @dataclass(frozen=True, eq=False)
 class SavedModel:
-    """What a directory holds; `read_saved` makes it, and has then seen that every file is whole.
+    """The contents of a directory; made by `read_saved`, which has checked that every file is whole.
 
     Attributes:
         directory: of the checkpoint or saved model.
@@ -38,8 +38,7 @@ class SavedModel:
         trainer_state: of `trainer_state.json`; None without one.
         headers: of every tensor of the weights; empty where the directory holds adapters.
         base: the base beside adapters, if a cut has changed it.
-        is_sealed: whether a seal says that all of it was written.
-        has_adapters: whether it holds adapters of PEFT.
+        is_sealed: whether a seal confirms that all of it was written.
     """
 
     directory: Path
@@ -48,7 +47,6 @@ class SavedModel:
     headers: Headers
     base: "SavedModel | None" = None
     is_sealed: bool = False
-    has_adapters: bool = False
 
     @property
     def config_path(self) -> Path:
@@ -59,7 +57,7 @@ class SavedModel:
         """The configuration, with every state size checked before anything is built from it.
 
         Args:
-            like: a configuration whose class serves where it has the saved one's model type.
+            like: a configuration whose class is used if it has the saved one's model type.
 
         Raises:
             ValueError: naming the file, the field and the value.
@@ -81,7 +79,7 @@ class SavedModel:
             )
         try:
             return config_class(**config_class._decode_special_floats(dict(values)))  # which copies them
-        except Exception as error:  # whatever a configuration class makes of bad values, the file is to blame
+        except Exception as error:  # a configuration class may raise anything for bad values of the file
             raise ValueError(f"{self.config_path} does not describe a {config_class.__name__}: {error}") from error
 
     def verify(self) -> type[PreTrainedModel]:
@@ -94,9 +92,9 @@ class SavedModel:
         kind = _model_class(config.architectures)
         if kind is None or kind.config_class is not type(config):
             raise ValueError(
-                f"{self.config_path}: architectures {quoted(config.architectures)} is no model class for a "
-                f"{type(config).__name__} that transformers or this package has, so that its tensors cannot be "
-                "compared with the configuration."
+                f"{self.config_path}: architectures {quoted(config.architectures)} is not a model class of "
+                f"transformers or this package for a {type(config).__name__}, so its tensors cannot be compared with "
+                "the configuration."
             )
         self.check_tensors(self.skeleton(kind, config))
         return kind
@@ -112,7 +110,7 @@ class SavedModel:
         layers = values.get("num_hidden_layers")
         if isinstance(layers, int) and layers > len(self.headers):
             raise ValueError(
-                f"{place} is at odds with the weights: {layers} layers, and {len(self.headers)} tensors in all."
+                f"{place} is at odds with the weights: {layers} layers, but {len(self.headers)} tensors in all."
             )
         for name, size in named_sizes(values):
             if size > largest:
@@ -121,11 +119,11 @@ class SavedModel:
             model = skeleton(kind, config)
             find_layers(model)
             return model
-        except Exception as error:  # whatever a model class makes of bad values, the file is to blame
+        except Exception as error:  # a model class may raise anything for bad values of the file
             raise ValueError(f"{place} does not describe a {kind.__name__}: {error}") from error
 
     def check_tensors(self, wanted: PreTrainedModel) -> None:
-        """Make sure that the tensors of every SSM layer are there, with the shapes of a skeleton.
+        """Make sure that the tensors of every SSM layer exist, with the shapes of a skeleton.
 
         Raises:
             ValueError: naming the tensor and both shapes.
@@ -135,7 +133,7 @@ class SavedModel:
         for name in on_disk:
             place = re.match(r"layers\.(\d+)\.", name)
             if place and layers is not None and int(place[1]) >= layers:
-                raise ValueError(f"{self.directory} has a tensor {name}, and {layers} layers by its {CONFIG_FILE}.")
+                raise ValueError(f"{self.directory} has a tensor {name}, but {layers} layers by its {CONFIG_FILE}.")
         for layer in find_layers(wanted):
             prefix = f"{layer.name}." if layer.name else ""
             expected = {_below_the_head(prefix + name): p.shape for name, p in layer.module.named_parameters()}
@@ -145,17 +143,17 @@ class SavedModel:
                 if on_disk[name] != tuple(shape):
                     raise ValueError(
                         f"{self.directory}: {CONFIG_FILE} is at odds with the weights: {name} has shape "
-                        f"{on_disk[name]}, and {tuple(shape)} by the sizes in {CONFIG_FILE}. Restore the file that "
+                        f"{on_disk[name]}, but {tuple(shape)} by the sizes in {CONFIG_FILE}. Restore the file that "
                         "was changed."
                     )
             known = {*expected, *(_below_the_head(prefix + name) for name, _ in layer.module.named_buffers())}
             inside = _below_the_head(prefix)
             extra = [name for name in on_disk if prefix and name.startswith(inside) and name not in known]
             if extra:
-                raise ValueError(f"{self.directory} has a tensor {extra[0]} that its {CONFIG_FILE} knows nothing of.")
+                raise ValueError(f"{self.directory} has a tensor {extra[0]} that its {CONFIG_FILE} has no place for.")
 
     def load(self) -> PreTrainedModel:
-        """Load the model by the class that its configuration names, every tensor in the dtype it was saved in.
+        """Load the model with the class that its configuration names, every tensor in the dtype it was saved in.
 
         Raises:
             ValueError: if `verify` refuses it, or a tensor that the model needs is missing.
@@ -176,7 +174,7 @@ class SavedModel:
         present = model.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, stored in read_tensors(self.headers, [name for name in self.headers if name in present]):
-                if present[name].dtype != stored.dtype:  # one dtype is asked for, and may not be that of all
+                if present[name].dtype != stored.dtype:  # `from_pretrained` takes one dtype for all
                     present[name].data = stored
         return model
 
@@ -188,11 +186,11 @@ def _model_class(architectures: Any) -> type[PreTrainedModel] | None:
         return None
     try:
         found = getattr(models, name, None) or getattr(transformers, name, None)
-    except Exception:  # transformers imports what is asked for, and what that needs may be missing
+    except Exception:  # transformers imports the class only here, and what it needs may be missing
         return None
     return found if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None
 
 
 def _below_the_head(name: str) -> str:
-    """A tensor's name without its first part, by which some families are saved under another name than they have."""
+    """A tensor's name without its first part, which in some families differs between disk and memory."""
     return name.split(".", 1)[-1]

@@ -1,4 +1,4 @@
-"""Sealing a checkpoint when all of it is on the disk, and holding it against its seal later.
+"""Sealing a checkpoint once all of it is on the disk, and comparing it with its seal later.
 
 A Trainer writes weights, optimizer, scheduler, generator states and, last, its own state, one file after the other
 into the final directory, so that a crash leaves a directory that looks like a checkpoint. The seal is written after
@@ -18,7 +18,7 @@ SEAL_VERSION = 1
 
 
 def seal_checkpoint(directory: str | Path) -> None:
-    """Flush all files of a checkpoint to the disk, and list them in `compressm.complete` when they are there.
+    """Flush all files of a checkpoint to the disk, then list them in `compressm.complete`.
 
     Args:
         directory: a checkpoint to which nothing more will be written.
@@ -36,8 +36,8 @@ def seal_checkpoint(directory: str | Path) -> None:
 def unseal_checkpoint(directory: str | Path) -> None:
     """Mark a checkpoint invalid before it is overwritten.
 
-    Its sealed files are removed, not written into: a copy by hard links keeps them. The Trainer's state, which is
-    written last, is removed too: without it a checkpoint is not complete, and old files beside new ones do not count.
+    Its sealed files are removed instead of overwritten, so that a copy by hard links keeps them. The Trainer's state,
+    which is written last, is removed too: without it a mixture of old and new files does not count as complete.
 
     Args:
         directory: of a checkpoint; it need not exist.
@@ -58,7 +58,7 @@ def unseal_checkpoint(directory: str | Path) -> None:
 
 
 def compare_with_seal(directory: Path) -> None:
-    """Make sure that every sealed file is as it was when it was sealed.
+    """Make sure that no sealed file has changed since it was sealed.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
@@ -89,7 +89,7 @@ def compare_with_seal(directory: Path) -> None:
 
 
 def _sealed_names(directory: Path) -> set[str]:
-    """What a checkpoint's seal lists; nothing if it has none that can be read."""
+    """The names that a checkpoint's seal lists; empty without a seal that can be read."""
     try:
         return set(read_json(directory / SEAL).get("files") or ())
     except (ValueError, TypeError):
@@ -97,7 +97,7 @@ def _sealed_names(directory: Path) -> set[str]:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """Every file below a directory, but the seal, what an interrupted write left, and transformers' passing note."""
+    """Every file below a directory, except the seal, what an interrupted write left, and transformers' marker."""
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name not in (SEAL, UNFINISHED_FILE) and not path.name.startswith(f".{SEAL}"):
             yield path

@@ -1,7 +1,7 @@
 """Reading a directory of `torch.distributed.checkpoint` in one process, without running what may be pickled in it.
 
 torch describes such a directory in a pickle, `.metadata`, and keeps plain values in files of `torch.save`. Both are
-looked at before torch reads them: what is not a part of every checkpoint is refused, and makes nothing.
+checked before torch reads them: an object that a checkpoint does not need is refused, and never made.
 """
 
 import io
@@ -38,15 +38,15 @@ _HARMLESS = frozenset(
         *(("torch.distributed.checkpoint.metadata", name) for name in _DESCRIPTIONS),
     }
 )
-"""All that the metadata of such a directory is made of, besides the dtypes of torch."""
+"""All names in the metadata of such a directory, besides the dtypes of torch."""
 
 
 def read_sharded(path: Path) -> dict[str, Any]:
-    """Tensors and plain values of a directory, whole, under the keys that they were saved with.
+    """The whole tensors and the plain values of a directory, by the keys under which they were saved.
 
     Raises:
         ValueError: if the metadata names anything but parts of a checkpoint, or a file outside the directory.
-        Exception: whatever torch makes of a damaged directory.
+        Exception: whatever torch raises for a damaged directory.
     """
     metadata = _Unpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
     for info in metadata.storage_data.values():
@@ -58,10 +58,10 @@ def read_sharded(path: Path) -> dict[str, Any]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes nothing but what the metadata of a checkpoint is made of."""
+    """An unpickler that makes only the objects that the metadata of a checkpoint needs."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look a name up, if it is one of those."""
+        """Look up a name, if it is one of those."""
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _HARMLESS:
             raise ValueError(f"its metadata asks for {quoted(f'{module}.{name}')}, which no checkpoint needs")
@@ -69,10 +69,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Planner(_EmptyStateDictLoadPlanner):
-    """Loads plain values only if they are plain."""
+    """A load planner that refuses values that are not plain."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """Read the value in the way that runs nothing, before the planner reads it in its own."""
+        """Read the value in the mode that runs no code, before the planner reads it in its own way."""
         torch.load(value, weights_only=True)
         value.seek(0)
         super().load_bytes(read_item, value)

@@ -11,10 +11,10 @@ MOST_LAYERS = 10_000
 
 
 def check_sizes(values: Mapping[str, Any]) -> None:
-    """Make sure that every state size is a whole number of at least 1, and of a layer that exists.
+    """Make sure that every state size is a whole number of at least 1, and belongs to a layer that exists.
 
     Args:
-        values: of a `config.json`.
+        values: contents of a `config.json`.
 
     Raises:
         ValueError: naming the field and the value.
@@ -23,7 +23,7 @@ def check_sizes(values: Mapping[str, Any]) -> None:
     if not isinstance(per_layer, Mapping):
         raise ValueError(f"per_layer_config must be an object of layers, got {quoted(per_layer)}.")
     layers = values.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > MOST_LAYERS:  # configurations make lists of that length
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # configuration classes make lists of that length
         raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, got {quoted(layers)}.")
     for index, own in per_layer.items():
         known = isinstance(index, str) and index.isdecimal()
@@ -39,7 +39,7 @@ def check_sizes(values: Mapping[str, Any]) -> None:
 
 
 def named_sizes(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every state size of a configuration with its place; null belongs to families with another field."""
+    """Every state size of a configuration with its place; null is left out, in fields that other families use."""
     for index, source in [("", values), *(values.get("per_layer_config") or {}).items()]:
         place = f"per_layer_config[{quoted(index)}]." if index else ""
         yield from ((place + field, source[field]) for field in size_fields() if source.get(field) is not None)

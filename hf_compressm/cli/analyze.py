@@ -32,22 +32,22 @@ TOLERANCES = "0.01,0.02,0.05,0.1,0.2"
 def analyze(
     model: Annotated[str, typer.Argument(help="Directory of a saved model or checkpoint, or an id on the Hub.")],
     tolerances: Annotated[
-        str, typer.Option(help="Shares of the sum of the HSVs that may go, with commas.")
+        str, typer.Option(help="Shares of the sum of the HSVs that may be cut, with commas.")
     ] = TOLERANCES,
     plot: Annotated[Path | None, typer.Option(help="Image to draw: spectra and recommended sizes.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; options win over it.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; options override it.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a calibration batch.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all of it, spectra too, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, spectra included.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     *,
     settings: dict[str, Any],
     text: dict[str, Any],
     sequences: dict[str, Any],
 ) -> None:
-    """Show what a saved model could do without: recommended state sizes, predicted errors, and what a cut saves.
+    """Show what could be cut from a saved model: recommended state sizes, predicted errors, and what a cut saves.
 
-    Nothing is changed. A tolerance that suits goes to `hf-compressm compress --tolerance`, or into a training run. The
-    sizes are those after one cut; in a run each further cut may discard that share again.
+    Nothing is changed. Use the tolerance that you choose with `hf-compressm compress --tolerance`, or in a training
+    run. The sizes are those after one cut; in a run each further cut may discard that share again.
     """
     from hf_compressm.checkpoints import read_saved
     from hf_compressm.cli.inputs import calibration_batches, local_directory, names_its_options
@@ -78,18 +78,18 @@ def analyze(
 
 
 def _numbers(text: str) -> list[float]:
-    """The tolerances; each is checked where it becomes a setting."""
+    """The tolerances; each is checked when it becomes a setting."""
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"--tolerances takes numbers with commas between them, as {TOLERANCES}; got {text!r}."
+            f"--tolerances takes numbers with commas between them, such as {TOLERANCES}; got {text!r}."
         ) from None
     return sorted(set(numbers))
 
 
 def _summary(model: "PreTrainedModel", found: Sequence["Alternative"]) -> dict[str, Any]:
-    """All of it, JSON-ready."""
+    """Everything that was found, JSON-ready."""
     from hf_compressm.compression import count_state_bytes
 
     return {
@@ -109,7 +109,7 @@ def _summary(model: "PreTrainedModel", found: Sequence["Alternative"]) -> dict[s
 
 
 def _table(model: "PreTrainedModel", found: Sequence["Alternative"]) -> Table:
-    """A row per layer, a column per tolerance: recommended size and predicted error; what it saves below."""
+    """A row per layer, a column per tolerance: recommended size and predicted error; the last rows show savings."""
     from hf_compressm.compression import count_state_bytes
 
     shared = _shared_prefix([layer.name for layer in found[0].plan.layers])
@@ -131,7 +131,7 @@ def _table(model: "PreTrainedModel", found: Sequence["Alternative"]) -> Table:
 
 
 def _shared_prefix(names: Sequence[str]) -> str:
-    """The dotted beginning that all names share, which a narrow screen has no room to repeat."""
+    """The dotted prefix that all names share; a narrow screen has no room to repeat it."""
     shared = names[0] if len(names) > 1 else ""
     while shared and not all(name.startswith(f"{shared}.") for name in names):
         shared = shared.rpartition(".")[0]
@@ -139,7 +139,7 @@ def _shared_prefix(names: Sequence[str]) -> str:
 
 
 def _print_reasons(alternative: "Alternative") -> None:
-    """Why layers are not cut, at the smallest tolerance; those that cannot be measured are so at every one."""
+    """Print why layers are not cut at one tolerance; layers that cannot be measured are not cut at any."""
     for layer in alternative.plan.layers:
         if layer.status == "skipped":
             typer.echo(f"{layer.name} cannot be cut: {layer.reason}.")

@@ -1,4 +1,4 @@
-"""The commands together, and how a mistake of the user ends: one line on standard error and exit code 2."""
+"""All commands together; a mistake of the user ends in one line on standard error and exit code 2."""
 
 import sys
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        arguments: by default those of this process.
+        arguments: of the command line; by default those of this process.
 
     Raises:
         SystemExit: always; 0 on success, 2 for a mistake of the user, 130 after an interruption.
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _complain(message: str) -> int:
-    """Say it in one line, unless the help says it all; returns the exit code."""
+    """Write a message in one line, unless it is empty because the help was shown; returns the exit code."""
     if message:
         sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return 2

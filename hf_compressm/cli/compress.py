@@ -27,8 +27,8 @@ OF_ONE_CUT = (*RANK_RULES, "keep", *OF_MEASURING, "optimizer_state", "on_nonfini
 )
 def compress(
     model: Annotated[str, typer.Argument(help="Directory of a saved model or checkpoint, or an id on the Hub.")],
-    output: Annotated[Path, typer.Option(help="Directory to write; it must not be there, or be empty.")],
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; options win over it.")] = None,
+    output: Annotated[Path, typer.Option(help="Directory to write; it must be new or empty.")],
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; options override it.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a calibration batch.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
@@ -76,7 +76,7 @@ def _table(result: "CompressionResult") -> Table:
 
 def _closing_line(result: "CompressionResult", output: Path) -> str:
     if not result.changed:
-        return f"Nothing was cut; {output} holds the model as it was. A larger tolerance would cut more."
+        return f"Nothing was cut; {output} holds the unchanged model. A larger tolerance would cut more."
     return (
         f"{result.parameters_before:,} -> {result.parameters_after:,} parameters in {result.seconds:.1f} s, "
         f"written to {output}."

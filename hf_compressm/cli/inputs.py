@@ -22,10 +22,10 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]
 
 
 def local_directory(model: str) -> str:
-    """A local directory as it is; what is on the Hub is downloaded.
+    """The local directory of a model; one on the Hub is downloaded first.
 
     Raises:
-        ValueError: if it is neither, or out of reach, or the folder of a run that has no model itself.
+        ValueError: if it is neither, cannot be reached, or is the folder of a run that has no model itself.
     """
     if Path(model).is_dir():
         _refuse_run_folder(model)
@@ -34,13 +34,15 @@ def local_directory(model: str) -> str:
         raise ValueError(f"{model} is neither a directory nor an id on the Hub (owner/name).")
     try:
         return snapshot_download(model, allow_patterns=MODEL_FILES)
-    except Exception as error:  # of the network, the Hub and its client, in several libraries
+    except Exception as error:  # the network, the Hub and its client raise errors of several libraries
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{model} is neither a directory nor a model on the Hub within reach: {reason}") from error
+        raise ValueError(
+            f"{model} is neither a directory nor a model that can be loaded from the Hub: {reason}"
+        ) from error
 
 
 def _refuse_run_folder(folder: str) -> None:
-    """Name the checkpoint that is meant, where the model is not in the folder but in one below it."""
+    """Raise `ValueError` for a folder without a model that holds a complete checkpoint, and name the checkpoint."""
     has_model = any(any(Path(folder).glob(pattern)) for pattern in OF_A_MODEL)
     checkpoint = None if has_model else find_last_complete_checkpoint(folder)
     if checkpoint is not None:
@@ -53,13 +55,13 @@ def calibration_batches(
     """Batches of model inputs.
 
     Args:
-        directory: of the model, with its tokenizer, if it has one.
-        settings: with the number of batches, and the seed of the choice of examples.
+        directory: directory of the model, with its tokenizer, if it has one.
+        settings: their number of batches, and their seed for the choice of examples, are used.
         options: fields of `TextSource` and `SequenceSource`.
         batch_size: examples in each.
 
     Returns:
-        At most `settings.calibration_batches`; None where no source is given and there is no default for this model.
+        At most `settings.calibration_batches`; None if no source is given and this model has no default.
 
     Raises:
         ValueError: if a source cannot be read, gives no example, or does not suit the model.
@@ -78,7 +80,7 @@ def calibration_batches(
 
 @contextmanager
 def names_its_options(model: str, batches: object) -> Iterator[None]:
-    """Where calibration data are missing, the error names the options that give them."""
+    """Make the error for missing calibration data name the options that give them."""
     try:
         yield
     except ValueError as error:
@@ -118,14 +120,14 @@ def _blocks(directory: str | Path, config: PreTrainedConfig, options: Mapping[st
 
 
 def _tokenizer(directory: str | Path, config: PreTrainedConfig) -> Any:
-    """The directory's own; bytes where the vocabulary is that of bytes; else None."""
+    """The directory's own tokenizer; that of bytes if the vocabulary is that of bytes; else None."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if tokenizer("text", add_special_tokens=False)["input_ids"]:
             return tokenizer
     except (OSError, ValueError):  # there is none
         pass
-    except Exception as error:  # of whatever reads it: its files are of anybody
+    except Exception as error:  # any reader may fail in any way: the files may come from anybody
         raise ValueError(f"The tokenizer of {directory} cannot be read ({type(error).__name__}: {error}).") from error
     return ByteTokenizer() if config.vocab_size == ByteTokenizer.vocab_size else None
 

@@ -1,6 +1,6 @@
-"""Options of the commands, made of the fields of dataclasses: a setting is written, and explained, once.
+"""Options of the commands, made from the fields of dataclasses: each setting is defined and explained once.
 
-Nothing here imports torch or transformers: `--help` answers at once.
+Nothing here imports torch or transformers, so that `--help` answers at once.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ OF_MEASURING = (
 
 
 def read_settings(path: Path | None, options: dict[str, Any]) -> CompreSSMConfig:
-    """The settings of a file, and on top of them the options; a rank rule among those replaces that of the file.
+    """The settings of a file, overridden by the options; a rank rule among the options replaces that of the file.
 
     Raises:
         ValueError: for a file that cannot be read, an unknown setting, or a value that it cannot have.
@@ -62,9 +62,9 @@ class Expansion:
 
 
 def expanded(**expansions: Expansion) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a command so that typer sees the fields in the place of the named parameters.
+    """Decorate a command so that typer sees the fields in place of the named parameters.
 
-    Each such parameter is a dict of the options that were given. A field that several dataclasses have is one option.
+    Each such parameter is a dict of the options that were given. A field of several dataclasses becomes one option.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,7 +90,7 @@ def expanded(**expansions: Expansion) -> Callable[[Callable[..., Any]], Callable
 
 
 def _options(expansion: Expansion) -> list[inspect.Parameter]:
-    """One keyword parameter for each field, None where it is not given."""
+    """One keyword parameter for each field, None if it is not given."""
     hints = get_type_hints(expansion.kind)
     fields = {item.name: item for item in dataclasses.fields(expansion.kind)}
     parameters = []
@@ -101,7 +101,7 @@ def _options(expansion: Expansion) -> list[inspect.Parameter]:
             text = f"{text.removesuffix('.')} ({field.default} unless given)."
         kind, hint = inspect.Parameter.KEYWORD_ONLY, hints[name]
         switch: dict[str, Any] = {}
-        if bool in (hint, *get_args(hint)):  # typer would make two flags of it, and the column of these is wide
+        if bool in (hint, *get_args(hint)):  # typer would make two flags of it, in a wide column
             hint, switch = str, {"parser": _truth, "metavar": "true|false"}
         option = typer.Option(None, help=text, rich_help_panel=expansion.panel, show_default=False, **switch)
         parameters.append(inspect.Parameter(name, kind, default=option, annotation=hint | None))
@@ -109,7 +109,7 @@ def _options(expansion: Expansion) -> list[inspect.Parameter]:
 
 
 def _truth(text: str | bool) -> bool:
-    """`true` or `false`, as the examples take them too."""
+    """The value of `true` or `false`, which the examples take too."""
     words = {"true": True, "false": False}
     if str(text).lower() not in words:
         raise ValueError(f"{text!r} is neither true nor false.")

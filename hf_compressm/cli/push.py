@@ -1,4 +1,4 @@
-"""`hf-compressm push`: a saved model or a checkpoint to the Hub, in one commit."""
+"""`hf-compressm push`: push a saved model or a checkpoint to the Hub, in one commit."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +13,8 @@ from rich.console import Console
 
 def push(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a saved model or checkpoint.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="Id on the Hub, owner/name; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repo private, if it is made.")] = False,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Id on the Hub, owner/name; created if new.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repo private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to, main unless given.")] = None,
     message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload compressed model",
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of a commit.")] = False,
@@ -24,8 +24,8 @@ def push(
 ) -> None:
     """Push a model to the Hub: weights, configuration, tokenizer, code, history and figures, all in one commit.
 
-    Optimizer and Trainer state stay behind, weights of an earlier push that have no successor are deleted, and DIR
-    stays as it is.
+    Optimizer and Trainer state are left out. Weights of an earlier push that this one does not replace are deleted.
+    DIR does not change.
     """
     from hf_compressm.reports.hub import PushTarget, files_to_push, push_directory
 
@@ -51,7 +51,7 @@ def push(
 
 @contextmanager
 def _client_silenced(quiet: bool) -> Iterator[None]:
-    """Without the warnings and progress bars of the Hub's client, if so asked."""
+    """Silence the warnings and progress bars of the Hub's client, if asked to."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     verbosity, has_bars = logging.get_verbosity(), not are_progress_bars_disabled()
@@ -68,19 +68,19 @@ def _client_silenced(quiet: bool) -> Iterator[None]:
 
 
 def _listed(files: Mapping[str, int], left: Sequence[str]) -> dict[str, Any]:
-    """The files for programs."""
+    """The files, JSON-ready."""
     named = [{"name": name, "bytes": size} for name, size in files.items()]
     return {"files": named, "bytes": sum(files.values()), "left": list(left)}
 
 
 def _listing(files: Mapping[str, int], left: Sequence[str]) -> list[str]:
-    """A line for each file that would go, and one for what would not."""
+    """A line for each file that would be pushed, and one for the others."""
     lines = [f"{size:>15,}  {name}" for name, size in files.items()]
     lines.append(f"{sum(files.values()):>15,}  bytes in {len(files)} files would be pushed.")
     return lines + _sentences(("Left behind", left))
 
 
 def _sentences(*lists: tuple[str, Sequence[str]]) -> list[str]:
-    """A sentence for each list that has something in it, with names as a terminal may see them."""
+    """A sentence for each list that is not empty, with names that are safe for a terminal."""
     shown = ((title, [name if name.isprintable() else ascii(name) for name in names]) for title, names in lists)
     return [f"{title}: {', '.join(names)}." for title, names in shown if names]

@@ -1,4 +1,4 @@
-"""`hf-compressm report`: explain a run to somebody who was not there."""
+"""`hf-compressm report`: explain a run in tables and pictures."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,9 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print the path as JSON, for programs.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Explain a run: what was cut, when, what it cost and what it brought, in tables and pictures.
+    """Explain a run in tables and pictures: what was cut and when, and what it cost and saved.
 
-    Writes report.html, one page that holds all it shows. A run that is still going on is read from its last complete
-    checkpoint.
+    Writes report.html, one page that needs no other file. An unfinished run is read from its last complete checkpoint.
     """
     from hf_compressm.reports import write_report
 

@@ -1,4 +1,4 @@
-"""`hf-compressm verify`: is a checkpoint whole, in accord with its configuration, finite, and does it load?"""
+"""`hf-compressm verify`: check that a checkpoint is whole, agrees with its configuration, is finite, and loads."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,9 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON, for programs.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Make sure that training can go on from a checkpoint: every file whole, sizes that agree, no NaN, and it loads.
+    """Make sure that training can resume from a checkpoint: it is whole, sizes agree, it has no NaN, and it loads.
 
-    Exit code 0 says that it can; 2 that it cannot, with the file and the reason on standard error.
+    Exit code 0 means that it can; 2 that it cannot, with the file and the reason on standard error.
     """
     from hf_compressm.checkpoints import read_saved
     from hf_compressm.cli.inputs import local_directory
@@ -41,7 +41,7 @@ def verify(
 
 
 def _verified(saved: "SavedModel", console: Console) -> dict[str, Any]:
-    """What a directory with a configuration and weights holds; raises `ValueError` where it does not agree."""
+    """What a directory with a configuration and weights holds; raises `ValueError` if they do not agree."""
     import torch
 
     from hf_compressm.families import find_layers

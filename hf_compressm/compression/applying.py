@@ -36,7 +36,7 @@ logger = logging.get_logger(__name__)
 def analyze(
     model: nn.Module, config: CompreSSMConfig | None = None, calibration: Iterable[Mapping[str, Any]] | None = None
 ) -> CompressionPlan:
-    """Measure a model's SSM layers and say what a cut would do; touches nothing.
+    """Measure a model's SSM layers and plan a cut, without changing the model.
 
     Args:
         model: any module with SSM layers of a known family.
@@ -65,20 +65,20 @@ def apply_plan(
         optimizer: the optimizer that trains the model, if any.
         optimizer_state: `"carry"` the moments of cut parameters over, or `"reset"` them.
         step: optimizer step to note in the config's record.
-        processes: those that train the model together and apply the same plan together: all of them do, or none. DDP
-            wrappers have to be told afterwards, by `surgery.rebuild_reducers`.
+        processes: the processes that train the model and apply the same plan together; all of them apply it, or
+            none. DDP wrappers must be rebuilt afterwards, with `surgery.rebuild_reducers`.
 
     Raises:
         ValueError: if the model was trained or changed since the plan was made, if a new parameter or moment is not
-            finite, or if the optimizer is not this model's. The model is then as before.
-        RuntimeError: if processes have other weights or moments than the first one; likewise.
+            finite, or if the optimizer is not this model's. The model is then unchanged.
+        RuntimeError: if a process has other weights or moments than the first one; the model is then unchanged.
     """
     config = CompreSSMConfig(optimizer_state=optimizer_state)
     return apply_cut(model, plan, CutRequest(config, optimizer=optimizer, step=step, processes=processes))
 
 
 def apply_cut(model: nn.Module, plan: CompressionPlan, request: CutRequest) -> CompressionResult:
-    """The same as `apply_plan`, of a request."""
+    """Apply a plan as `apply_plan` does, with the arguments in a request."""
     start, processes = time.perf_counter(), request.processes
     parameters_before, state_bytes_before = _count_parameters(model), count_state_bytes(model)
     with processes.together():
@@ -116,11 +116,11 @@ def compress(  # noqa: PLR0913 - public
     reduction_share: float = 1.0,
     processes: Processes = ALONE,
 ) -> CompressionResult:
-    """Plan and apply one cut: after training, or in a training loop of one's own.
+    """Plan and apply one cut: after training, or in a custom training loop.
 
     Args:
         model: any module with SSM layers of a known family; changed in place.
-        config: settings; those of the schedule are not used here.
+        config: settings; those of the schedule are ignored.
         calibration: iterable of model-input dicts, needed by selective layers.
         optimizer: the optimizer that trains the model, if any; its state is carried over.
         step: optimizer step to note in the config's record.
@@ -128,14 +128,14 @@ def compress(  # noqa: PLR0913 - public
         processes: as in `plan_compression` and `apply_plan`.
 
     Raises:
-        ValueError: as `plan_compression` and `apply_plan`; the model is then as before. New parameters or moments that
+        ValueError: as `plan_compression` and `apply_plan`; the model is then unchanged. New parameters or moments that
             are not finite raise only under `on_nonfinite="raise"`; otherwise no layer is cut.
     """
     return cut(model, CutRequest(config, calibration, optimizer, step, reduction_share, processes))
 
 
 def cut(model: nn.Module, request: CutRequest) -> CompressionResult:
-    """The same as `compress`, of a request."""
+    """Plan and apply one cut as `compress` does, with the arguments in a request."""
     start = time.perf_counter()
     plan = plan_cut(model, request)
     try:
@@ -150,7 +150,7 @@ def cut(model: nn.Module, request: CutRequest) -> CompressionResult:
 
 
 def _needs_own_class(model: nn.Module, plan: CompressionPlan) -> bool:
-    """Whether a stock model has to become one of this package's classes: for sizes per layer, or a projection."""
+    """Whether a stock model must become one of this package's classes: for sizes per layer, or a projection."""
     kind = type(underlying(model))
     if own_class(kind) in (None, kind):
         return False
@@ -183,7 +183,7 @@ def _rewritten_config(model: nn.Module, plan: CompressionPlan, step: int | None,
 
 
 def _fresh_cuts(plan: CompressionPlan) -> list[tuple[SSMLayer, LayerCut]]:
-    """The layers to cut, after making sure that their parameters are those that were planned for."""
+    """The layers to cut; raises `ValueError` if their parameters are not those that were planned for."""
     cuts = []
     for item in plan.layers:
         if item.status != "cut":

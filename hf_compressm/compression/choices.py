@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LayerChoice:
-    """A layer that is to be measured.
+    """A layer to be measured.
 
     Attributes:
         layer: the layer.
@@ -44,7 +44,7 @@ def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) 
     Args:
         model: any module.
         config: settings.
-        calibrated: whether calibration data will be there.
+        calibrated: whether calibration data will be available.
 
     Raises:
         ValueError: for a model without SSM layers, settings that do not fit it, or a record of cuts in its config that
@@ -72,7 +72,7 @@ def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) 
 
 
 def _matching_layers(found: Sequence[SSMLayer], config: CompreSSMConfig) -> list[SSMLayer]:
-    """Layers that `layers` and `ignore_layers` leave."""
+    """The layers that `layers` and `ignore_layers` leave."""
     chosen = [
         layer
         for layer in found
@@ -104,7 +104,7 @@ def _check_target(layers: Sequence[SSMLayer], config: CompreSSMConfig) -> None:
 
 
 def _per_layer(model: nn.Module, layer: SSMLayer, config: CompreSSMConfig) -> bool:
-    """Whether the layer may have a size of its own: where its class has room for one, or may be exchanged for it."""
+    """Whether the layer may have its own size: its class has room for one, or may be replaced by one that has."""
     own = own_class(type(model))
     has_room = layer.family.per_layer or own is type(model)
     if config.per_layer is None:

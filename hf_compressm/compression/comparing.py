@@ -1,4 +1,4 @@
-"""What several tolerances would make of one model, measured once."""
+"""The cuts that several tolerances would make in one model, which is measured once."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from hf_compressm.families import Measurement, find_layers
 
 @dataclass(frozen=True, eq=False)
 class Alternative:
-    """What one tolerance would make of a model.
+    """The cut that one tolerance would make in a model.
 
     Attributes:
-        tolerance: share of the sum of the HSVs that may go.
+        tolerance: share of the sum of the HSVs that may be discarded.
         plan: the cut.
         parameters: number of the model's parameters after it.
-        state_bytes: of one sequence's state after it, all layers together, in the dtype of the layers' parameters.
+        state_bytes: bytes of one sequence's state after it, all layers together, in the dtype of their parameters.
     """
 
     tolerance: float
@@ -38,12 +38,12 @@ def compare_tolerances(
     config: CompreSSMConfig | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> list[Alternative]:
-    """Plan a cut for each tolerance, without touching the model.
+    """Plan a cut for each tolerance, without changing the model.
 
     Args:
         model: any module with SSM layers of a known family.
-        tolerances: shares of the sum of the HSVs that may go, each between 0 and 1.
-        config: all other settings; its own rank rule is not used.
+        tolerances: shares of the sum of the HSVs that may be discarded, each between 0 and 1.
+        config: all other settings; its own rank rule is ignored.
         calibration: iterable of model-input dicts, needed by selective layers.
 
     Raises:
@@ -61,7 +61,7 @@ def compare_tolerances(
 
 
 def count_state_bytes(model: nn.Module, plan: CompressionPlan | None = None) -> int:
-    """Bytes of one sequence's state in all SSM layers, as they are or after a planned cut."""
+    """Bytes of one sequence's state in all SSM layers, now or after a planned cut."""
     sizes = {} if plan is None else {layer.name: layer.new_state_size for layer in plan.layers}
     total = 0
     for layer in find_layers(model):

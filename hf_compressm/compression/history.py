@@ -1,4 +1,4 @@
-"""The cuts of one training run: what a run remembers, and writes beside the weights."""
+"""The cuts of one training run, as the run remembers them and writes them beside the weights."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,25 +17,25 @@ from hf_compressm.utils.checks import is_count, is_name, is_number, is_size, quo
 
 SCHEMA_VERSION = 1
 CALLBACK = "CompreSSMCallback"
-"""Under which name a Trainer's state keeps that of the callback."""
+"""The name under which a Trainer's state keeps that of the callback."""
 OUTCOMES = ("cut", "unchanged", "undone", "rolled back")
 LONGEST_TEXT = 10_000
 
 
 @dataclass(frozen=True, eq=False)
 class CutEvent:
-    """One attempt to cut, at the start of step `step + 1`, or the way back from a cut that was kept at first.
+    """One attempt to cut, at the start of step `step + 1`, or the rollback of a cut that was kept at first.
 
     Attributes:
         step: optimizer steps done before it.
         result: what it did, with every layer's spectrum in `result.plan`.
         outcome: `"cut"`; `"unchanged"`, nothing was worth cutting or could be cut; `"undone"`, the held-out loss rose
-            too much and the model is as before; `"rolled back"`, the metric had not recovered and the model returned
+            too much and the model is unchanged; `"rolled back"`, the metric had not recovered and the model returned
             to a checkpoint.
         attempt: 1, or more for the gentler attempts that follow an undone one.
         reduction_share: share of the reduction that the settings ask for.
-        before: the guard's held-out loss before the cut, or before a rollback the metric from before its cut.
-        after: the same after the cut, or at the end of the recovery.
+        before: the guard's held-out loss before the cut; for a rollback, the metric before the cut that it undoes.
+        after: the same after the cut; for a rollback, at the end of the recovery.
     """
 
     step: int
@@ -53,7 +53,7 @@ class CutEvent:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """State size by layer name once it was over."""
+        """State size by layer name after the attempt."""
         return self.result.state_sizes_before if self.outcome == "undone" else self.result.state_sizes_after
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ _LATER_RESULT_FIELDS: dict[str, Callable[[Any], bool]] = {
     "state_bytes_before": _is_optional_count,
     "state_bytes_after": _is_optional_count,
 }
-"""Those that earlier records do not have."""
+"""Fields that earlier records lack."""
 _LAYER_FIELDS: dict[str, Callable[[Any], bool]] = {
     "name": is_name,
     "family": is_name,
@@ -148,7 +148,7 @@ _LAYER_FIELDS: dict[str, Callable[[Any], bool]] = {
 
 
 def rollback_event(step: int, cut: CutEvent, before: float, after: float | None, seconds: float) -> CutEvent:
-    """The event of going back from a cut, whose sizes are those of the cut the other way round."""
+    """The event of rolling back a cut; its sizes are those of the cut, the other way round."""
     done = cut.result
     nothing: dict[str, Any] = {
         "energy_kept": 1.0,
@@ -206,13 +206,13 @@ def from_record(record: Any) -> list[CutEvent]:
 
 
 def read_history(folder: Path, trainer_state: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a run, a checkpoint or a saved model keeps of its cuts; empty if nothing.
+    """The history of cuts that a run, a checkpoint or a saved model keeps; empty without one.
 
-    Earlier versions kept it in the Trainer's state too, and a checkpoint that they did not seal has it there alone.
+    Earlier versions kept it in the Trainer's state too, and a checkpoint that they did not seal has it only there.
 
     Args:
-        folder: that may have a `compressm_history.json`.
-        trainer_state: of its `trainer_state.json`, if there is one.
+        folder: a directory that may have a `compressm_history.json`.
+        trainer_state: contents of its `trainer_state.json`, if it exists.
 
     Raises:
         ValueError: naming the file, if it is not whole.
@@ -233,9 +233,9 @@ def _layer(values: Mapping[str, Any]) -> LayerPlan:
 
 
 def _check_values(values: Any, allowed: Mapping[str, Callable[[Any], bool]]) -> None:
-    """Raise `ValueError` unless every field is there with a value that it may have."""
+    """Raise `ValueError` unless every field exists and has an allowed value."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"The history holds a cut that cannot be read: {quoted(values)} is no object.")
+        raise ValueError(f"The history holds a cut that cannot be read: {quoted(values)} is not an object.")
     for name, is_fine in allowed.items():
         if name not in values or not is_fine(values[name]):
             raise ValueError(f"The history holds a cut that cannot be read: {name} is {quoted(values.get(name))}.")

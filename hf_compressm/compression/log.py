@@ -1,4 +1,4 @@
-"""The cuts of a run as flat numbers, which is all that every tracker takes."""
+"""The cuts of a run as flat numbers, the only form that every tracker takes."""
 
 import math
 
@@ -46,7 +46,7 @@ def scalars(event: CutEvent) -> dict[str, float]:
 
 
 def _state_bytes(event: CutEvent) -> int | None:
-    """Bytes of one sequence's state once an attempt was over; None if its record does not tell."""
+    """Bytes of one sequence's state after an attempt; None if its record lacks them."""
     return event.result.state_bytes_before if event.outcome == "undone" else event.result.state_bytes_after
 
 

@@ -26,7 +26,7 @@ def from_measurements(
     model: nn.Module,
     request: CutRequest,
 ) -> T:
-    """What `work` makes of the layers that the settings pick and of what each shows; touches nothing.
+    """The result of `work` on the layers that the settings pick and their measurements; the model does not change.
 
     Args:
         work: done by the first process alone; every process gets its result.
@@ -34,7 +34,7 @@ def from_measurements(
         request: settings, calibration and processes.
 
     Raises:
-        ValueError: as `plan_compression`, but for NaN and Inf; and what the work raises.
+        ValueError: as `plan_compression`, except for NaN and Inf; and what `work` raises.
     """
     processes, calibration = request.processes, request.calibration
     with processes.together():
@@ -54,7 +54,7 @@ def _measure(choice: LayerChoice, seen: Statistics | None) -> Measurement:
 
 
 def _add_up(statistics: Sequence[Statistics], model: nn.Module, processes: Processes) -> None:
-    """Add to the first process's statistics what the others have seen."""
+    """Add the statistics of the other processes to those of the first."""
     if processes.size == 1 or not statistics:
         return
     tokens = [torch.tensor(float(item.tokens), dtype=torch.float64) for item in statistics]

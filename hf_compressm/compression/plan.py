@@ -53,10 +53,10 @@ class LayerPlan:
 
 @dataclass(frozen=True, eq=False)
 class CompressionPlan:
-    """What a cut would do to a model, computed without touching it; `str()` gives a table.
+    """What a cut would do to a model, computed without changing it; `str()` gives a table.
 
     Attributes:
-        layers: one entry per SSM layer that was looked at.
+        layers: one entry per SSM layer that was considered.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -104,7 +104,7 @@ class CompressionResult:
         state_sizes_after: likewise.
         parameters_before: number of parameters of the model.
         parameters_after: likewise.
-        state_bytes_before: of one sequence's state, all layers together; None in records that do not tell.
+        state_bytes_before: bytes of one sequence's state, all layers together; None in records that lack them.
         state_bytes_after: likewise.
     """
 

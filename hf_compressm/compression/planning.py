@@ -1,4 +1,4 @@
-"""Choosing the sizes that a cut gives to measured layers, and working out every new tensor."""
+"""Choosing the sizes that a cut gives to measured layers, and computing every new tensor."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,15 +31,15 @@ def plan_compression(
     reduction_share: float = 1.0,
     processes: Processes = ALONE,
 ) -> CompressionPlan:
-    """Measure, choose sizes and work out every new tensor, without touching the model.
+    """Measure, choose sizes and compute every new tensor, without changing the model.
 
     Args:
         model: any module with SSM layers of a known family.
         config: settings.
         calibration: iterable of model-input dicts, needed by selective layers and by `criterion="empirical"`.
-        reduction_share: share of the states that the rank rule would drop which this cut drops; below 1 it is gentler.
-        processes: those that train the model together and call this together, each with calibration batches of its
-            own, or none but for the first. What they see is added up, and the plan of the first is that of all.
+        reduction_share: share of the rank rule's reduction that this cut makes; below 1 it drops fewer states.
+        processes: the processes that train the model and call this together, each with its own calibration batches;
+            only the first must have some. Their statistics are added up, and all use the plan of the first.
 
     Raises:
         ValueError: for a model without SSM layers, settings that do not fit it, missing calibration or a batch that
@@ -50,7 +50,7 @@ def plan_compression(
 
 
 def plan_cut(model: nn.Module, request: CutRequest) -> CompressionPlan:
-    """The same as `plan_compression`, of a request."""
+    """Plan a cut as `plan_compression` does, with the arguments in a request."""
 
     def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> CompressionPlan:
         tell_problems(choices, measurements, request.config)
@@ -118,7 +118,7 @@ def _wanted_size(choice: LayerChoice, measurement: Measurement, config: CompreSS
 
 
 def _gentler(choice: LayerChoice, wanted: int, config: CompreSSMConfig, reduction_share: float) -> int:
-    """A size that takes only a share of the reduction."""
+    """The size after only a share of the reduction."""
     layer, size = choice.layer, choice.layer.state_size
     multiple = math.lcm(config.round_to, layer.family.granularity(layer.module))
     return round_size(size - reduction_share * (size - wanted), size, multiple, config.min_state_size)
@@ -161,7 +161,7 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> Lay
 
 
 def _one_size_or_none(choices: Sequence[LayerChoice], plans: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """Where all layers of a family share one size, a layer that cannot be cut keeps the others from it too."""
+    """The plans; in a family whose layers share one size, none is cut if one of them cannot be cut."""
     stuck = {
         plan.family: plan.name
         for choice, plan in zip(choices, plans, strict=True)

@@ -10,7 +10,7 @@ from hf_compressm.utils.checks import is_count, is_name, is_number, is_plain_tex
 
 SCHEMA_VERSION = 1
 LONGEST_RECORD = 10_000
-"""Cuts, and layers of a cut; what has more was not written here."""
+"""Most cuts of a record, and most layers of a cut; a record with more was not written here."""
 _ENTRIES = ("schema_version", "method", "state_sizes_before", "state_sizes_after", "cuts")
 _ENTRIES_OF_A_CUT = ("step", "state_sizes", "criterion", "predicted_error")
 _SIZES = ("state_sizes_before", "state_sizes_after")
@@ -24,11 +24,11 @@ def record_cut(config: Any, plan: CompressionPlan, step: int | None = None) -> N
 
     Args:
         config: a transformers config; its other fields stay.
-        plan: that is being applied.
+        plan: the plan that is being applied.
         step: optimizer step after which it happened, None outside training.
 
     Raises:
-        ValueError: if there is a record that this version cannot read.
+        ValueError: if the config has a record that this version cannot read.
     """
     check_record(getattr(config, "compressm", None))
     sizes = {layer.name: layer.new_state_size for layer in plan.layers}
@@ -54,10 +54,10 @@ def record_cut(config: Any, plan: CompressionPlan, step: int | None = None) -> N
 
 
 def recorded_cuts(config: Any) -> list[dict[str, Any]]:
-    """The cuts that a config's record tells of, oldest first; empty without one.
+    """The cuts in a config's record, oldest first; empty without a record.
 
     Raises:
-        ValueError: if the record is not one that this version can read.
+        ValueError: if this version cannot read the record.
     """
     record = getattr(config, "compressm", None)
     check_record(record)
@@ -65,7 +65,7 @@ def recorded_cuts(config: Any) -> list[dict[str, Any]]:
 
 
 def check_record(record: Any) -> None:
-    """Make sure that a record, which may come from a stranger, is what it should be and nothing else.
+    """Make sure that a record, which may come from a stranger, has the expected form and nothing else in it.
 
     Raises:
         ValueError: naming the entry and the value.
@@ -100,11 +100,11 @@ def check_record(record: Any) -> None:
 def _check_entries(place: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
     """Raise `ValueError` for an entry that this version does not write: it would be copied, saved and shown."""
     unknown = [name for name in values if name not in known]
-    _demand(not unknown, place, unknown[:1], f"without other entries than {', '.join(known)}")
+    _demand(not unknown, place, unknown[:1], f"limited to the entries {', '.join(known)}")
 
 
 def check_table(place: str, table: Any, is_fine: Any, kind: str) -> None:
-    """Raise `ValueError` unless a table has layer names on the left, and on the right what `is_fine` says."""
+    """Raise `ValueError` unless a table maps layer names to values that `is_fine` accepts."""
     fine = isinstance(table, Mapping) and len(table) <= LONGEST_RECORD
     fine = fine and all(is_name(name) and is_fine(value) for name, value in table.items())
     _demand(fine, place, table, f"an object of layer names and {kind}")

@@ -1,4 +1,4 @@
-"""What one cut is asked to do, in one value that travels from the Trainer down to the maths."""
+"""The request for one cut: one value, passed from the Trainer down to the maths."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from hf_compressm.utils.processes import ALONE, Processes
 
 @dataclass(frozen=True, eq=False)
 class CutRequest:
-    """All that a cut depends on, besides the model.
+    """Everything that a cut depends on besides the model.
 
     Attributes:
         config: settings.
         calibration: iterable of model-input dicts, needed by selective layers and by `criterion="empirical"`.
         optimizer: the optimizer that trains the model, if any.
         step: optimizer steps done, for the record in the model's config.
-        reduction_share: share of the states that the rank rule would drop which this cut drops; below 1 it is gentler.
-        processes: those that train the model together and cut it together, each with calibration batches of its own,
-            or none but for the first. What they see is added up, and the plan of the first is that of all.
+        reduction_share: share of the rank rule's reduction that this cut makes; below 1 it drops fewer states.
+        processes: the processes that train the model and cut it together, each with its own calibration batches; only
+            the first must have some. Their statistics are added up, and all use the plan of the first.
     """
 
     config: CompreSSMConfig

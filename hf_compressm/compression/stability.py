@@ -1,4 +1,4 @@
-"""Whether the ranking of the states still moves: what `trigger="stable"` waits for."""
+"""Whether the ranking of the states still changes; `trigger="stable"` waits until it no longer does."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from hf_compressm.utils.processes import ALONE, Processes
 
 
 Scores = Mapping[str, list[list[float]]]
-"""By layer name and group, what each state passes on by itself; plain numbers, so that a checkpoint can keep them."""
+"""By layer name and group, how much each state passes on; plain numbers, so that a checkpoint can keep them."""
 
 
 def state_scores(
@@ -25,10 +25,10 @@ def state_scores(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     processes: Processes = ALONE,
 ) -> Scores:
-    """Measure every state of a model by itself, `sqrt(P_ii Q_ii)` or its square; touches nothing.
+    """Measure every state of a model by itself, `sqrt(P_ii Q_ii)` or its square, without changing the model.
 
-    The Hankel singular values of a layer are sorted and belong to no state; the ranking of its present states does
-    tell whether those that matter are still the same. Layers that cannot be measured are left out.
+    The Hankel singular values of a layer are sorted and belong to no single state. The ranking of its present states
+    shows whether the same states still matter. Layers that cannot be measured are left out.
 
     Args:
         model: any module with SSM layers of a known family.
@@ -54,7 +54,7 @@ def rank_stability(before: Scores, after: Scores) -> dict[str, float]:
     """Spearman's rank correlation of two measurements, layer by layer, the mean over a layer's groups.
 
     Returns:
-        By name, the layers that both measurements have with the same number of states.
+        Correlations by layer name, for layers that have the same number of states in both measurements.
     """
     correlations = {}
     for name, groups in after.items():
@@ -74,7 +74,7 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
         other: `(n,)` likewise.
 
     Returns:
-        1 where there is one state alone, 0 where one of the two does not tell the states apart or is not finite.
+        1 for a single state; 0 if one of the two does not distinguish the states or is not finite.
     """
     if one.numel() == 1:
         return 1.0

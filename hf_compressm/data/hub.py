@@ -1,10 +1,10 @@
-"""Data sets of the Hub, through the `datasets` library."""
+"""Data sets on the Hub, through the `datasets` library."""
 
 from typing import Any
 
 
 def load_hub_dataset(name: str, config_name: str | None) -> Any:
-    """`datasets.load_dataset`, with one line for a data set that cannot be loaded.
+    """Load a data set with `datasets.load_dataset`; the error for one that cannot be loaded is one line.
 
     Returns:
         A `datasets.DatasetDict` with a split `train`.

@@ -1,4 +1,4 @@
-"""Labelled sequences of numbers: MNIST's own files, or images and series of the Hub."""
+"""Labelled sequences of numbers: MNIST's own files, or images and series on the Hub."""
 
 import gzip
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Split = tuple[np.ndarray, np.ndarray]
 
 
 def read_sequences(source: SequenceSource) -> list[Split]:
-    """The training split and, where there is one, the test split; nothing if no source is given.
+    """The training split and, if there is one, the test split; nothing if no source is given.
 
     Raises:
         ValueError: for two sources at once, or one that cannot be read.
@@ -36,7 +36,7 @@ def read_sequences(source: SequenceSource) -> list[Split]:
 
 
 def to_sequences(inputs: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Images or series `(length,)`, `(height, width)` or `(height, width, channels)`, row by row, bytes to [0, 1].
+    """Sequences from series `(length,)` or images `(height, width)` or `(height, width, channels)`, bytes as [0, 1].
 
     Raises:
         ValueError: if they differ in shape.
@@ -64,6 +64,6 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
             dimensions = content[3] if len(content) > 4 and content[:3] == b"\0\0\x08" else 0
             shape = np.frombuffer(content, ">u4", dimensions, offset=4) if dimensions else ()
             if not dimensions or len(content) != 4 + 4 * dimensions + int(np.prod(shape)):
-                raise ValueError(f"{path} is no idx file of bytes, or is cut short.")
+                raise ValueError(f"{path} is not an idx file of bytes, or is cut short.")
             return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     raise ValueError(f"There is neither {folder / name} nor {name}.gz; mnist_dir must hold MNIST's four idx files.")

@@ -1,4 +1,4 @@
-"""What data may come from, as options that the command line and the examples share."""
+"""Sources of data, as options that the command line and the examples share."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ class HubSource:
 
 @dataclass
 class SequenceSource(HubSource):
-    """The sequences."""
+    """A source of labelled sequences."""
 
     mnist_dir: str | None = field(default=None, metadata={"help": "Directory with MNIST's idx files, gzipped or not."})
     input_column: str = field(default="image", metadata={"help": "The data set's column of images or numbers."})
@@ -22,7 +22,7 @@ class SequenceSource(HubSource):
 
 @dataclass
 class TextSource(HubSource):
-    """The text: Python's standard library unless one of these is given."""
+    """A source of text: Python's standard library unless another one is given."""
 
     train_file: list[str] | None = field(default=None, metadata={"help": "Local text file or files."})
     text_column: str = field(default="text", metadata={"help": "The data set's column of text."})

@@ -1,4 +1,4 @@
-"""Text: local files, data sets of the Hub, or the source of Python's standard library."""
+"""Text: local files, data sets on the Hub, or the source of Python's standard library."""
 
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from hf_compressm.data.sources import TextSource
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8; enough of a tokenizer for models of bytes."""
+    """A tokenizer for models of bytes: one token per byte of UTF-8."""
 
     vocab_size = 256
 
@@ -22,7 +22,7 @@ class ByteTokenizer:
         return {"input_ids": [list(text.encode("utf-8")) for text in texts]}
 
     def decode(self, tokens: Tensor) -> str:
-        """The text; bytes that are no UTF-8 become replacement characters."""
+        """The text; bytes that are not UTF-8 become replacement characters."""
         return bytes(tokens.tolist()).decode("utf-8", errors="replace")
 
 
@@ -30,7 +30,7 @@ def read_texts(source: TextSource) -> list[str]:
     """The documents, cut off after `max_characters`.
 
     Raises:
-        ValueError: for two sources at once, a file that is not there, or a data set that cannot be loaded.
+        ValueError: for two sources at once, a missing file, or a data set that cannot be loaded.
     """
     texts, left = [], source.max_characters
     for document in _documents(source):

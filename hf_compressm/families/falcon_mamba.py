@@ -1,10 +1,10 @@
 """Mamba-1 layers that normalise step, B and C between projection and scan: FalconMamba and Jamba.
 
 `B_t = w_B * b_t / rms(b_t)`, likewise C; Jamba learns w, FalconMamba has none. The r entries of a cut layer have
-another root mean square, so that its B and C are off by factors `rho_t` that change from token to token. Their
-directions are right: the read-out `R^T C` folds into the projection as in Mamba. The least-squares factor folds into
-w where there is one, and else, exactly, into what is linear in the scan's output: `W_out (s y + D u)` is
-`(s W_out) (y + D / s u)`. What stays is the variance of `rho_t`; the predicted error includes it.
+another root mean square, so B and C are off by factors `rho_t` that change from token to token. Their directions are
+right: the read-out `R^T C` folds into the projection as in Mamba. The least-squares estimate s of the factors folds
+into w if the layer has one. If not, it folds exactly into the parameters after the scan:
+`W_out (s y + D u) = (s W_out) (y + D / s u)`. Only the variance of `rho_t` remains; the predicted error includes it.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from hf_compressm.families.selective import Selection, float64, parameter_name
 
 @dataclass(frozen=True, eq=False)
 class NormFit:
-    """Least squares of a cut layer's B or C against the wanted one."""
+    """Least-squares fit of a cut layer's B or C to the wanted one."""
 
     scale: Tensor  # (r,), the new norm weights; equal entries where the layer has none
     residual: Tensor  # (r,), share of each entry's mean square that is not fitted
@@ -34,11 +34,11 @@ class NormalizedMambaFamily(MambaFamily):
     sampled_tokens: int = 1024
 
     def normalized(self, module: Any, time_step: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Root mean square normalisation of each."""
+        """Step, B and C, each normalised by its root mean square."""
         return module.dt_layernorm(time_step), module.b_layernorm(B), module.c_layernorm(C)
 
     def changes(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> tuple[ParameterChange, ...]:
-        """As in Mamba, and the factor that the normalisation gets wrong."""
+        """The changes of Mamba, and those that correct the factor of the normalisation."""
         module, indices = layer.module, kept[0]
         weight = _norm_weight(module.c_layernorm)
         forward, adjoint = projection_maps(
@@ -54,7 +54,7 @@ class NormalizedMambaFamily(MambaFamily):
         return decay, x_proj, *self._scale_changes(layer, indices, *fits)
 
     def _scale_changes(self, layer: SSMLayer, indices: Tensor, B: NormFit, C: NormFit) -> list[ParameterChange]:
-        """Put the factors into the norms' weights, or between scan and output."""
+        """Changes that put the factors into the norms' weights, or into D and the output projection."""
         module = layer.module
         if _learns(module.b_layernorm):
             norms = {"b_layernorm.weight": (module.b_layernorm, B), "c_layernorm.weight": (module.c_layernorm, C)}
@@ -78,18 +78,18 @@ class NormalizedMambaFamily(MambaFamily):
         ]
 
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
-        """`x_proj`, and where the factors go."""
+        """`x_proj`, and the modules that take the factors."""
         learns = _learns(layer.module.b_layernorm)
         return ("x_proj", "b_layernorm", "c_layernorm") if learns else ("x_proj", "out_proj")
 
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
-        """The width of `x_proj`, and the placeholders that FalconMamba has for weights."""
+        """The width of `x_proj`, and FalconMamba's placeholders for the norms' weights."""
         norms = [norm for norm in (module.b_layernorm, module.c_layernorm) if not _learns(norm)]
         placeholders = [(norm, "weight", norm.weight[:size].clone()) for norm in norms if hasattr(norm, "weight")]
         return [*super().attributes(module, size, kept), *placeholders]
 
     def mismatch(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> float:
-        """The residuals of B and C, by each state's share in the output."""
+        """The residuals of B and C, weighted by each state's share in the output."""
         B, C = self._fits(layer.module, kept, R, selection)
         read = (R[0].mT @ selection.Q[0] @ R[0]).diagonal()
         energy = selection.P[0].diagonal()[kept[0]] * read
@@ -124,7 +124,7 @@ def _learns(norm: nn.Module) -> bool:
 
 
 def _norm_weight(norm: Any) -> Tensor:
-    """The weight of a norm, float64 `(N,)`; an entry of 0 counts as 1, since nothing is known of what it hides."""
+    """The weight of a norm, float64 `(N,)`; an entry of 0 counts as 1, since its input cannot be recovered."""
     weight = float64(norm.weight) if _learns(norm) else torch.ones(norm.weight.numel(), dtype=torch.float64)
     return torch.where(weight == 0, torch.ones_like(weight), weight)
 

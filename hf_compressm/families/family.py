@@ -1,7 +1,7 @@
-"""What a family of SSM layers has to say, and the values that travel between the floors.
+"""The interface of a family of SSM layers, and the values that measuring, planning and cutting exchange.
 
 A family knows one kind of layer: how large its state is, how it is measured, and what a cut to r states writes. It
-never touches the layer. The room `surgery` does that, from the list of parameter changes that a family returns.
+never changes the layer. The room `surgery` does that, from the list of parameter changes that the family returns.
 """
 
 from abc import ABC, abstractmethod
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class CutMethod:
-    """How states are ranked.
+    """The way in which states are ranked.
 
     Attributes:
         criterion: `"hankel"`, `"empirical"`, `"surrogate"` or `"interpolative"`.
         keep: `"largest"`; for ablations `"smallest"` or `"random"`.
         realization: `"real"` or `"complex"` balancing of LTI layers.
-        seed: of the random ablation.
+        seed: seed of the random ablation.
         project: whether the model's class lets a layer project B and C after its convolution.
     """
 
@@ -38,9 +38,9 @@ class MomentTerm:
 
     Attributes:
         source: the old parameter.
-        matrix: acting along `dim`: float64 `(new, old)`, or `(groups, new, old)` with one matrix per entry of axis 0,
-            where second moments take squared entries; a plain number where the whole moment is scaled; or int64
-            `(new,)`, the old entries that stay.
+        matrix: map along `dim`. Float64 `(new, old)`, `(groups, new, old)` with one matrix per entry of axis 0, or a
+            plain number that scales the whole moment; second moments take its squared entries. Or int64 `(new,)`, the
+            old entries that stay.
         dim: axis of the moment that is mapped.
     """
 
@@ -59,7 +59,7 @@ class ParameterChange:
         value: the new tensor, float64; in the parameter's own dtype where entries are only selected.
         moments: the terms whose sum is the new moment. Moments are averages of gradients, so they are mapped by the
             adjoint of the change of basis: where the old state is `h = T h_r`, the gradient is `T^H g`.
-        row_map: what the change does to axis 0, by which LoRA around a projection follows: float64 `(new, old)`, a
+        row_map: what the change does to axis 0, for LoRA around a projection to follow: float64 `(new, old)`, a
             plain number, or int64 `(new,)`, the old entries that stay; None for anything else.
     """
 
@@ -78,7 +78,7 @@ class ParameterAddition:
         name: dotted name in the model.
         module: its owner, whose class has room for it under the last part of the name.
         value: the tensor, float64.
-        beside: a present parameter whose dtype, device, `requires_grad` and optimizer group it takes.
+        beside: an existing parameter whose dtype, device, `requires_grad` and optimizer group it takes.
     """
 
     name: str
@@ -98,7 +98,7 @@ class AttributeChange:
 
 @dataclass(frozen=True, eq=False)
 class LayerCut:
-    """All that a cut of one layer writes, and what it is expected to cost.
+    """Everything that a cut of one layer writes, and its expected cost.
 
     Attributes:
         changes: parameters to replace.
@@ -107,7 +107,7 @@ class LayerCut:
         error_bound: upper bound of the H-infinity error, for LTI layers cut by their closed-form Gramians; else None.
         energy_kept: share of the HSV sum that stays.
         note: what the user should know, such as a fallback that was taken.
-        additions: parameters that appear.
+        additions: parameters to add.
         config_fields: further fields of the layer's config, besides the state size.
     """
 
@@ -123,16 +123,16 @@ class LayerCut:
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """The spectrum of one layer and the answer to "what would keeping k values cost".
+    """The spectrum of one layer, and the cost of keeping its first k values.
 
     Attributes:
         hankel_singular_values: float64 `(n,)`, descending; n may differ from the state size.
         errors: float64 `(n + 1,)`, relative error after keeping the first k values: a guarantee for LTI layers under
             `criterion="hankel"`, an estimate otherwise.
         problem: why the layer cannot be cut (non-finite, unstable, no energy), or "".
-        detail: what the family needs again to cut.
+        detail: what the family needs later to cut.
         note: what the user should know.
-        scores: float64 `(groups, n)`, what each of the present states passes on by itself; empty where unmeasured.
+        scores: float64 `(groups, n)`, what each present state passes on by itself; empty if not measured.
     """
 
     hankel_singular_values: Tensor
@@ -166,12 +166,12 @@ class SSMLayer:
 
 
 class Statistics(ABC):
-    """What calibration batches show of a layer; batches that other processes saw can be added.
+    """What calibration batches show about a layer; sums from other processes can be added.
 
     Attributes:
-        sums: tensors that add up over batches, float64.
-        tokens: that were seen.
-        samples: by name, rows of signals, one tensor per batch.
+        sums: tensors summed over batches, by name, float64.
+        tokens: number of tokens seen.
+        samples: rows of signals by name, one tensor per batch.
     """
 
     def __init__(self) -> None:
@@ -186,12 +186,12 @@ class Statistics(ABC):
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def mean(self, name: str) -> Tensor:
-        """The sum of that name over the number of tokens."""
+        """The sum of that name, divided by the number of tokens."""
         return self.sums[name] / max(self.tokens, 1)
 
     @abstractmethod
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """See one forward call of the layer."""
+        """Take in one forward call of the layer."""
 
 
 @dataclass(frozen=True)
@@ -199,11 +199,12 @@ class Family(ABC):
     """One family of SSM layers.
 
     Attributes:
-        name: in plans, tables and error messages.
+        name: its name in plans, tables and error messages.
         module_type: class of the layer, or its dotted path where importing it would be slow or might fail.
         size_field: the model config's field with the state size.
         per_layer: whether all of the family's model classes hold a size per layer.
-        criteria: supported criteria; the first is the default, the first that needs no data stands in without it.
+        criteria: supported criteria; the default is the first one, or without data the first that needs none.
+        data_criteria: criteria that are measured on data.
     """
 
     name: str
@@ -217,12 +218,12 @@ class Family(ABC):
         """The criterion to use for `wanted`, which may be `"auto"`.
 
         Args:
-            wanted: from the settings.
-            calibrated: whether calibration data will be there.
+            wanted: the criterion in the settings.
+            calibrated: whether there will be calibration data.
             realization: `"real"` or `"complex"` balancing of LTI layers.
 
         Raises:
-            ValueError: if the family does not support it, or if it needs calibration data that is not there.
+            ValueError: if the family does not support it, or if it needs calibration data and there is none.
         """
         choices = [name for name in self.criteria if calibrated or name not in self.data_criteria]
         if wanted == "auto" and choices:
@@ -235,7 +236,7 @@ class Family(ABC):
         if wanted not in choices:
             raise ValueError(
                 f"{self.name} layers are measured on data (criterion={wanted!r}), and no calibration was given. "
-                "Pass calibration=, an iterable of model-input dicts; a DataLoader will do."
+                "Pass calibration=, an iterable of model-input dicts; a DataLoader works."
             )
         return wanted
 
@@ -245,31 +246,31 @@ class Family(ABC):
 
     @abstractmethod
     def state_entries(self, module: Any) -> int:
-        """Real numbers that the state of one sequence has in a layer: what decoding carries from token to token."""
+        """Number of real numbers in a layer's state of one sequence, which decoding carries from token to token."""
 
     @abstractmethod
     def statistics(self, module: Any, criterion: str) -> Statistics | None:
-        """An empty accumulator for the criterion, or None where no data is needed."""
+        """An empty accumulator for the criterion, or None if it needs no data."""
 
     @abstractmethod
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
-        """The spectrum of a layer; computes in float64 on the CPU and changes nothing."""
+        """The spectrum of a layer, computed in float64 on the CPU; nothing is changed."""
 
     @abstractmethod
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
         """What a cut to `size` states writes."""
 
     def values_kept(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> int:
-        """How many of the singular values a cut to `size` states keeps."""
+        """Number of singular values that a cut to `size` states keeps."""
         return size * measurement.hankel_singular_values.numel() // layer.state_size
 
     def granularity(self, module: Any) -> int:
-        """State sizes of this layer are multiples of this."""
+        """The number of which all state sizes of this layer are multiples."""
         return 1
 
     @property
     def selects_rows(self) -> bool:
-        """Whether a cut leaves the rows of these parts that stay as they are; otherwise it may mix or scale them."""
+        """Whether a cut only selects rows of the parts in `cut_parts`; otherwise it may mix or scale them."""
         return False
 
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
@@ -285,7 +286,7 @@ def has_finite_parameters(module: nn.Module) -> bool:
 def kept_order(count: int, method: CutMethod, layer: SSMLayer) -> Tensor:
     """Permutation of `count` ranked states, most wanted first, for `keep` = largest, smallest or random.
 
-    The random order depends on the seed, the layer's index and the count alone, so that a resumed run draws it again.
+    The random order depends only on the seed, the layer's index and the count, so that a resumed run draws it again.
     """
     if method.keep == "random":
         generator = torch.Generator().manual_seed(method.seed + 1_000_003 * (layer.index + 1) + count)

@@ -7,7 +7,7 @@
 | participation | share of old state k in new state i, rows sum to one | `(r, slots)` |
 
 Discrete time. The participation factors (Perez-Arriaga et al., IEEE TPAS 101, 1982) are the diagonal of the gradient
-map of the eigenvalues, and carry every parameter that is one number per state.
+map of the eigenvalues, and carry over every parameter that is one number per state.
 """
 
 from abc import abstractmethod
@@ -39,7 +39,7 @@ from hf_compressm.scans import diagonal_states
 
 
 FAILURES = (ValueError, torch.linalg.LinAlgError)
-"""No stable diagonal system of the size, or a decomposition that did not converge."""
+"""Errors of a cut: no stable diagonal system of the size, or a decomposition that did not converge."""
 
 
 class StateCovariance(Statistics):
@@ -51,7 +51,7 @@ class StateCovariance(Statistics):
         self.family = family
 
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """See one call of the layer's forward."""
+        """Take in one forward call of the layer."""
         u = args[0] if args else kwargs["u"]
         u = u.to(torch.promote_types(u.dtype, torch.float32))
         system = self.family.system(module)
@@ -67,14 +67,14 @@ class StateCovariance(Statistics):
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """A balanced layer, its states, most wanted first, and the last cut of it: a size is tried before it is taken."""
+    """A balanced layer, the order of its states (most wanted first), and its last truncation, for reuse."""
 
     balancing: Balancing
     order: Tensor
     truncations: dict[int, BalancedTruncation] = field(default_factory=dict)
 
     def truncate(self, slots: int) -> BalancedTruncation:
-        """The cut to a number of complex slots; raises as `truncate` does."""
+        """The truncation to a number of complex slots; raises what `truncate` raises."""
         if slots not in self.truncations:
             self.truncations.clear()  # each holds maps of the full order
             self.truncations[slots] = truncate(self.balancing, slots, self.order)
@@ -83,7 +83,7 @@ class Ranked:
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """A truncated system brought to exactly the slots that were asked for, and its participation factors."""
+    """A truncated system, filled up to exactly the wanted number of slots, and its participation factors."""
 
     system: DiagonalSystem
     truncation: BalancedTruncation
@@ -97,14 +97,14 @@ class LinearFamily(Family):
 
     @abstractmethod
     def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:
-        """The layer's own parameters of a reduced system, float64, all but `C_re` and `C_im`."""
+        """The layer's own parameters for a reduced system, float64, except `C_re` and `C_im`."""
 
     @abstractmethod
     def input_gradient_scale(self, module: Any, system: DiagonalSystem, values: Mapping[str, Tensor]) -> Tensor:
         """Complex `(slots,)` factor f with `B of the system = f * stored B`, for the given parameter values."""
 
     def system(self, module: Any) -> DiagonalSystem:
-        """The discrete-time system of a layer, on the CPU; a bidirectional layer's two read-outs stand in one C."""
+        """The discrete-time system of a layer, on the CPU; C stacks both read-outs of a bidirectional layer."""
         with torch.no_grad():
             return DiagonalSystem(*(x.detach().cpu() for x in module.system(torch.float64)))
 
@@ -113,15 +113,15 @@ class LinearFamily(Family):
         return (False, True) if module.bidirectional else (False,)
 
     def state_size(self, module: Any) -> int:
-        """State size as the config counts it."""
+        """The state size as the config counts it."""
         return int(module.state_size)
 
     def state_entries(self, module: Any) -> int:
-        """Two for each complex slot, in each direction."""
+        """Two real numbers for each complex slot, in each direction."""
         return 2 * int(module.B_re.shape[0]) * len(self.directions(module))
 
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
-        """Measured covariances are real: complex balancing, the paper's own, is in closed form."""
+        """The criterion to use for `wanted`; complex balancing, the paper's own, uses no measured covariances."""
         if realization == "complex" and wanted == "auto":
             return "hankel"
         if realization == "complex" and wanted == "empirical":
@@ -132,7 +132,7 @@ class LinearFamily(Family):
         return super().criterion(wanted, calibrated, realization)
 
     def statistics(self, module: Any, criterion: str) -> Statistics | None:
-        """States are only looked at under `criterion="empirical"`."""
+        """An accumulator of state covariances under `criterion="empirical"`, else None."""
         return StateCovariance(self) if criterion == "empirical" else None
 
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
@@ -183,7 +183,7 @@ class LinearFamily(Family):
         )
 
     def values_kept(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> int:
-        """Fewer than two values per slot, where real eigenvalues need slots of their own."""
+        """Number of values that a cut keeps: fewer than two per slot if real eigenvalues need slots of their own."""
         count = measurement.hankel_singular_values.numel()
         ranked: Ranked = measurement.detail
         try:
@@ -193,7 +193,7 @@ class LinearFamily(Family):
         return count if kept == _used(ranked.order, measurement.hankel_singular_values).numel() else kept
 
     def _bound_factor(self, module: Any) -> float:
-        """Both directions of a bidirectional layer add up: `|E_1| + |E_2| <= sqrt(2) |[E_1; E_2]|`."""
+        """Factor on the error bound: with two directions, `|E_1| + |E_2| <= sqrt(2) |[E_1; E_2]|`."""
         return 2**0.5 if len(self.directions(module)) == 2 else 1.0
 
     def _changes(self, layer: SSMLayer, reduction: Reduction) -> tuple[ParameterChange, ...]:
@@ -217,7 +217,7 @@ class LinearFamily(Family):
     def _moment_terms(
         self, module: Any, reduction: Reduction, values: Mapping[str, Tensor]
     ) -> dict[str, tuple[MomentTerm, ...]]:
-        """How each parameter's moments follow."""
+        """The moment terms of each parameter."""
         participation = reduction.participation
         old_scale = self.input_gradient_scale(module, self.system(module), dict(module.named_parameters()))
         new_scale = self.input_gradient_scale(module, reduction.system, values)
@@ -236,12 +236,12 @@ class LinearFamily(Family):
 
 
 def _slots(layer: SSMLayer, ranked: Ranked, size: int) -> int:
-    """Complex slots that `size` states need."""
+    """Number of complex slots that `size` states need."""
     return size * ranked.balancing.system.order // layer.state_size
 
 
 def _used(order: Tensor, sigma: Tensor) -> Tensor:
-    """The states that `truncate` looks at: it passes over those without output."""
+    """The states that `truncate` considers: all but those without output."""
     return order[sigma[order] > NUMERICAL_RANK * sigma[0]]
 
 
@@ -268,7 +268,7 @@ def _predicted_error(balancing: Balancing, truncation: BalancedTruncation, kept:
 def _fill(system: DiagonalSystem, truncation: BalancedTruncation, slots: int) -> Reduction:
     """Bring a truncation to exactly `slots` states.
 
-    A slot that conjugate pairs and real eigenvalues could not fill repeats the slowest state without input: it adds
+    A slot that no conjugate pair and no real eigenvalue fills repeats one of the slowest states, with B = 0: it adds
     nothing to the output, and its B has a gradient from the first step on.
     """
     reduced = truncation.system
@@ -295,7 +295,7 @@ def _participation(to_reduced: Tensor, from_reduced: Tensor) -> Tensor:
 
 
 def _scale_real(factor: Tensor) -> Tensor:
-    """Real `(2n, 2n)` matrix of multiplying `[Re x; Im x]` by a complex factor per entry."""
+    """Real `(2n, 2n)` matrix that multiplies `[Re x; Im x]` by a complex factor per entry."""
     real, imaginary = torch.diag(factor.real), torch.diag(factor.imag)
     return torch.cat([torch.cat([real, -imaginary], dim=1), torch.cat([imaginary, real], dim=1)])
 

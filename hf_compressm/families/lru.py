@@ -13,14 +13,14 @@ from hf_compressm.numerics import DiagonalSystem
 
 
 SMALLEST_MODULUS = 1e-30
-"""log(-log|lambda|) must stay finite where a reduced system has an eigenvalue at zero."""
+"""Smallest |lambda|, so that log(-log|lambda|) stays finite if a reduced system has an eigenvalue at zero."""
 
 
 class LRUFamily(LinearFamily):
     """Family of `hf_compressm.models.LRULayer`."""
 
     def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:
-        """Parameters of a reduced system; gamma is set to `sqrt(1 - |lambda|^2)` as at initialisation."""
+        """Parameters for a reduced system; gamma is set to `sqrt(1 - |lambda|^2)` as at initialisation."""
         system = reduction.system
         modulus = system.eigenvalues.abs().clamp_min(SMALLEST_MODULUS)
         gamma = ((1 - modulus) * (1 + modulus)).sqrt()
@@ -34,7 +34,7 @@ class LRUFamily(LinearFamily):
         }
 
     def input_gradient_scale(self, module: Any, system: DiagonalSystem, values: Mapping[str, Tensor]) -> Tensor:
-        """`exp(gamma_log)`."""
+        """The factor `exp(gamma_log)`."""
         return values["gamma_log"].detach().to("cpu", torch.float64).exp().to(torch.complex128)
 
 

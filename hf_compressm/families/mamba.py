@@ -1,4 +1,4 @@
-"""Mamba-1 layers, of transformers and of mamba-ssm: states are selected, and the dropped ones read out of the kept.
+"""Mamba-1 layers of transformers and mamba-ssm: a cut selects states, and reads the dropped ones out of the kept ones.
 
 | symbol | meaning | shape |
 |---|---|---|
@@ -66,22 +66,22 @@ class ScanInputs:
         return (torch.stack(chunks, dim=2) for chunks in zip(*streams, strict=True))
 
     def signals(self, out_weight: Tensor) -> Signals:
-        """What is measured; `out_weight` is the output projection's, `(hidden, groups * channels)`."""
+        """The signals to measure; `out_weight` `(hidden, groups * channels)` is that of the output projection."""
         gain = F.silu(self.z).abs() * out_weight.to(self.z.dtype).norm(dim=0).view(*self.z.shape[1:3], 1)
         gain = (gain * self.mask[:, None, None]).permute(3, 0, 1, 2)
         return Signals(self.states(), gain, self.B.permute(0, 3, 1, 2), self.C.permute(0, 3, 1, 2), self.mask)
 
 
 class SurrogateStatistics(Statistics):
-    """The averages of the paper's surrogate: of `exp(Delta A)`, `Delta B` and C."""
+    """The averages that the paper's surrogate needs: of `exp(Delta A)`, `Delta B` and C."""
 
     def __init__(self, family: "MambaFamily") -> None:
-        """Start with nothing seen of a layer of that family."""
+        """Start with nothing seen, for layers of this family."""
         super().__init__()
         self.family = family
 
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """See one call of the layer's forward."""
+        """Take in one forward call of the layer."""
         hidden_states = args[0] if args else kwargs[self.family.input_name]
         inputs = self.family.scan_inputs(module, hidden_states, kwargs.get("attention_mask"))
         self.tokens += int(inputs.mask.sum())
@@ -99,16 +99,16 @@ class MambaFamily(SelectiveFamily):
     """Family of `transformers.models.mamba.MambaMixer` and `mamba_ssm.Mamba`."""
 
     def state_entries(self, module: Any) -> int:
-        """As many as A has: one for each channel and state."""
+        """One number for each channel and state, as many as A has."""
         return int(module.A_log.numel())
 
     def scan_inputs(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None) -> ScanInputs:
-        """What the layer feeds to its scan, in float32 at least.
+        """The arguments of the layer's scan, in float32 at least.
 
         Args:
             module: a Mamba-1 layer.
             hidden_states: its input, `(batch, length, hidden)`.
-            attention_mask: `(batch, length)`, 1 for real tokens; padded positions are silenced as the layer does.
+            attention_mask: `(batch, length)`, 1 for real tokens; padding is set to zero as in the layer.
         """
         mask = None if attention_mask is None else attention_mask[:, None, :].to(hidden_states.dtype)
         hidden_states = hidden_states if mask is None else hidden_states * mask.mT
@@ -126,20 +126,20 @@ class MambaFamily(SelectiveFamily):
         return ScanInputs(grouped[0], grouped[1], A[None], grouped[2], grouped[3], grouped[4], real)
 
     def normalized(self, module: Any, time_step: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the layer does with step, B and C between projection and scan: nothing."""
+        """Step, B and C as the scan takes them: in this layout as they leave the projection."""
         return time_step, B, C
 
     def signals(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
-        """What the layer's scan computes."""
+        """The signals of the layer's scan."""
         inputs = self.scan_inputs(module, hidden_states, attention_mask)
         return inputs.signals(effective_weight(module.out_proj))
 
     def statistics(self, module: Any, criterion: str) -> Statistics | None:
-        """All criteria need data."""
+        """An empty accumulator; all criteria need data."""
         return SurrogateStatistics(self) if criterion == "surrogate" else CovarianceStatistics(self)
 
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
-        """Empirical HSVs and the selection order, or those of the averaged systems."""
+        """Empirical HSVs and the order of selection, or those of the averaged systems."""
         if method.criterion != "surrogate":
             return super().measure(layer, method, statistics)
         problem = self.problem(layer, statistics)
@@ -155,15 +155,15 @@ class MambaFamily(SelectiveFamily):
         orders = [order[kept_order(order.numel(), method, layer)] for order in orders]
         losses = [surrogate.surrogate_losses(*pair, order) for pair, order in zip(gramians, orders, strict=True)]
         errors = interpolation.relative_errors(torch.stack(losses).sum(dim=0))
-        shared = torch.stack([(P * Q).sum(dim=0) for P, Q in gramians])  # what two states lose together
+        shared = torch.stack([(P * Q).sum(dim=0) for P, Q in gramians])  # the loss that two states share
         selection = Selection(torch.stack(orders), shared, torch.ones_like(shared), reads_out=False)
         return Measurement(sigma, errors, detail=selection, scores=scores)
 
     def changes(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> tuple[ParameterChange, ...]:
         """New `A_log` and `x_proj.weight`, and how their moments follow.
 
-        The kept states keep their decay and input. The gradient of the read-out `C_S` is what it was, that of the
-        input `B_S` gains what the dropped states passed on: `R^T g`.
+        The kept states keep their decay and input. The gradient of the read-out `C_S` stays the same, that of the
+        input `B_S` includes what the dropped states passed on: `R^T g`.
         """
         module, indices, R = layer.module, kept[0], R[0]
         forward, adjoint = projection_maps(step_rank(module, R.shape[0]), indices, R)
@@ -184,7 +184,7 @@ class MambaFamily(SelectiveFamily):
         )
 
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
-        """The one projection to step, B and C."""
+        """`x_proj`, the projection to step, B and C."""
         return ("x_proj",)
 
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
@@ -193,12 +193,12 @@ class MambaFamily(SelectiveFamily):
 
 
 def step_rank(module: Any, size: int) -> int:
-    """Rank of the step size's projection, the rows of `x_proj` above those of B and C."""
+    """Rank of the step size's projection: the number of rows of `x_proj` above those of B and C."""
     return int(module.x_proj.weight.shape[0]) - 2 * size
 
 
 def projection_maps(rank: int, indices: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-    """What maps the rows (step, B, C) of `x_proj` and their gradients: `(rank + 2 r, rank + 2 N)` each."""
+    """The maps of `x_proj`'s rows (step, B, C) and of their gradients, `(rank + 2 r, rank + 2 N)` each."""
     identity = torch.eye(rank, dtype=torch.float64)
     selection = torch.eye(R.shape[0], dtype=torch.float64)[indices]
     return torch.block_diag(identity, selection, R.mT), torch.block_diag(identity, R.mT, selection)

@@ -7,10 +7,10 @@
 | A | continuous-time decay, `-exp(A_log)` | `(heads,)` |
 | B, C | input and read-out, shared by the heads of a group | `(batch, length, groups, N)` |
 
-Discrete time, `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`, `y_t = h_t C_t`. B and C leave the convolution ready
-for the scan, so that nothing linear can be folded in front of it. A stock layer therefore selects states, those whose
-loss costs least without repair. A layer whose class projects B and C after the convolution (`B_proj`, `C_proj`) is cut
-by balanced projection, the optimum; see `numerics.projection`.
+Discrete time, `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`, `y_t = h_t C_t`. B and C enter the scan as they leave the
+convolution, so no linear map of them can be folded into the layer. A cut of a stock layer therefore selects states: it
+drops those whose loss costs least without repair. A layer whose class projects B and C after the convolution
+(`B_proj`, `C_proj`) is cut by balanced projection, which is optimal; see `numerics.projection`.
 """
 
 from dataclasses import dataclass, replace
@@ -42,7 +42,7 @@ from hf_compressm.scans import ssd_scan, ssd_states
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of a layer, read off its tensors."""
+    """Widths of a layer, read from its tensors."""
 
     heads: int
     groups: int
@@ -51,7 +51,7 @@ class Shape:
 
     @classmethod
     def of(cls, module: Any) -> "Shape":
-        """The widths of a layer as it is."""
+        """The widths of a layer as it is now."""
         groups = int(getattr(module, "n_groups", None) or module.ngroups)
         size = getattr(module, "conv_state_size", None) or getattr(module, "ssm_state_size", None) or module.d_state
         convolved = int(module.conv1d.weight.shape[0])
@@ -59,32 +59,32 @@ class Shape:
 
     @property
     def convolved(self) -> int:
-        """Channels of the convolution: x, B and C."""
+        """Number of channels of the convolution: x, B and C."""
         return self.inner + 2 * self.groups * self.width
 
     def rows(self, kept: Tensor) -> Tensor:
-        """Channels of the convolution that stay where every group keeps `kept` `(groups, r)`."""
+        """Channels of the convolution that stay if every group keeps the states `kept` `(groups, r)`."""
         B = (self.inner + torch.arange(self.groups)[:, None] * self.width + kept).flatten()
         return torch.cat([torch.arange(self.inner), B, B + self.groups * self.width])
 
     def projected_rows(self, kept: Tensor, total: int) -> Tensor:
-        """Rows of the input projection's `total` that stay: what comes before x, B and C, these, and dt."""
+        """Rows of `in_proj`, which has `total`, that stay: all before x, those of x, the kept B and C, and of dt."""
         start = total - self.heads - self.convolved
         return torch.cat([torch.arange(start), start + self.rows(kept), torch.arange(total - self.heads, total)])
 
 
 @dataclass(frozen=True)
 class Mamba2Family(SelectiveFamily):
-    """Family of `Mamba2Mixer`, those of its hybrids, and `mamba_ssm.Mamba2`."""
+    """Family of `Mamba2Mixer`, the Mamba-2 mixers of hybrids, and `mamba_ssm.Mamba2`."""
 
     reads_out: bool = False
 
     def state_entries(self, module: Any) -> int:
-        """One for each channel and state."""
+        """One number for each channel and state."""
         return Shape.of(module).inner * self.state_size(module)
 
     def signals(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
-        """What the layer's scan computes."""
+        """The signals of the layer's scan."""
         shape = Shape.of(module)
         mask = None if attention_mask is None else attention_mask[..., None].to(hidden_states.dtype)
         hidden_states = hidden_states if mask is None else hidden_states * mask
@@ -124,7 +124,7 @@ class Mamba2Family(SelectiveFamily):
         return replace(measured, errors=errors, detail=detail)
 
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
-        """Select `size` states of every group, or project on as many."""
+        """Select `size` states of every group, or project onto as many."""
         if not self._projects(layer, method):
             return super().cut(layer, method, measurement, size)
         selection: Selection = measurement.detail
@@ -145,7 +145,7 @@ class Mamba2Family(SelectiveFamily):
         )
 
     def changes(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> tuple[ParameterChange, ...]:
-        """The rows of B and C that stay, in `in_proj` and `conv1d`."""
+        """`in_proj` and `conv1d` with the rows that stay."""
         module, shape = layer.module, Shape.of(layer.module)
         convolved = shape.rows(kept)
         projected = shape.projected_rows(kept, module.in_proj.weight.shape[0])
@@ -169,15 +169,15 @@ class Mamba2Family(SelectiveFamily):
 
     @property
     def selects_rows(self) -> bool:
-        """Nothing is folded into what is in front of the convolution."""
+        """True: nothing is folded into the projection or the convolution."""
         return True
 
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
-        """Projection and convolution where states are selected; a projected layer leaves both as they are."""
+        """Projection and convolution if states are selected; none if B and C are projected."""
         return () if self._projects(layer, method) else ("in_proj", "conv1d")
 
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
-        """Widths of convolution and projection, and FalconH1's multipliers."""
+        """The widths of convolution and projection, and FalconH1's multipliers."""
         shape = Shape.of(module)
         smaller = Shape(shape.heads, shape.groups, size, shape.inner)
         total = int(module.in_proj.weight.shape[0]) - shape.convolved + smaller.convolved
@@ -191,12 +191,12 @@ class Mamba2Family(SelectiveFamily):
         return changes
 
     def _projects(self, layer: SSMLayer, method: CutMethod) -> bool:
-        """Whether B and C are projected after the convolution; a layer that does so goes on doing so."""
+        """Whether B and C are projected after the convolution; a layer with projections keeps them."""
         return method.project or getattr(layer.module, "B_proj", None) is not None
 
 
 def _projected(signal: Tensor, weight: Tensor | None) -> Tensor:
-    """`(batch, length, groups, M)` by one matrix `(N, M)` per group."""
+    """A signal `(batch, length, groups, M)`, multiplied by one matrix `(N, M)` per group if there is a weight."""
     return signal if weight is None else torch.einsum("blgm,gnm->blgn", signal, weight.to(signal.dtype))
 
 
@@ -206,10 +206,10 @@ def _feed_through(module: Any, shape: Shape) -> Tensor:
 
 
 def _loudness(module: Any, y: Tensor, z: Tensor) -> Tensor:
-    """Gain from the scan's output to the layer's, like `y` `(batch, length, heads, head_dim)`.
+    """Gain from the scan's output to the layer's, in the shape of `y`, `(batch, length, heads, head_dim)`.
 
-    The gated norm multiplies a head by its weights and one factor per token, whichever way it is grouped and whether
-    it gates before or after: that factor is read off its result.
+    The gated norm multiplies a head by its weights and by one factor per token, however it is grouped and whether it
+    gates before or after. This factor is computed from the result of the norm.
     """
     gate = F.silu(z).abs()
     columns = effective_weight(module.out_proj).to(y.dtype).norm(dim=0)[-y.shape[2] * y.shape[3] :].view(y.shape[2:])
@@ -225,7 +225,7 @@ def _loudness(module: Any, y: Tensor, z: Tensor) -> Tensor:
 def _projection_changes(
     layer: SSMLayer, W: Tensor, V: Tensor
 ) -> tuple[tuple[ParameterChange, ...], tuple[ParameterAddition, ...]]:
-    """`B_proj` and `C_proj` of a layer: new ones, or the present ones projected on.
+    """`B_proj` and `C_proj` of a layer: new ones, or the present ones projected further.
 
     With `B = V B_r` and `C = W^T C_r` the gradients map by the adjoints, `V^T` and W.
     """

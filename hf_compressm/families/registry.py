@@ -1,4 +1,4 @@
-"""The one list of families, keyed on the type of the layer."""
+"""The registry of families, keyed on the type of the layer."""
 
 from torch import nn
 
@@ -10,7 +10,7 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make a family known.
+    """Add a family to the registry.
 
     Raises:
         ValueError: if its module type belongs to another family.
@@ -35,10 +35,10 @@ def size_fields() -> list[str]:
 def find_layers(model: nn.Module) -> list[SSMLayer]:
     """All SSM layers of a model, in order; attention and MLP layers are left alone.
 
-    Names are those in the model itself, also where peft's wrapper is around it.
+    Names are those in the model itself, even if it is inside peft's wrapper.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if the model has none.
     """
     layers: list[SSMLayer] = []
     for name, module in underlying(model).named_modules():
@@ -56,7 +56,7 @@ def find_layers(model: nn.Module) -> list[SSMLayer]:
 
 
 def _path(module_type: type | str) -> str:
-    """Dotted path of a class; the key, so that no family has to be imported to be known."""
+    """Dotted path of a class: the key of the registry, for which no layer has to be imported."""
     if isinstance(module_type, str):
         return module_type
     return f"{module_type.__module__}.{module_type.__qualname__}"

@@ -23,9 +23,9 @@ from hf_compressm.numerics import DiagonalSystem
 
 
 SMALLEST_MODULUS = 1e-30
-"""log(lambda) must stay finite where a reduced system has an eigenvalue at zero."""
+"""Smallest |lambda|, so that log(lambda) stays finite if a reduced system has an eigenvalue at zero."""
 LARGEST_REAL_PART = -1e-4
-"""What `clip_eigs` clips Re(Lambda) to; a smaller step keeps new eigenvalues clear of it."""
+"""The largest Re(Lambda) under `clip_eigs`; new step sizes are small enough to keep new eigenvalues below it."""
 SMALLEST_STEP_PRODUCT = 1e-8
 """Below this |Lambda Delta|, `f` is `Delta` in double precision, and the quotient would divide zero by zero."""
 
@@ -34,14 +34,14 @@ class S5Family(LinearFamily):
     """Family of `hf_compressm.models.S5Layer`."""
 
     def granularity(self, module: Any) -> int:
-        """With conjugate symmetry states come in pairs."""
+        """2 with conjugate symmetry, where states come in pairs, else 1."""
         return 2 if module.conj_sym else 1
 
     def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:
-        """Parameters of a reduced system.
+        """Parameters for a reduced system.
 
-        The discrete eigenvalue fixes only `Lambda Delta`: each new state takes the step size of the old states that it
-        is made of (their participation), as slow as `clip_eigs` demands.
+        The discrete eigenvalue fixes only `Lambda Delta`. The step size of a new state is the geometric mean of the
+        old ones, weighted by their participation, and smaller if `clip_eigs` demands it.
         """
         system = reduction.system
         weight = reduction.participation.abs()

@@ -1,4 +1,4 @@
-"""What all selective layers (the Mamba families) share: measuring states on data, and selecting or projecting them.
+"""What all selective layers (the Mamba families) share: states are measured on data, and selected or projected.
 
 | symbol | meaning | shape |
 |---|---|---|
@@ -7,7 +7,7 @@
 | g | loudness: gain from a channel's scan output to the layer's output | `(length, batch, groups, channels)` |
 | P | `E[g^2 h h^T]` over tokens and channels | `(groups, N, N)` |
 | Q | `E[C_t C_t^T]` | `(groups, N, N)` |
-| M | `E[g^2 (C_t h) (C_t h)^T]`, entry by entry: what states that are simply dropped cost | `(groups, N, N)` |
+| M | `E[g^2 (C_t h) (C_t h)^T]`, entry by entry: the cost of states dropped without repair | `(groups, N, N)` |
 
 A layer has one state size, but every group keeps states of its own. The layer's spectrum is the sum over the groups of
 their k-th values, so that its first r entries are the energy that r states per group keep.
@@ -41,7 +41,7 @@ from hf_compressm.numerics import interpolation
 class Signals:
     """What a layer's scan computes in one forward call, in float32 at least."""
 
-    states: Iterator[Tensor]  # chunks in time, (steps, batch, groups, channels, N), to be overwritten
+    states: Iterator[Tensor]  # chunks in time, (steps, batch, groups, channels, N), which may be overwritten
     gain: Tensor  # (length, batch, groups, channels), 0 at padding
     B: Tensor  # (batch, length, groups, N)
     C: Tensor  # (batch, length, groups, N)
@@ -50,12 +50,12 @@ class Signals:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What `cut` needs of a measurement."""
+    """The part of a measurement that `cut` needs."""
 
     orders: Tensor  # (groups, N), most wanted first
-    P: Tensor  # (groups, N, N); M where the dropped states are simply gone
-    Q: Tensor  # (groups, N, N); then ones
-    reads_out: bool  # whether the dropped states are read out of the kept ones, or simply gone
+    P: Tensor  # (groups, N, N); M if states are dropped without repair
+    Q: Tensor  # (groups, N, N); ones in that case
+    reads_out: bool  # whether the dropped states are read out of the kept ones
     samples: Mapping[str, Tensor] = field(default_factory=dict)  # B and C, (tokens, groups, N)
 
 
@@ -63,12 +63,12 @@ class CovarianceStatistics(Statistics):
     """Loudness-weighted state covariance P and read-out covariance Q of every group."""
 
     def __init__(self, family: "SelectiveFamily") -> None:
-        """Start with nothing seen of a layer of that family."""
+        """Start with nothing seen, for layers of this family."""
         super().__init__()
         self.family = family
 
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """See one call of the layer's forward."""
+        """Take in one forward call of the layer."""
         hidden_states = args[0] if args else kwargs[self.family.input_name]
         signals = self.family.signals(module, hidden_states, kwargs.get("attention_mask"))
         self.tokens += int(signals.mask.sum())
@@ -92,7 +92,7 @@ class CovarianceStatistics(Statistics):
 def _second_moment(signal: Tensor) -> Tensor:
     """Sum of outer products of `(groups, ..., rows, N)` over all but the groups, `(groups, N, N)`.
 
-    A product for each entry of what lies between: one for all would first copy the states, which lie transposed.
+    One product per entry of the middle axes: a single product would first copy the states, which are transposed.
     """
     return (signal.mT @ signal).flatten(1, -3).sum(dim=1)
 
@@ -105,7 +105,7 @@ class SelectiveFamily(Family):
         state_size_name: the layer's attribute with the state size.
         input_name: the first argument of the layer's forward.
         reads_out: whether a linear map of the read-out can be folded into the layer's parameters.
-        sampled_tokens: how many of a batch's tokens `statistics` keeps B and C of, evenly spaced.
+        sampled_tokens: for how many tokens of a batch, evenly spaced, `statistics` keeps B and C.
     """
 
     state_size_name: str = "ssm_state_size"
@@ -115,7 +115,7 @@ class SelectiveFamily(Family):
 
     @abstractmethod
     def signals(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
-        """What the layer's scan computes from `(batch, length, hidden)`, padding silenced as the layer does it."""
+        """The signals of the layer's scan for `(batch, length, hidden)`, with padding set to zero as in the layer."""
 
     @abstractmethod
     def changes(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> tuple[ParameterChange, ...]:
@@ -126,7 +126,7 @@ class SelectiveFamily(Family):
         """Attributes and buffers, besides the state size, that follow a cut to `size` states."""
 
     def mismatch(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> float:
-        """Relative mean square error of a cut layer's output beyond that of dropping and reading out states."""
+        """Relative mean square error of a cut layer's output, besides that of dropping and reading out states."""
         return 0.0
 
     def state_size(self, module: Any) -> int:
@@ -134,7 +134,7 @@ class SelectiveFamily(Family):
         return int(getattr(module, self.state_size_name))
 
     def statistics(self, module: Any, criterion: str) -> Statistics | None:
-        """All criteria need data."""
+        """An empty accumulator; all criteria need data."""
         return CovarianceStatistics(self)
 
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
@@ -172,7 +172,7 @@ class SelectiveFamily(Family):
         return "" if finite else "non-finite states"
 
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
-        """Keep `size` states of every group, and read the dropped ones out of them where that can be folded."""
+        """Keep `size` states of every group, and read the dropped ones out of them if that can be folded."""
         selection: Selection = measurement.detail
         kept = selection.orders[:, :size].sort(dim=-1).values
         R = _read_out(selection, kept)
@@ -190,7 +190,7 @@ class SelectiveFamily(Family):
 
 
 def _read_out(selection: Selection, kept: Tensor) -> Tensor:
-    """R `(groups, N, r)`, by which the states are read out of the kept ones; without repair those of the kept."""
+    """R `(groups, N, r)`, which reads all states out of the kept ones; without repair, only the kept ones."""
     if selection.reads_out:
         pairs = zip(selection.P, kept, strict=True)
         return torch.stack([interpolation.interpolation_matrix(P, indices) for P, indices in pairs])
@@ -212,10 +212,10 @@ def unmeasurable(layer: SSMLayer, problem: str) -> Measurement:
 
 
 def float64(parameter: Tensor) -> Tensor:
-    """A copy on the CPU to compute with."""
+    """The parameter in float64 on the CPU, without gradients."""
     return parameter.detach().to("cpu", torch.float64)
 
 
 def parameter_name(layer: SSMLayer, name: str) -> str:
-    """Dotted name in the model of a layer's parameter."""
+    """Dotted name of a layer's parameter in the model."""
     return f"{layer.name}.{name}" if layer.name else name

@@ -1,4 +1,4 @@
-"""Streaming calibration batches through a model while its SSM layers are watched."""
+"""Statistics of SSM layers, collected while calibration batches run through the model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,14 +20,14 @@ def collect_statistics(
 ) -> list[Statistics | None]:
     """Run the calibration batches and return each layer's statistics, None where its criterion needs no data.
 
-    The model's mode, config, buffers and gradients and torch's random number generators are left as they were.
+    The model's mode, config, buffers and gradients and the random number generators are left as they were.
 
     Args:
-        model: moved nowhere; batches go to its device.
+        model: the model; it is not moved, and batches go to its device.
         layers: layers to watch.
         criteria: one per layer.
         calibration: dicts of model inputs.
-        may_be_empty: whether it is fine that there is no batch, since other processes have them.
+        may_be_empty: whether there may be no batch, since other processes have them.
 
     Raises:
         ValueError: if a batch is not a dict or the model rejects it, or if there was no batch.
@@ -46,7 +46,7 @@ def collect_statistics(
 
 
 def _run(model: nn.Module, batch: Any, number: int) -> None:
-    """One forward pass, with an error that names the batch."""
+    """Run one forward pass; an error names the batch."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"Calibration batch {number} is a {type(batch).__name__}; a dict of model inputs is needed.")
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Zamba's Mamba-1 layers: several heads, each with B, C and states of its own, that are cut one by one."""
+"""Zamba's Mamba-1 layers: several heads with B, C and states of their own, which are cut one by one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ class ZambaFamily(MambaFamily):
     """Family of `ZambaMambaMixer`; a group is a head."""
 
     def scan_inputs(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None) -> ScanInputs:
-        """What the layer feeds to its scans, in float32 at least; arguments as in Mamba."""
+        """The arguments of the layer's scans, in float32 at least; parameters as in Mamba."""
         mask = None if attention_mask is None else attention_mask[:, None, :].to(hidden_states.dtype)
         hidden_states = hidden_states if mask is None else hidden_states * mask.mT
         batch, length, _ = hidden_states.shape
@@ -59,11 +59,11 @@ class ZambaFamily(MambaFamily):
         )
 
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
-        """None: the projections are parameters of the layer itself."""
+        """No modules: the projections are parameters of the layer itself."""
         return ()
 
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
-        """No more than the state size."""
+        """Nothing besides the state size."""
         return []
 
 

@@ -1,3 +1,3 @@
-"""Files on the disk: written whole or not at all, the shapes and tensors in them, and their names."""
+"""Files on the disk: atomic writing, the shapes and tensors of saved models, and file names."""
 
 __all__: list[str] = []

@@ -1,6 +1,6 @@
-"""Files that are there whole or not at all: written beside, flushed to the disk, and renamed into place.
+"""Atomic files, which exist whole or not at all: written under another name, flushed to the disk, and renamed.
 
-What is read back may come from a crash or from a stranger, so that an error shows it only in part.
+A file that is read back may come from a crash or from a stranger, so error messages show its content only in part.
 """
 
 import json
@@ -21,8 +21,8 @@ def write_json(path: str | Path, values: Any) -> None:
     """Write JSON as `write_text` does.
 
     Args:
-        path: of the file; its directory must be there.
-        values: JSON-ready; NaN and infinity are refused, since other readers would be.
+        path: path of the file; its directory must exist.
+        values: values that JSON can hold; NaN and infinity are refused, since other readers refuse them.
 
     Raises:
         OSError: from the file system; the earlier file is then untouched.
@@ -36,18 +36,18 @@ def write_json(path: str | Path, values: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write text so that a reader finds the old file or the new one, after a crash and a power cut too.
+    """Write text so that a reader finds either the old file or the new one, even after a crash or a power cut.
 
     Args:
-        path: of the file; its directory must be there.
-        text: of it.
+        path: path of the file; its directory must exist.
+        text: the new content.
 
     Raises:
         OSError: from the file system; the earlier file is then untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    file = temporary.open("x", encoding="utf-8")  # readable by whom the files beside it are, unlike one of tempfile
+    file = temporary.open("x", encoding="utf-8")  # with the usual permissions, unlike a file of tempfile
     try:
         with file:
             file.write(text)
@@ -79,22 +79,22 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
-    """A hidden directory to fill, which gets its name at the end; it is removed if filling it fails.
+    """Yield a hidden directory to fill; give it its name at the end, or remove it if filling it fails.
 
     Args:
-        path: of the directory; nothing may be there but an empty one.
+        path: final path of the directory; nothing but an empty directory may exist there.
 
     Raises:
-        OSError: from the file system; nothing is then left.
+        OSError: from the file system; nothing is left behind.
     """
     path = Path(path).absolute()
-    place = next(folder for folder in path.parents if folder.is_dir())  # so that no parents are left either
+    place = next(folder for folder in path.parents if folder.is_dir())  # exists: no parents are left either
     temporary = place / f".{path.name}.{secrets.token_hex(8)}"
     temporary.mkdir()
     try:
         yield temporary
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():  # Windows renames onto nothing
+        if path.is_dir():  # Windows cannot rename onto a directory
             path.rmdir()
         os.replace(temporary, path)
     except BaseException:
@@ -112,7 +112,7 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def sync_and_sum(path: Path) -> dict[str, int]:
-    """Flush a file that others wrote to the disk; its length in bytes and its CRC-32."""
+    """Flush a file that other code wrote to the disk, and return its length in bytes and its CRC-32."""
     length = checksum = 0
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -126,7 +126,7 @@ def sync_directory(path: Path) -> None:
     """Flush a directory's entries to the disk, where the file system can."""
     try:
         handle = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows opens no directories
+    except OSError:  # Windows cannot open directories
         return
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What safetensors weights hold, in one file or in shards: read from the headers, tensor by tensor where asked for."""
+"""The content of safetensors weights, in one file or in shards: headers, and tensors one by one on request."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from hf_compressm.utils.checks import quoted
 
 
 class TensorHeader(NamedTuple):
-    """What a file's header says of one tensor."""
+    """One tensor as the header of its file describes it."""
 
     shape: tuple[int, ...]
     dtype: str  # as safetensors writes it, such as "F32"
@@ -21,7 +21,7 @@ class TensorHeader(NamedTuple):
 
 
 Headers = Mapping[str, TensorHeader]
-"""By the tensor's name."""
+"""Headers by the names of the tensors."""
 
 
 def has_weights(directory: str | Path) -> bool:
@@ -33,8 +33,8 @@ def read_headers(directory: str | Path) -> dict[str, TensorHeader]:
     """Read the header of every weights file of a directory, each once.
 
     Raises:
-        ValueError: naming the file, if weights are missing, an index names a shard that is not there or a tensor that
-            is not in its shard, or a file is not whole.
+        ValueError: naming the file, if weights are missing, an index names a missing shard or a tensor that its
+            shard lacks, or a file is not whole.
     """
     directory = Path(directory)
     single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
@@ -72,7 +72,7 @@ def read_tensors(headers: Headers, names: Iterable[str] | None = None) -> Iterat
 
     Args:
         headers: from `read_headers`.
-        names: of the wanted tensors; all of them by default.
+        names: names of the wanted tensors; all of them by default.
     """
     wanted = list(headers if names is None else names)
     for path in sorted({headers[name].file for name in wanted}):
@@ -83,7 +83,7 @@ def read_tensors(headers: Headers, names: Iterable[str] | None = None) -> Iterat
 
 
 def is_file(path: Path) -> bool:
-    """Whether it is there; a name that no file can have is not."""
+    """Whether a file exists; False for a name that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -91,7 +91,7 @@ def is_file(path: Path) -> bool:
 
 
 def _placed_tensors(index: Path) -> dict[str, str]:
-    """Shard of every tensor, after making sure that each shard is a file beside the index."""
+    """The shard of every tensor; each shard is checked to be a file beside the index."""
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise ValueError(f"{index} has no weight_map that names a shard for each tensor.")

@@ -1,6 +1,7 @@
-"""Models in the shape of Hugging Face's: S5, LRU, and Mamba and Mamba-2 with a state size per layer.
+"""Hugging Face models: S5, LRU, and Mamba and Mamba-2 with a state size per layer.
 
-Registered with the Auto classes under `s5`, `lru`, `compressm_mamba` and `compressm_mamba2`.
+They are registered with the Auto classes under `s5`, `lru`, `compressm_mamba` and `compressm_mamba2`. This folder is
+flat, since its files are copied one by one beside saved models, as custom code.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -1,7 +1,7 @@
 """Moving a live stock Mamba or Mamba-2 into this package's class, in place and without touching a tensor.
 
-Stock and own classes hold the same modules, parameters and buffers, so that changing the class of the objects is all
-there is to do: parameters keep their identity, and with it optimizer, hooks and everybody's references.
+Stock and own classes hold the same modules, parameters and buffers, so only the class of the objects has to change.
+Parameters keep their identity: optimizer, hooks and all references stay valid.
 """
 
 from torch import nn
@@ -36,38 +36,38 @@ _PARTS: dict[type, type] = {
 }
 _CONFIGS: dict[type, type] = {MambaConfig: CompreSSMambaConfig, Mamba2Config: CompreSSMamba2Config}
 _CLASSES: dict[type, type] = {**_MODELS, **_PARTS}
-# What an own mixer has and a stock mixer must get.
+# Parameters of an own mixer, which a stock mixer gets when it is adopted.
 _PROJECTIONS = ("B_proj", "C_proj")
 
 
 def own_class(stock_class: type) -> type | None:
-    """Returns this package's class for a stock model, block or mixer class, itself for an own one, None for others."""
+    """This package's class for a stock model, block or mixer class; an own class itself; None for others."""
     return stock_class if stock_class in _CLASSES.values() else _CLASSES.get(stock_class)
 
 
 def stock_class(model_class: type) -> type:
-    """Returns the stock model class of an own one, and any other class itself."""
+    """The stock class of an own model class; any other class itself."""
     return next((stock for stock, own in _MODELS.items() if own is model_class), model_class)
 
 
 def own_config_class(stock_class: type) -> type | None:
-    """Returns this package's class for a stock configuration class, itself for an own one, None for others."""
+    """This package's class for a stock configuration class; an own class itself; None for others."""
     return stock_class if stock_class in _CONFIGS.values() else _CONFIGS.get(stock_class)
 
 
 def adopt(model: nn.Module) -> None:
-    """Turns a stock Mamba or Mamba-2, live and perhaps in training, into this package's class, in place.
+    """Turn a stock Mamba or Mamba-2, live and perhaps in training, into this package's class, in place.
 
     The model, its backbone and its Mamba-2 blocks and mixers change their class, and so does the one configuration
-    that they share. No tensor moves; hooks, buffers, mode and generation configuration stay. The sizes are still
-    those of the stock model: what may now differ between layers is for the caller to change. A model of an own class
-    is left as it is. Everything is checked before anything changes.
+    that they share. No tensor moves; hooks, buffers, mode and generation configuration stay. The sizes stay
+    those of the stock model, until the caller changes them layer by layer. A model of an own class is left as it is.
+    Everything is checked before anything changes.
 
     Args:
-        model: Exactly a `MambaModel`, `MambaForCausalLM`, `Mamba2Model` or `Mamba2ForCausalLM`.
+        model: A `MambaModel`, `MambaForCausalLM`, `Mamba2Model` or `Mamba2ForCausalLM`, not a subclass.
 
     Raises:
-        ValueError: When the model is none of these, or a part of it is not what the class would have made.
+        ValueError: When the model is none of these, or a part of it is not as its class builds it.
     """
     if type(model) in _MODELS.values():
         return
@@ -75,7 +75,7 @@ def adopt(model: nn.Module) -> None:
         known = ", ".join(stock.__name__ for stock in _MODELS)
         raise ValueError(
             f"The model is a {type(model).__name__}, which has no counterpart here: only {known} can be adopted, "
-            "exactly these classes. Pass the model inside a wrapper, or keep the stock class with `compat='stock'`."
+            "and no subclasses. Pass the model without its wrapper, or keep the stock class with `compat='stock'`."
         )
     parts = {name: part for name, part in model.named_modules() if type(part) in _CLASSES}
     found = [getattr(part, "config", None) for part in model.modules()]
@@ -86,7 +86,7 @@ def adopt(model: nn.Module) -> None:
         adopt_config(config)
     for part in parts.values():
         part.__class__ = _CLASSES[type(part)]
-        if isinstance(part, PreTrainedModel):  # which has a copy of its own of the class's
+        if isinstance(part, PreTrainedModel):  # which holds its own copy of the class's set
             part._no_split_modules = set(type(part)._no_split_modules)
         if isinstance(part, CompreSSMamba2Mixer):
             for name in _PROJECTIONS:
@@ -94,10 +94,10 @@ def adopt(model: nn.Module) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """Turns a model of an own class back into the stock one, in place: the inverse of `adopt`.
+    """Turn a model of an own class back into the stock one, in place: the inverse of `adopt`.
 
-    For going back to a checkpoint from before the first cut that needed the own class. No tensor moves: sizes that a
-    stock model cannot have, and projections, are for the caller to change. A stock model is left as it is.
+    This is needed to go back to a checkpoint from before the first cut into the own class. No tensor moves: the caller
+    changes sizes that a stock model cannot have, and removes projections. A stock model is left as it is.
     """
     stock_of = {own: stock for stock, own in _CLASSES.items()}
     if type(model) not in _MODELS.values():
@@ -117,7 +117,7 @@ def release(model: nn.Module) -> None:
 
 
 def release_config(config: PreTrainedConfig) -> None:
-    """Turns the configuration of an own class back into the stock one, in place; leaves others alone."""
+    """Turn the configuration of an own class back into the stock one, in place; leave others alone."""
     for stock, own in _CONFIGS.items():
         if type(config) is own:
             config.__class__ = stock
@@ -125,7 +125,7 @@ def release_config(config: PreTrainedConfig) -> None:
 
 
 def adopt_config(config: PreTrainedConfig) -> None:
-    """Turns the configuration of a stock Mamba or Mamba-2 into this package's class, in place; leaves others alone."""
+    """Turn the configuration of a stock Mamba or Mamba-2 into this package's class, in place; leave others alone."""
     if type(config) not in _CONFIGS:
         return
     config.__class__ = _CONFIGS[type(config)]
@@ -135,7 +135,7 @@ def adopt_config(config: PreTrainedConfig) -> None:
 
 
 def _check_parts(model: nn.Module, parts: dict[str, nn.Module]) -> None:
-    """Raise `ValueError` unless every layer has a block and mixer of exactly the stock classes, called as such."""
+    """Raise `ValueError` unless every layer has a block and a mixer of exactly the stock classes, unpatched."""
     own_model = _MODELS[type(model)]
     backbone = getattr(model, "backbone", model)
     for index, block in enumerate(backbone.layers):
@@ -143,14 +143,14 @@ def _check_parts(model: nn.Module, parts: dict[str, nn.Module]) -> None:
             if type(part) not in _PARTS:
                 raise ValueError(
                     f"Layer {index} has a module of class {type(part).__name__}, where {own_model.__name__} has "
-                    "none: undo what was put around the layer, or in its place, before the model is adopted."
+                    "none. Undo what wraps or replaces parts of the layer before the cut."
                 )
     for name, part in parts.items():
         if _CLASSES[type(part)] is type(part):
             continue
         if isinstance(part, Mamba2Mixer) and "forward" in vars(part):
             raise ValueError(
-                f"{name} has a `forward` of its own, as accelerate's offload hooks give it, which would go on running "
+                f"{name} has a `forward` of its own, as accelerate's offload hooks set it, which would still run "
                 "the stock layer. Load the model without `device_map`, or call "
                 "`accelerate.hooks.remove_hook_from_submodules(model)` first."
             )

@@ -1,7 +1,7 @@
 """One complex recurrent state per layer in transformers' `DynamicCache`.
 
-transformers calls the cache `cache` since 5.24. Before, its `generate()` looks for `cache_params` in the outputs and
-passes the cache back under that name, so both names work here with every version.
+transformers calls the cache `cache` since 5.24. In earlier versions `generate()` looks for `cache_params` in the
+outputs and passes the cache back under that name, so both names work here with every version.
 
 Glossary:
     slots  complex states that a layer stores: N, or N // 2 where only one of each conjugate pair is kept
@@ -15,7 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 
 class CachedOutput(ModelOutput):
-    """Base of outputs with a field `cache`, which is found as `cache_params` too."""
+    """Base of outputs with a field `cache`, which is available as `cache_params` too."""
 
     cache: Cache | None
 
@@ -32,10 +32,10 @@ class CachedOutput(ModelOutput):
 
 
 def one_cache(cache: Cache | None, cache_params: Cache | None) -> Cache | None:
-    """Returns the cache that was passed under either name.
+    """The cache that was passed under either name.
 
     Raises:
-        ValueError: When two different ones were.
+        ValueError: When two different caches were passed.
     """
     if cache is not None and cache_params is not None and cache is not cache_params:
         raise ValueError("Got two caches, as `cache` and as `cache_params`, its older name; pass one, as `cache`.")
@@ -43,7 +43,7 @@ def one_cache(cache: Cache | None, cache_params: Cache | None) -> Cache | None:
 
 
 def read_state(cache: Cache, layer_idx: int, batch_size: int, slots: int) -> torch.Tensor | None:
-    """Returns layer `layer_idx`'s state `(batch, slots)` from a cache, or None if it has none yet.
+    """The state `(batch, slots)` of layer `layer_idx` in a cache, or None if it has none yet.
 
     Raises:
         ValueError: When the cache was made for another kind of model, another batch or another state size.
@@ -71,7 +71,7 @@ def read_state(cache: Cache, layer_idx: int, batch_size: int, slots: int) -> tor
 
 
 def write_state(cache: Cache, layer_idx: int, state: torch.Tensor) -> None:
-    """Stores the complex `state` `(batch, slots)`, cut off from the graph: gradients stop at a cache."""
+    """Store the complex `state` `(batch, slots)`, detached from the graph: gradients stop at a cache."""
     layer = cache.layers[layer_idx]
     layer.recurrent_states[0] = state.detach()
     layer.is_recurrent_states_initialized[0] = True

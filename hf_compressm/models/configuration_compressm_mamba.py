@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 
 def layers_with_own(config: PreTrainedConfig, fields: Collection[str]) -> list[PreTrainedConfig]:
-    """Returns the configuration of every layer, each with the value of its own of some `fields`.
+    """The configuration of every layer, each with its own values of some `fields`.
 
     Raises:
         ValueError: When `per_layer_config` names a layer that the model does not have, or sets another field.
@@ -40,8 +40,8 @@ def check_state_size(index: int, layer: PreTrainedConfig) -> None:
     """Raise `ValueError` unless layer `index` has at least one state."""
     if layer.state_size < 1:
         raise ValueError(
-            f"`state_size` is {layer.state_size} in layer {index}; it must be a positive integer. A layer cannot do "
-            "without states: use 1 for the smallest."
+            f"`state_size` is {layer.state_size} in layer {index}; it must be a positive integer. A layer needs "
+            "states: use 1 for the smallest."
         )
 
 
@@ -54,8 +54,8 @@ class CompreSSMambaConfig(MambaConfig):
     `config.per_layer_config[i].state_size`: `config.state_size` alone raises.
 
     Raises:
-        ValueError: When `per_layer_config` names a layer that is not there or a field that layers share, or a
-            `state_size` is below 1.
+        ValueError: When `per_layer_config` names a missing layer or a field that layers share, or a `state_size` is
+            below 1.
 
     Example:
     ```python
@@ -71,7 +71,7 @@ class CompreSSMambaConfig(MambaConfig):
     per_layer_fields: ClassVar[frozenset[str]] = frozenset({"state_size"})
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("model_type", None)  # that of a stock checkpoint would hide the class's
+        kwargs.pop("model_type", None)  # the one of a stock checkpoint would hide the class's
         super().__post_init__(**kwargs)
         self.validate_architecture()
 

@@ -23,12 +23,12 @@ class CompreSSMamba2Config(Mamba2Config):
 
     Args:
         conv_state_size (`int`, *optional*):
-            M, channels of B and of C per group before the projection onto `state_size` states. None: B and C are
-            the scan's as they leave the convolution, as in the stock model, and there is no projection.
+            M, channels of B and of C per group before the projection onto `state_size` states. None: B and C enter
+            the scan as they leave the convolution, without projection, as in the stock model.
 
     Raises:
-        ValueError: When `per_layer_config` names a layer that is not there or a field that layers share, a
-            `state_size` is below 1, or a `conv_state_size` below its `state_size`.
+        ValueError: When `per_layer_config` names a missing layer or a field that layers share, a `state_size` is below
+            1, or a `conv_state_size` below its `state_size`.
 
     Example:
     ```python
@@ -45,7 +45,7 @@ class CompreSSMamba2Config(Mamba2Config):
     conv_state_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("model_type", None)  # that of a stock checkpoint would hide the class's
+        kwargs.pop("model_type", None)  # the one of a stock checkpoint would hide the class's
         super().__post_init__(**kwargs)
         self.validate_architecture()
 

@@ -46,7 +46,7 @@ class DiagonalSSMConfig(PreTrainedConfig):
         norm_epsilon (`float`, *optional*, defaults to 1e-05):
             Added to the variance in the norm.
         prenorm (`bool`, *optional*, defaults to `True`):
-            Whether the norm stands before the state-space layer or after the residual sum.
+            Whether the norm is before the state-space layer, or else after the residual sum.
         activation (`str`, *optional*, defaults to `"half_glu1"`):
             `"gelu"`, `"half_glu1"`, `"half_glu2"` or `"full_glu"`, as in the S5 reference.
         dropout (`float`, *optional*, defaults to 0.0):
@@ -110,7 +110,7 @@ class DiagonalSSMConfig(PreTrainedConfig):
             layer_config._check_fields()
 
     def _check_fields(self) -> None:
-        """Raise `ValueError` for the first field of a config with one value per field that is out of range."""
+        """Raise `ValueError` for the first field out of range, in a config with one value per field."""
         for name in ("hidden_size", "state_size", "num_hidden_layers"):
             value = getattr(self, name)
             if value < 1:

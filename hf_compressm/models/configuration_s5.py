@@ -25,7 +25,7 @@ class S5Config(DiagonalSSMConfig):
             Store one of each conjugate pair of states and read out `2 Re(C x)`. `state_size` must then be even.
         num_blocks (`int`, *optional*, defaults to 1):
             HiPPO-N blocks that a fresh state matrix is made of. Sizes that it does not divide get blocks of nearly
-            equal size; it has no meaning once weights are loaded.
+            equal size; it has no effect once weights are loaded.
         discretization (`str`, *optional*, defaults to `"zoh"`):
             `"zoh"` (zero-order hold) or `"bilinear"`.
         clip_eigs (`bool`, *optional*, defaults to `False`):

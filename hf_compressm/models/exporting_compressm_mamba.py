@@ -13,7 +13,7 @@ class ExportedWithCode(PreTrainedModel):
     _exported_classes: ClassVar[Mapping[str, str]] = {}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Saves weights, configuration and code, so that the directory loads anywhere with `trust_remote_code=True`.
+        """Save weights, configuration and code, so that the directory loads anywhere with `trust_remote_code=True`.
 
         Takes the arguments of [`~transformers.PreTrainedModel.save_pretrained`].
         """

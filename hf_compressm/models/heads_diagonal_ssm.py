@@ -60,7 +60,7 @@ class DiagonalSSMForSequenceClassification(DiagonalSSMPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> tuple[Any, ...] | SequenceClassifierOutput:
-        """Classifies sequences; arguments as in [`DiagonalSSMModel`].
+        """Classify sequences; arguments as in [`DiagonalSSMModel`].
 
         Args:
             input_ids: Tokens `(batch, length)`.
@@ -91,7 +91,7 @@ class DiagonalSSMForSequenceClassification(DiagonalSSMPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Reduces `(batch, length, H)` to `(batch, H)` by `config.pooling`, over positions that are not padding."""
+        """Reduce `(batch, length, H)` to `(batch, H)` by `config.pooling`, over positions that are not padding."""
         if attention_mask is None:
             return hidden_states.mean(dim=1) if self.config.pooling == "mean" else hidden_states[:, -1]
         mask = attention_mask.to(hidden_states.device).bool()
@@ -121,7 +121,7 @@ class DiagonalSSMForCausalLM(DiagonalSSMPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         # Before transformers 5.24 `generate()` would prepare one under the name `past_key_values` and ask it for its
-        # length in tokens. Without it, the first forward pass builds the cache and `generate()` carries it on.
+        # length in tokens. Without it, the first forward pass builds the cache, and `generate()` passes it on.
         return False
 
     def prepare_inputs_for_generation(
@@ -131,7 +131,7 @@ class DiagonalSSMForCausalLM(DiagonalSSMPreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepares one step: the prompt with its mask first, then single tokens, which are never padding."""
+        """Prepare one step: the prompt with its mask first, then single tokens, which are never padding."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -153,14 +153,14 @@ class DiagonalSSMForCausalLM(DiagonalSSMPreTrainedModel, GenerationMixin):
         cache_params: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | DiagonalSSMCausalLMOutput:
-        """Predicts next tokens; arguments as in [`DiagonalSSMModel`].
+        """Predict next tokens; arguments as in [`DiagonalSSMModel`].
 
         Args:
             input_ids: Tokens `(batch, length)`.
             attention_mask: `(batch, length)`, 0 at padding, on either side.
             inputs_embeds: Encoded input `(batch, length, H)`, instead of `input_ids`.
             cache: States after the tokens that came before; `input_ids` then holds only those that follow.
-            labels: `(batch, length)`, shifted inside the model; positions with -100 do not count.
+            labels: `(batch, length)`, shifted inside the model; positions with -100 are ignored.
             use_cache: Whether to return the states; by default `config.use_cache` outside training.
             output_hidden_states: Whether to return the encoded input and every block's output.
             return_dict: Whether to return a [`DiagonalSSMCausalLMOutput`] rather than a tuple.

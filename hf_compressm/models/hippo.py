@@ -14,7 +14,7 @@ import numpy as np
 
 @lru_cache(maxsize=16)
 def hippo_normal_eigensystem(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `Lambda` `(size,)` and `V` `(size, size)` of the normal part of HiPPO-LegS. Cubic in `size`.
+    """`Lambda` `(size,)` and `V` `(size, size)` of the normal part of HiPPO-LegS. Cubic in `size`.
 
     Every eigenvalue has real part -1/2. They come in conjugate pairs, with those of negative imaginary part first.
     """
@@ -28,7 +28,7 @@ def hippo_normal_eigensystem(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hippo_normal_blocks(slots: int, num_blocks: int, conj_sym: bool) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Returns `Lambda` `(slots,)` and the eigenvectors of each diagonal block, `(size, slots of the block)`.
+    """`Lambda` `(slots,)` and the eigenvectors of each diagonal block, `(size, slots of the block)`.
 
     Args:
         slots: Stored complex states.

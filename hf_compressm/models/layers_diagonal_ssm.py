@@ -3,7 +3,7 @@
 Glossary (discrete time, step k):
     u            input of a state-space layer, (batch, length, H)
     h            its state, complex, (batch, slots); h_k = diag(eigenvalues) h_{k-1} + B u_k
-    slots        complex states that are stored and cached: N, or N // 2 where only one of each conjugate pair is
+    slots        complex states that are stored and cached: N, or N // 2 if only one of each conjugate pair is
     eigenvalues  of the state transition, complex, (slots,)
     B, C         input and output matrix, complex, (slots, H) and (P, slots); y_k = Re(C h_k) + D u_k
     D            feed-through, real, (H,)
@@ -21,13 +21,13 @@ from .configuration_diagonal_ssm import DiagonalSSMConfig
 
 try:
     from hf_compressm.scans import diagonal_scan, exported
-except ImportError:  # this file was loaded as custom code, in a process that does not have the package
+except ImportError:  # loaded as custom code, in a process without the package
     exported = None  # type: ignore[assignment]
 
     def diagonal_scan(  # type: ignore[no-untyped-def]
         u, eigenvalues, B, C, initial_state=None, return_last_state=False, reverse=False
     ):
-        """Plain recurrence with the signature and results of `hf_compressm.scans.diagonal_scan`."""
+        """Run the plain recurrence, with the signature and results of `hf_compressm.scans.diagonal_scan`."""
         inputs = u.to(eigenvalues.dtype) @ B.mT  # (batch, length, slots)
         state = inputs.new_zeros(inputs[:, 0].shape) if initial_state is None else initial_state
         states = []
@@ -64,10 +64,10 @@ class DiagonalSSMLayer(nn.Module):
         raise NotImplementedError
 
     def system(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the discrete-time system that the layer computes, differentiable in its parameters.
+        """The discrete-time system that the layer computes, differentiable in its parameters.
 
         Args:
-            dtype: Real type the parameters are cast to first; `torch.float64` gives complex128 results.
+            dtype: Real type to which the parameters are cast first; `torch.float64` gives complex128 results.
 
         Returns:
             `eigenvalues` `(slots,)`, `B` `(slots, H)` and `C` `(P, slots)`, complex, with every factor of the layer
@@ -77,17 +77,17 @@ class DiagonalSSMLayer(nn.Module):
         raise NotImplementedError
 
     def system_in_pairs(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns `system()` without complex numbers, as [Re, Im] in one more dimension: what can be exported."""
+        """The result of `system()` without complex numbers, as [Re, Im] in one more dimension, for export."""
         raise NotImplementedError
 
     def init_weights(self) -> None:
-        """Initialises the parameters in place, leaving alone those that a checkpoint has filled."""
+        """Initialise the parameters in place, except those that a checkpoint has filled."""
         raise NotImplementedError
 
     def forward(
         self, u: torch.Tensor, initial_state: torch.Tensor | None = None, return_last_state: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Runs the layer, in float32 at least, whatever the parameters' type or autocast say.
+        """Run the layer in float32 at least, whatever the parameters' type and autocast are.
 
         Args:
             u: Input `(batch, length, H)`.
@@ -102,7 +102,7 @@ class DiagonalSSMLayer(nn.Module):
         """
         stateful = initial_state is not None or return_last_state
         if self.bidirectional and stateful:
-            raise ValueError("A bidirectional layer has no state to carry on from; call it on whole sequences only.")
+            raise ValueError("A bidirectional layer has no state to continue from; call it on whole sequences only.")
         dtype = torch.promote_types(torch.promote_types(u.dtype, self.D.dtype), torch.float32)
         with maybe_autocast(device_type=u.device.type, enabled=False):
             inputs = u.to(dtype)
@@ -122,7 +122,7 @@ class DiagonalSSMLayer(nn.Module):
         return (outputs, state) if return_last_state else outputs
 
     def _exported(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Re(C h), as `torch.export` records it: for sequences of any length, in real arithmetic."""
+        """Re(C h) as `torch.export` records it: for sequences of any length, in real arithmetic."""
         eigenvalues, B, C = self.system_in_pairs(inputs.dtype)
         scan = exported.diagonal_scan_in_pairs
         if not self.bidirectional:
@@ -139,7 +139,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     """Batch norm per feature over batch and length; padded positions enter no statistics and come out as zero."""
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalises `(batch, length, H)`; `mask` `(batch, length)` is True at positions that are not padding."""
+        """Normalise `(batch, length, H)`; `mask` `(batch, length)` is True at positions that are not padding."""
         if mask is None or not self.training:
             return super().forward(hidden_states.mT).mT
         normalised = torch.zeros_like(hidden_states)
@@ -164,7 +164,7 @@ class GatedActivation(nn.Module):
             self.gate = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Maps `(batch, length, H)` to the same shape."""
+        """Map `(batch, length, H)` to the same shape."""
         activated = self.dropout(F.gelu(hidden_states, approximate="tanh"))
         if self.kind == "gelu":
             return activated

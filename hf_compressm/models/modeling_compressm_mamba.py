@@ -31,7 +31,7 @@ class CompreSSMambaModel(ExportedWithCode, MambaModel):
 
     def __init__(self, config: CompreSSMambaConfig):
         config.validate_architecture()
-        # Past MambaModel.__init__, which would build every layer from the one global size.
+        # Skips MambaModel.__init__, which would build every layer from the one global size.
         super(MambaModel, self).__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -51,7 +51,7 @@ class CompreSSMambaForCausalLM(ExportedWithCode, MambaForCausalLM):
     _exported_classes = _EXPORTED_CLASSES
 
     def __init__(self, config: CompreSSMambaConfig):
-        super(MambaForCausalLM, self).__init__(config)  # past the stock one, which would build the stock backbone
+        super(MambaForCausalLM, self).__init__(config)  # skips the stock one, which would build the stock backbone
         self.backbone = CompreSSMambaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -1,7 +1,7 @@
 """Mamba-2 with a state size per layer, and with B and C projected onto the states after the convolution.
 
 One decay per head multiplies all states alike, so any projection of the N states of a group commutes with the
-recurrence: the best cut to fewer states is `B~ = B_proj B`, `C~ = C_proj C`. Convolution and SiLU stand between B, C
+recurrence: the best cut to fewer states is `B~ = B_proj B`, `C~ = C_proj C`. Convolution and SiLU are between B, C
 and the input projection, so the two matrices cannot be folded into it. Without them it is the stock model.
 
 Glossary:
@@ -35,7 +35,7 @@ from .exporting_compressm_mamba import ExportedWithCode
 
 
 def project_groups(signal: Tensor, weight: Tensor) -> Tensor:
-    """Maps `(batch, length, G M)` by one matrix per group, `weight` `(G, N, M)`, to `(batch, length, G, N)`."""
+    """Map `(batch, length, G M)` by one matrix per group, `weight` `(G, N, M)`, to `(batch, length, G, N)`."""
     groups, _, channels = weight.shape
     if groups == 1:
         return nn.functional.linear(signal, weight[0]).unsqueeze(2)
@@ -50,8 +50,8 @@ class CompreSSMamba2Mixer(Mamba2Mixer):
 
     Args:
         config: The configuration of this layer, `config.per_layer_config[layer_idx]`.
-        layer_idx: Its index, which finds its state in a cache.
-        initialize_mixer_weights: Whether to initialise what the stock mixer does at once.
+        layer_idx: Its index, under which a cache holds its state.
+        initialize_mixer_weights: Whether to initialise weights at construction, as in the stock mixer.
     """
 
     B_proj: nn.Parameter | None
@@ -74,12 +74,12 @@ class CompreSSMamba2Mixer(Mamba2Mixer):
 
     @property
     def conv_state_size(self) -> int:
-        """Channels of B, and of C, per group in the convolution: the states themselves without a projection."""
+        """Channels of B, and of C, per group in the convolution; without a projection, the number of states."""
         return self.ssm_state_size if self.B_proj is None else self.B_proj.shape[-1]
 
     @torch.no_grad()
     def init_projections(self) -> None:
-        """Makes the projections pass on the first N of M channels: a fresh layer is one that was cut there."""
+        """Make the projections pass on the first N of M channels, as if a fresh layer had been cut to them."""
         for weight in (self.B_proj, self.C_proj):
             if weight is not None:
                 init.copy_(weight, torch.eye(*weight.shape[1:], device=weight.device).expand_as(weight))
@@ -92,9 +92,9 @@ class CompreSSMamba2Mixer(Mamba2Mixer):
         cache_params: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Maps `(batch, length, hidden_size)` to the same shape; see [`~transformers.Mamba2Model`] for the rest.
+        """Map `(batch, length, hidden_size)` to the same shape; see [`~transformers.Mamba2Model`] for the rest.
 
-        The stock block passes its cache as `cache`, before transformers 5.24 as `cache_params`.
+        The stock block passes its cache as `cache`, or before transformers 5.24 as `cache_params`.
         """
         cache = cache_params if cache is None else cache
         if self.B_proj is None:
@@ -126,19 +126,19 @@ class CompreSSMamba2Mixer(Mamba2Mixer):
         return self.out_proj(self.norm(y.flatten(2), gate).to(dtype))
 
     def _convolve(self, x_B_C: Tensor, past: Any, cache: Cache | None, **kwargs: Any) -> Tensor:
-        """Causal convolution and activation of `(batch, conv_dim, length)`, from and to the cache."""
+        """Causal convolution and activation of `(batch, conv_dim, length)`; reads and updates the cache."""
         weight, bias, length = self.conv1d.weight.squeeze(1), self.conv1d.bias, x_B_C.shape[-1]
         if past is not None and length == 1 and not past.record_past:
             return modeling_mamba2.causal_conv1d_update(
                 x_B_C, past.conv_states[0], weight, bias, activation=self.activation
             )
-        if cache is not None:  # returns the steps before with these
+        if cache is not None:  # returns earlier steps together with these
             x_B_C = cache.update_conv_state(x_B_C, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
         x_B_C = modeling_mamba2.causal_conv1d_fn(x_B_C, weight, bias, activation=self.activation, **kwargs)
         return x_B_C[..., -length:]
 
     def _step(self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: Tensor, **kwargs: Any) -> Tensor:
-        """One step of the recurrence, which updates `state` `(batch, H, P, N)` in place; returns `(batch, H, P)`."""
+        """One step of the recurrence, `(batch, H, P)`; updates `state` `(batch, H, P, N)` in place."""
         A = -torch.exp(self.A_log.float())
         return modeling_mamba2.mamba2_selective_state_update(
             state,
@@ -157,7 +157,7 @@ class CompreSSMamba2Mixer(Mamba2Mixer):
     def _scan(
         self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, past: Any, cache: Cache | None, **kwargs: Any
     ) -> Tensor:
-        """The recurrence over `(batch, length, H, P)`, from and to the cache's state."""
+        """The recurrence over `(batch, length, H, P)`; reads and updates the cache's state."""
         result = modeling_mamba2.mamba2_chunk_scan(
             x,
             dt,
@@ -189,7 +189,7 @@ class CompreSSMamba2Block(Mamba2Block):
     """The stock block around a [`CompreSSMamba2Mixer`]."""
 
     def __init__(self, config: CompreSSMamba2Config, layer_idx: int):
-        super(Mamba2Block, self).__init__()  # past the stock one, which would build the stock mixer
+        super(Mamba2Block, self).__init__()  # skips the stock one, which would build the stock mixer
         self.config = config
         self.layer_idx = layer_idx
         self.residual_in_fp32 = config.residual_in_fp32
@@ -226,7 +226,7 @@ class CompreSSMamba2Model(CompreSSMamba2PreTrainedModel, Mamba2Model):
 
     def __init__(self, config: CompreSSMamba2Config):
         config.validate_architecture()
-        # Past Mamba2Model.__init__, which would build every layer from the one global size.
+        # Skips Mamba2Model.__init__, which would build every layer from the one global size.
         super(Mamba2Model, self).__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -243,7 +243,7 @@ class CompreSSMamba2ForCausalLM(CompreSSMamba2PreTrainedModel, Mamba2ForCausalLM
     """Backbone of [`CompreSSMamba2Model`] and language-modelling head."""
 
     def __init__(self, config: CompreSSMamba2Config):
-        super(Mamba2ForCausalLM, self).__init__(config)  # past the stock one, which would build the stock backbone
+        super(Mamba2ForCausalLM, self).__init__(config)  # skips the stock one, which would build the stock backbone
         self.backbone = CompreSSMamba2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

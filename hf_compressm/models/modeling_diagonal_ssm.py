@@ -41,7 +41,7 @@ class DiagonalSSMBlock(GradientCheckpointingLayer):
 
     Args:
         config: The configuration of this layer, `config.per_layer_config[layer_idx]`.
-        layer_idx: Its index, which finds its state in a cache.
+        layer_idx: Its index, under which a cache holds its state.
     """
 
     layer_class: ClassVar[type[DiagonalSSMLayer]] = DiagonalSSMLayer
@@ -61,7 +61,7 @@ class DiagonalSSMBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, cache: Cache | None = None
     ) -> torch.Tensor:
-        """Maps `(batch, length, H)` to the same shape; `mask` `(batch, length)` is True where there is no padding."""
+        """Map `(batch, length, H)` to the same shape; `mask` `(batch, length)` is True where there is no padding."""
         residual = hidden_states
         if self.prenorm:
             hidden_states = self._normalise(hidden_states, mask)
@@ -99,7 +99,7 @@ class DiagonalSSMPreTrainedModel(PreTrainedModel):
             module.init_weights()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Saves weights, configuration and code, so that the directory loads anywhere with `trust_remote_code=True`.
+        """Save weights, configuration and code, so that the directory loads anywhere with `trust_remote_code=True`.
 
         Takes the arguments of [`~transformers.PreTrainedModel.save_pretrained`].
         """
@@ -131,7 +131,7 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
         return getattr(self, "embeddings", None)
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces the token embeddings."""
+        """Replace the token embeddings."""
         self.embeddings = value
 
     def forward(
@@ -146,18 +146,18 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
         return_dict: bool | None = None,
         cache_params: Cache | None = None,
     ) -> tuple[Any, ...] | DiagonalSSMOutput:
-        """Runs encoder and blocks on exactly one of `input_ids`, `input_values` and `inputs_embeds`.
+        """Run encoder and blocks on exactly one of `input_ids`, `input_values` and `inputs_embeds`.
 
         Args:
             input_ids: Tokens `(batch, length)`.
-            attention_mask: `(batch, length)`, 0 at padding, which may stand on either side and never enters a state.
-                With `cache` it may cover earlier steps too. Behind padding on the right the returned cache has
+            attention_mask: `(batch, length)`, 0 at padding, which may be on either side and never enters a state.
+                With `cache` it may cover earlier steps too. After padding on the right, the returned cache has
                 decayed for as many steps: pad on the left to continue from it.
             inputs_embeds: Encoded input `(batch, length, H)`.
             input_values: Continuous frames `(batch, length, input_size)`.
             cache: States after the steps that came before; updated in place. Gradients stop there.
-            use_cache: Whether to return the states; by default `config.use_cache` outside training, and not while
-                `torch.export` looks on.
+            use_cache: Whether to return the states; by default `config.use_cache` outside training, and not under
+                `torch.export`.
             output_hidden_states: Whether to return the encoded input and every block's output.
             return_dict: Whether to return a [`DiagonalSSMOutput`] rather than a tuple.
             cache_params: An older name of `cache`.
@@ -236,7 +236,7 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
                 "`cache` cannot be used with gradient checkpointing, which would run each step twice: call "
                 "`model.eval()` or switch gradient checkpointing off first."
             )
-        if use_cache is None:  # exported programs have no place for complex states, unless they are asked for
+        if use_cache is None:  # exported programs have no complex states unless they are requested
             use_cache = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
         if self.layers and self.layers[0].ssm.bidirectional:
             use_cache = False

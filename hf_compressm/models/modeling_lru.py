@@ -52,14 +52,14 @@ class LRULayer(DiagonalSSMLayer):
         return self.nu_log.shape[0]
 
     def system(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the discrete-time system; see [`DiagonalSSMLayer.system`]. `B` holds gamma."""
+        """The discrete-time system; see [`DiagonalSSMLayer.system`]. `B` includes gamma."""
         eigenvalues = torch.polar((-self.nu_log.to(dtype).exp()).exp(), self.theta.to(dtype))
         gamma = self.gamma_log.to(dtype).exp()[:, None]
         B = torch.complex(gamma * self.B_re.to(dtype), gamma * self.B_im.to(dtype))
         return eigenvalues, B, torch.complex(self.C_re.to(dtype), self.C_im.to(dtype))
 
     def system_in_pairs(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns `system()` as pairs [Re, Im]; see [`DiagonalSSMLayer.system_in_pairs`]."""
+        """The result of `system()` as pairs [Re, Im]; see [`DiagonalSSMLayer.system_in_pairs`]."""
         modulus, theta = (-self.nu_log.to(dtype).exp()).exp(), self.theta.to(dtype)
         eigenvalues = modulus[:, None] * torch.stack([theta.cos(), theta.sin()], dim=-1)
         B = torch.stack([self.B_re.to(dtype), self.B_im.to(dtype)], dim=-1)
@@ -68,7 +68,7 @@ class LRULayer(DiagonalSSMLayer):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws eigenvalues uniformly on the ring `r_min <= |lambda| <= r_max` and normalises the inputs by gamma.
+        """Draw eigenvalues uniformly on the ring `r_min <= |lambda| <= r_max` and normalise the inputs by gamma.
 
         Source: arXiv 2303.06349, section 3.2.2 (ring) and 3.3 (gamma).
         """

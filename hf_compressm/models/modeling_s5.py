@@ -5,7 +5,7 @@ Glossary (continuous time unless stated):
     B, C             input and output matrix in eigenvector coordinates, complex, (slots, H) and (H, slots)
     D                feed-through, real, (H,)
     Delta            step sizes, exp(log_step), real, (slots,)
-    slots            N // 2 with conjugate symmetry, where a slot stands for a pair, else N
+    slots            N // 2 with conjugate symmetry, where a slot holds a pair, else N
     Lambda_bar, B_bar  the discrete-time counterparts, same shapes
 """
 
@@ -27,16 +27,16 @@ from .modeling_diagonal_ssm import DiagonalSSMBlock, DiagonalSSMModel
 LARGEST_REAL_PART = -1e-4
 # Standard deviation of a standard normal variable truncated to [-2, 2], by which Lecun's scheme divides.
 TRUNCATED_NORMAL_STD = 0.87962566103423978
-# (exp(z) - 1) / z is 1 to the last digit of float64 where |z|^2 is below this, which float32 still has as a number.
+# (exp(z) - 1) / z is 1 to the last digit of float64 if |z|^2 is below this, which float32 can represent.
 TINY_SQUARE = 1e-32
 
 
 def expm1_ratio(z: torch.Tensor) -> torch.Tensor:
-    """Returns `(exp(z) - 1) / z` of a complex tensor, accurate in value and gradient down to `z = 0`, where it is 1.
+    """The quotient `(exp(z) - 1) / z` of a complex tensor, with accurate gradient, down to `z = 0`, where it is 1.
 
-    Below modulus 1 it is `exp(w) sinh(w) / w` with `w = z / 2` and seven terms of the series of `sinh(w) / w`, which
-    leaves less than 1e-16; above, the plain quotient loses nothing. Both branches see arguments of their own range
-    only, so that the unused one sends no NaN back.
+    Below modulus 1 it is `exp(w) sinh(w) / w` with `w = z / 2` and seven terms of the series of `sinh(w) / w`, whose
+    error is below 1e-16; above, the plain quotient loses nothing. Each branch sees only arguments of its own range, so
+    that the unused one passes no NaN back.
     """
     is_small = z.abs() < 1
     small, large = torch.where(is_small, z, 0), torch.where(is_small, 1, z)
@@ -51,7 +51,7 @@ def expm1_ratio(z: torch.Tensor) -> torch.Tensor:
 def discretize(
     Lambda: torch.Tensor, B: torch.Tensor, Delta: torch.Tensor, method: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns `Lambda_bar` `(slots,)` and `B_bar` `(slots, H)` by zero-order hold or the bilinear transform.
+    """`Lambda_bar` `(slots,)` and `B_bar` `(slots, H)` by zero-order hold or the bilinear transform.
 
     zoh: `Lambda_bar = exp(Lambda Delta)`, `B_bar = (Lambda_bar - 1) / Lambda B`; bilinear:
     `Lambda_bar = (1 + Lambda Delta / 2) / (1 - Lambda Delta / 2)`, `B_bar = Delta / (1 - Lambda Delta / 2) B`.
@@ -67,7 +67,7 @@ def discretize(
 def discretize_in_pairs(
     Lambda: torch.Tensor, B: torch.Tensor, Delta: torch.Tensor, method: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns what `discretize` does, for pairs [Re, Im] in the last dimension: `(slots, 2)` and `(slots, H, 2)`.
+    """The result of `discretize` for pairs [Re, Im] in the last dimension: `(slots, 2)` and `(slots, H, 2)`.
 
     With `z = x + iy`, `exp(z) - 1 = expm1(x) cos y - 2 sin(y / 2)^2 + i exp(x) sin y`, which loses nothing near 0.
     """
@@ -87,7 +87,7 @@ def discretize_in_pairs(
 
 
 def _truncated_normal(rows: int, columns: int, fan_in: int) -> torch.Tensor:
-    """Returns a float64 `(rows, columns)` sample of Lecun's truncated normal distribution of variance 1 / fan_in."""
+    """A float64 `(rows, columns)` sample of Lecun's truncated normal distribution of variance 1 / fan_in."""
     sample = torch.empty(rows, columns, dtype=torch.float64)
     nn.init.trunc_normal_(sample, std=1.0, a=-2.0, b=2.0)
     return sample / (TRUNCATED_NORMAL_STD * math.sqrt(fan_in))
@@ -127,7 +127,7 @@ class S5Layer(DiagonalSSMLayer):
         return self.log_step.shape[0]
 
     def system(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the discrete-time system; see [`DiagonalSSMLayer.system`]. `C` holds the 2 of conjugate symmetry."""
+        """The discrete-time system; see [`DiagonalSSMLayer.system`]. `C` includes the 2 of conjugate symmetry."""
         real_part = self.Lambda_re.to(dtype)
         if self.clip_eigs:
             real_part = real_part.clamp(max=LARGEST_REAL_PART)
@@ -140,7 +140,7 @@ class S5Layer(DiagonalSSMLayer):
         return eigenvalues, B, 2 * C if self.conj_sym else C
 
     def system_in_pairs(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns `system()` as pairs [Re, Im]; see [`DiagonalSSMLayer.system_in_pairs`]."""
+        """The result of `system()` as pairs [Re, Im]; see [`DiagonalSSMLayer.system_in_pairs`]."""
         real_part = self.Lambda_re.to(dtype)
         if self.clip_eigs:
             real_part = real_part.clamp(max=LARGEST_REAL_PART)
@@ -154,7 +154,7 @@ class S5Layer(DiagonalSSMLayer):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws HiPPO-N eigenvalues by blocks, B and C in their eigenvector basis, and log-uniform step sizes.
+        """Draw HiPPO-N eigenvalues by blocks, B and C in their eigenvector basis, and log-uniform step sizes.
 
         Real matrices are sampled in the original coordinates and rotated: `B = V^H B_0`, `C = C_0 V`, with `B_0` and
         `C_0` from Lecun's truncated normal distribution (arXiv 2208.04933, appendix B).
@@ -232,7 +232,7 @@ class S5ForCausalLM(DiagonalSSMForCausalLM, GenerationMixin):
     def __init__(self, config: S5Config):
         if config.bidirectional:
             raise ValueError(
-                "`bidirectional` is True, so every output sees the future: set it False for a causal model."
+                "`bidirectional` is True, so every output sees the future: set it to False for a causal model."
             )
         super().__init__(config)
 

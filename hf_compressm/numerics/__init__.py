@@ -1,4 +1,4 @@
-"""State-space mathematics in float64 and complex128; knows torch and nothing above it."""
+"""State-space mathematics in float64 and complex128; depends on torch alone."""
 
 from hf_compressm.numerics.balancing import (
     BalancedTruncation,

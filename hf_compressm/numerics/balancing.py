@@ -26,13 +26,13 @@ NUMERICAL_RANK = 1e-12
 """HSVs below this share of the largest are round-off of float64 Gramians: no state is kept for them."""
 
 SQUARING_LIMIT = 1e-6
-"""Squared HSVs are taken from an eigenproblem, in half of the SVD's time, if the smallest is above this share of the
-largest: the squaring then costs six of float64's sixteen digits at most."""
+"""Squared HSVs come from an eigenproblem, in half of the SVD's time, if the smallest is above this share of the
+largest: the squaring then costs at most six of float64's sixteen digits."""
 
 
 @dataclass(frozen=True, eq=False)
 class Balancing:
-    """A system with its Gramians factored: all that a cut to any rank needs.
+    """A system with its Gramians factored: everything that a cut to any rank needs.
 
     Attributes:
         system: the system that was balanced.
@@ -40,9 +40,9 @@ class Balancing:
         hankel_singular_values: float64 `(n,)`, descending.
         right: `(n, n)`, columns `L_P V`; the projection T of state i is column i over `sqrt(sigma_i)`.
         left: `(n, n)`, rows `U^H L_Q^H`.
-        state_scores: what each present state passes on by itself, `sqrt(P_ii Q_ii)`, float64 `(N,)`: the HSV of it
-            alone.
-        measured: whether P came from data; then neither the error bound nor the stability of every cut is a theorem.
+        state_scores: what each present state passes on by itself, `sqrt(P_ii Q_ii)`, float64 `(N,)`: the HSV of this
+            state alone.
+        measured: whether P is measured on data; then neither error bound nor stability of every cut is proven.
     """
 
     system: DiagonalSystem
@@ -56,7 +56,7 @@ class Balancing:
 
 @dataclass(frozen=True, eq=False)
 class BalancedTruncation:
-    """A reduced system and how it hangs together with the full one.
+    """A reduced system and its relation to the full one.
 
     Attributes:
         system: at most `rank` complex states.
@@ -132,7 +132,7 @@ def balance(system: DiagonalSystem, realization: str = "real", covariance: Tenso
 
 
 def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> BalancedTruncation:
-    """Keep the first states of a balanced system and bring the rest back to diagonal form.
+    """Keep the first states of a balanced system, and bring the result back to diagonal form.
 
     Args:
         balancing: from `balance`.
@@ -141,7 +141,7 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
 
     Raises:
         ValueError: for a rank below 1, for a system without output that would have to shrink, or if no order up to
-            `rank` has a stable diagonal form; against a measured covariance the largest that fits must.
+            `rank` has a stable diagonal form; with a measured covariance, the largest that fits must be stable.
     """
     system, sigma = balancing.system, balancing.hankel_singular_values
     if rank < 1:
@@ -166,7 +166,7 @@ def truncate(balancing: Balancing, rank: int, order: Tensor | None = None) -> Ba
                 return reduced
             if balancing.measured:
                 break
-        states -= max(excess // 2, 1)  # one state less may free several slots, so all the excess would be too much
+        states -= max(excess // 2, 1)  # one state less may free several slots, so dropping all the excess is too much
     raise ValueError(
         f"No stable diagonal system of at most {rank} states was found. "
         "Use criterion='hankel', a larger size, or leave this layer out with ignore_layers."
@@ -199,7 +199,7 @@ def _balanced_axes(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _project(balancing: Balancing, states: Tensor) -> BalancedTruncation | None:
-    """Project onto the given balanced states and diagonalise; None where that is not possible."""
+    """Project onto the given balanced states and diagonalise; return None if that is not possible."""
     system, sigma = balancing.system, balancing.hankel_singular_values
     W, T = _projections(balancing, states)
     B, C = real_input_output(system) if balancing.realization == "real" else (system.B, system.C)
@@ -212,9 +212,9 @@ def _project(balancing: Balancing, states: Tensor) -> BalancedTruncation | None:
 
 
 def _projections(balancing: Balancing, states: Tensor) -> tuple[Tensor, Tensor]:
-    """W `(m, n)` and T `(n, m)` of the given balanced states; `W T = 1` is restored, which holds only to round-off.
+    """W `(m, n)` and T `(n, m)` of the given balanced states; `W T = 1`, disturbed by round-off, is restored.
 
-    With eigenvalues within 1e-12 of the unit circle that round-off would decide over stability.
+    With eigenvalues within 1e-12 of the unit circle, the round-off would decide whether the result is stable.
     """
     weight = balancing.hankel_singular_values[states].rsqrt()
     W, T = weight[:, None] * balancing.left[states], balancing.right[:, states] * weight
@@ -234,7 +234,7 @@ def _state_matrix(balancing: Balancing, W: Tensor, T: Tensor) -> Tensor:
 
 
 def _count_slots(A: Tensor) -> int:
-    """Complex states that the diagonal form of a reduced A needs; a conjugate pair of a real A needs one."""
+    """Number of complex states that the diagonal form of a reduced A needs; a conjugate pair of a real A needs one."""
     return A.shape[0] if A.is_complex() else int((torch.linalg.eigvals(A).imag >= 0).sum())
 
 

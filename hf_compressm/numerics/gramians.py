@@ -21,7 +21,7 @@ def gramians(system: DiagonalSystem, realization: str = "real") -> tuple[Tensor,
 
     Args:
         system: eigenvalues strictly inside the unit circle.
-        realization: `"complex"`, the N complex states as they stand; `"real"`, the 2N coordinates
+        realization: `"complex"`, the N complex states as they are; `"real"`, the 2N coordinates
             `sqrt(2) [Re h; Im h]` of the real map that the layer computes.
 
     Returns:
@@ -56,7 +56,7 @@ def h2_norm(system: DiagonalSystem) -> float:
 
 
 def relative_h2_error(system: DiagonalSystem, reduced: DiagonalSystem) -> float:
-    """`||G - G_r||_2 / ||G||_2`, as the root of a difference to half of the digits; 0 for a system without output."""
+    """`||G - G_r||_2 / ||G||_2`, as the root of a difference exact to half of the digits; 0 if there is no output."""
     energy = _h2_product(system, system)
     if not energy > 0:
         return 0.0

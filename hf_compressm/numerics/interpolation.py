@@ -1,4 +1,4 @@
-"""Selecting states of a selective layer (Mamba) and reading the dropped ones out of the kept, where that folds.
+"""Selecting states of a selective layer (Mamba), and reading the dropped ones out of the kept ones.
 
 | symbol | meaning | shape |
 |---|---|---|
@@ -7,7 +7,7 @@
 | S | kept state indices | `(r,)` |
 | R | interpolation, `h ~ R h_S`, `R = P[:, S] P[S, S]^{-1}`: least squares on the kept states | `(N, r)` |
 
-Discrete time, statistics over tokens and channels. Where read-out and state are independent, `tr(Q P)` is the mean
+Discrete time, statistics over tokens and channels. If read-out and state are independent, `tr(Q P)` is the mean
 square output and `tr(Q (P - P[:, S] P[S, S]^{-1} P[S, :]))` is what is lost after the repair `C_S <- R^T C`.
 A selected diagonal state evolves exactly as before, so only its read-out needs the repair.
 """
@@ -64,10 +64,10 @@ def pivoted_selection(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def elimination_order(M: Tensor) -> tuple[Tensor, Tensor]:
-    """Greedy order of states that are dropped without repair: the last one's loss is the least, and so on backwards.
+    """Greedy order of states that are dropped without repair: the last one has the smallest loss, and so on backwards.
 
-    Dropping the set D loses `sum_{i, j in D} M_ij` of the mean square output: what states share counts, where a
-    ranking by the energies `M_ii` takes them one by one. O(N^2) for the whole order.
+    Dropping the set D loses `sum_{i, j in D} M_ij` of the mean square output: what states share counts, whereas
+    a ranking by the energies `M_ii` takes them one by one. O(N^2) for the whole order.
 
     Args:
         M: `(N, N)`, second moment of the states' contributions to the output, `E[g^2 (C_i h_i) (C_j h_j)]`.
@@ -90,7 +90,7 @@ def elimination_order(M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relative_errors(losses: Tensor) -> Tensor:
-    """`sqrt(loss_k / loss_0)`, made monotone against round-off; zeros where there was no output at all; NaN stays."""
+    """`sqrt(loss_k / loss_0)`, made monotone against round-off; zeros if there is no output at all; NaN stays."""
     if float(losses[0]) <= 0:
         return torch.zeros_like(losses)
     return torch.cummin((losses / losses[0]).clamp(0, 1).sqrt(), dim=0).values
@@ -119,7 +119,7 @@ def selection_error(P: Tensor, Q: Tensor, indices: Tensor, R: Tensor | None = No
         P: `(N, N)` state covariance.
         Q: `(N, N)` read-out covariance.
         indices: `(r,)` kept states.
-        R: `(N, r)` interpolation folded into the read-out; None where the dropped states are simply gone.
+        R: `(N, r)` interpolation folded into the read-out; None if states are dropped without repair.
     """
     P, Q = P.double(), Q.double()
     if R is None:

@@ -1,4 +1,4 @@
-"""Back to diagonal form: a dense reduced system becomes a `DiagonalSystem` again.
+"""From a dense reduced system back to the diagonal form of a `DiagonalSystem`.
 
 | symbol | meaning | shape |
 |---|---|---|
@@ -41,10 +41,10 @@ def modal_form(A: Tensor, B: Tensor, C: Tensor, gain_ratio: float = 1.0) -> Mode
         A: `(m, m)`, float64 (real map, output `C x`) or complex128 (output `Re(C x)`).
         B: `(m, H)`.
         C: `(P, m)`.
-        gain_ratio: what `|B_i| / |C_i|` of each slot is scaled to; the outputs do not depend on it.
+        gain_ratio: value to which `|B_i| / |C_i|` of each slot is scaled; the outputs do not depend on it.
 
     Returns:
-        The modes, or None where A is too close to a defective matrix to be diagonalised in float32.
+        The modes, or None if A is too close to a defective matrix to be diagonalised in float32.
     """
     if not bool(torch.isfinite(torch.view_as_real(A) if A.is_complex() else A).all()):
         return None
@@ -77,7 +77,7 @@ def gain_ratio(system: DiagonalSystem) -> float:
 
 
 def _scale(input_gain: Tensor, output_gain: Tensor, ratio: float) -> Tensor:
-    """Factor per slot that brings `|B_i| / |C_i|` to `ratio`; one where a slot has no input or no output."""
+    """Factor per slot that brings `|B_i| / |C_i|` to `ratio`; one for a slot without input or output."""
     used = (input_gain > 0) & (output_gain > 0)
     quotient = torch.where(used, ratio * output_gain / torch.where(used, input_gain, 1.0), 1.0)
     return quotient.sqrt()

@@ -7,10 +7,10 @@
 | W | projection of the input vectors, `B~ = W B` | `(r, N)` |
 | V | its right inverse, `C~ = V^T C`, `W V = I` | `(N, r)` |
 
-Where one decay multiplies all states alike (Mamba-2), any projection of the states commutes with the recurrence, at
-every step and whatever the decays are: `h~ = W h` holds exactly. Where state and read-out are independent,
-`sum sigma_i^2` is the mean square output and `sum_{i > r} sigma_i^2` what the projection on the first r loses, the
-least of all projections of rank r.
+If one decay multiplies all states alike (Mamba-2), any projection of the states commutes with the recurrence, at every
+step and whatever the decays are: `h~ = W h` holds exactly. If state and read-out are independent, `sum sigma_i^2` is
+the mean square output, and the projection onto the first r loses `sum_{i > r} sigma_i^2`, the least of all projections
+of rank r.
 """
 
 import torch
@@ -27,7 +27,7 @@ DEAD = 1e-7
 def balanced_projection(P: Tensor, Q: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """W and V for some of the balanced states, by the square-root method; O(N^3).
 
-    The rows of W have unit length, so that trained on, both matrices take steps of one scale whatever the units of P.
+    The rows of W have unit length, so that both matrices take training steps of one scale, whatever the units of P.
     A state without a share in the output is read out with zeros.
 
     Args:

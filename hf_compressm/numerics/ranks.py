@@ -1,4 +1,4 @@
-"""How many states to keep.
+"""The number of states to keep.
 
 | word | meaning |
 |---|---|
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def count_by_tolerance(sigma: Tensor, tolerance: float) -> int:
-    """Smallest count whose discarded energy is at most `tolerance` of the total.
+    """The smallest count whose discarded energy is at most `tolerance` of the total.
 
     A state is kept while the energy from it on to the end exceeds the allowance; both come from one cumulative sum,
     so that round-off cannot discard everything. Zero energy and `tolerance=0` keep all; NaN keeps all.
@@ -27,11 +27,11 @@ def count_by_tolerance(sigma: Tensor, tolerance: float) -> int:
 
 
 def count_by_error(errors: Tensor, max_error: float) -> int:
-    """Smallest count, at least 1, whose error is at most `max_error`.
+    """The smallest count, at least 1, whose error is at most `max_error`.
 
     Args:
         errors: `(n + 1,)`, error after keeping 0 .. n values, not increasing; NaN keeps all, and so does an error of
-            zero after keeping none, since there was no output to compare with.
+            zero after keeping none, since there is no output to compare with.
         max_error: in the unit of `errors`.
     """
     if not float(errors[0]) > 0:
@@ -47,10 +47,10 @@ def tail_sums(sigma: Tensor) -> Tensor:
 
 
 def round_size(wanted: float, size: int, multiple: int = 1, minimum: int = 1) -> int:
-    """The state size to use where `wanted` states would do: rounded up, and never above the present one.
+    """The state size to use if `wanted` states are enough: rounded up, and never above the present one.
 
     Args:
-        wanted: states asked for, may be fractional.
+        wanted: number of states, may be fractional.
         size: present size.
         multiple: the result is a multiple of this, unless it is `size` itself.
         minimum: at least this many states.
@@ -60,5 +60,5 @@ def round_size(wanted: float, size: int, multiple: int = 1, minimum: int = 1) ->
 
 
 def passes_gate(size: int, new_size: int, min_reduction: float) -> bool:
-    """Whether a cut is worth its trouble: at least the share `min_reduction` of the states goes."""
+    """Whether a cut is large enough to be worth it: it removes at least the share `min_reduction` of the states."""
     return new_size < size and (size - new_size) >= min_reduction * size

@@ -24,7 +24,7 @@ class DiagonalSystem:
         C: `(P, N)`.
 
     Raises:
-        ValueError: if the three shapes do not belong together.
+        ValueError: if the three shapes do not fit together.
     """
 
     eigenvalues: Tensor

@@ -1,4 +1,4 @@
-"""Models inside peft's `PeftModel`: what they are without adapters, and the cut base saved beside these."""
+"""Models inside peft's `PeftModel`: the model without its adapters, and the cut base saved beside them."""
 
 from hf_compressm.peft.wrapping import (
     effective_weight,

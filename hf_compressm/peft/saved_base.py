@@ -1,9 +1,9 @@
-"""The base of a PEFT model: saved beside its adapters once it was cut, and loaded again.
+"""The base of a PEFT model: saved beside its adapters after a cut, and loaded again.
 
-`PeftModel.save_pretrained` writes adapters alone. After a cut the base that they were trained on is in no other
-place: the original one has another size, or, where no adapter is around a cut projection, takes the adapters without a
-word and computes something else. So it goes into a folder of its own, `base_model`, under plain names, for
-`from_pretrained`; and `adapter_config.json` names that folder, unless the user has named another base since the cut.
+`PeftModel.save_pretrained` writes only the adapters. After a cut, no other file holds the base that they were trained
+on. The original base has another size; if no adapter is around a cut projection, it even accepts the adapters silently
+and computes something else. So the cut base is saved in a folder of its own, `base_model`, under plain names, for
+`from_pretrained`. `adapter_config.json` names that folder, unless the user has named another base since the cut.
 """
 
 import os
@@ -31,15 +31,15 @@ logger = logging.get_logger(__name__)
 _NAMES = "_compressm_base_names"
 _WRITTEN = "_compressm_base_written"
 _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that take something out of the base, which of a saved one is out already."""
+"""Initialisations that subtract something from the base; from a saved base it is subtracted already."""
 
 
 def keep_base_beside(model: Any) -> None:
-    """Let a `PeftModel` that is about to be cut save its base with its adapters; leaves other models alone."""
+    """Make a `PeftModel` that is about to be cut save its base with its adapters; leave other models alone."""
     if is_wrapped(model) and not isinstance(underlying(model), PreTrainedModel):
         logger.warning(
             f"The adapters are around a {type(underlying(model)).__name__}, which cannot be saved beside them: "
-            "save_pretrained writes the adapters alone, and the base that this cut leaves is for you to keep."
+            "save_pretrained writes only the adapters. Save the base that this cut leaves yourself."
         )
     elif is_wrapped(model) and not keeps_base_beside(model):
         vars(model)[_NAMES] = {name: item.base_model_name_or_path for name, item in model.peft_config.items()}
@@ -54,12 +54,12 @@ def keeps_base_beside(model: Any) -> bool:
 def save_base(model: Any, directory: str | Path) -> None:
     """Save a `PeftModel`'s base in the folder `base_model` of a directory, for `from_pretrained`.
 
-    While the base is what it was when it was saved last, the files are hard links to those of then, where the file
-    system has them: the checkpoints of a run hold one base per cut.
+    If the base has not changed since it was saved last, the files are hard links to the earlier ones, where the file
+    system has hard links: the checkpoints of a run hold one base per cut.
 
     Args:
         model: a `PeftModel` around a transformers model.
-        directory: of the adapters; made if need be.
+        directory: directory of the adapters; created if it is missing.
 
     Raises:
         OSError: from the file system; an earlier base is then untouched.
@@ -70,14 +70,14 @@ def save_base(model: Any, directory: str | Path) -> None:
     is_same = of_then == _checksum(base, state) and written.is_dir()
     if is_same and written.resolve() == folder.resolve():
         return
-    for left_over in folder.parent.glob(f".{BASE_FOLDER}.*"):  # of a process that was killed here
+    for left_over in folder.parent.glob(f".{BASE_FOLDER}.*"):  # from a process that was killed here
         shutil.rmtree(left_over, ignore_errors=True)
     fresh = folder.with_name(f".{BASE_FOLDER}.{secrets.token_hex(8)}")
     try:
         if is_same:
             shutil.copytree(written, fresh, copy_function=link_or_copy)
         else:
-            base.save_pretrained(fresh, state_dict=dict(state))  # which takes tied weights out
+            base.save_pretrained(fresh, state_dict=dict(state))  # which saves tied weights once
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(fresh, folder)
@@ -88,12 +88,12 @@ def save_base(model: Any, directory: str | Path) -> None:
 
 
 def load_base(model: Any, directory: Path, headers: Headers) -> None:
-    """Load a saved base into that of a `PeftModel`, which already has its sizes; nothing else changes.
+    """Load a saved base into a `PeftModel` whose base already has its sizes; nothing else changes.
 
     Args:
         model: a `PeftModel` around a transformers model.
         directory: the folder `base_model` of a checkpoint.
-        headers: of the tensors in it.
+        headers: headers of the tensors in it.
 
     Raises:
         ValueError: naming the folder, if it does not have every tensor.
@@ -114,7 +114,7 @@ def load_base(model: Any, directory: Path, headers: Headers) -> None:
 
 
 def load_adapters(model: Any, directory: str | Path) -> None:
-    """Load every adapter that a `PeftModel` has from a checkpoint, active or not; a Trainer loads some of them."""
+    """Load all adapters of a `PeftModel` from a checkpoint, active or not; a Trainer loads only some of them."""
     from peft import load_peft_weights, set_peft_model_state_dict  # noqa: PLC0415 - optional
 
     for name in model.peft_config:
@@ -135,20 +135,20 @@ def check_base(model: nn.Module) -> None:
     """Make sure that the base of a PEFT model can be saved beside its adapters, and loaded again.
 
     Raises:
-        ValueError: naming what stands in the way, and the way out.
+        ValueError: naming the obstacle and the way out.
     """
     if not is_wrapped(model):
         if hasattr(model, "peft_config"):  # `model.add_adapter`, or peft's model of mixed kinds
             raise ValueError(
-                f"{type(model).__name__} has adapters and is no PeftModel: its checkpoints would hold these alone, "
-                "and the base that a cut leaves would be lost. Put them on with peft.get_peft_model."
+                f"{type(model).__name__} has adapters but is not a PeftModel: its checkpoints would hold only the "
+                "adapters, and the base that a cut leaves would be lost. Add the adapters with peft.get_peft_model."
             )
         return
     base = underlying(model)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
-            f"The adapters are around a {type(base).__name__}, which is not a transformers model, so that the base "
-            "that a cut leaves could not be saved beside them. Use hf_compressm.compress between two runs."
+            f"The adapters are around a {type(base).__name__}, which is not a transformers model, so the base that "
+            "a cut leaves could not be saved beside them. Use hf_compressm.compress between two runs."
         )
     if getattr(base, "hf_quantizer", None) is not None:
         raise ValueError(
@@ -158,7 +158,7 @@ def check_base(model: nn.Module) -> None:
 
 
 def _save_with_base(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-    """Replace a cut model's `save_pretrained`: the base is written first, so that no adapter is ever without it."""
+    """Save a cut model in place of its `save_pretrained`: first the base, so that no adapter is ever without it."""
     is_writer = kwargs.get("is_main_process", True)
     if is_writer:
         save_base(self, save_directory)
@@ -169,7 +169,7 @@ def _save_with_base(self: Any, save_directory: str | Path, *args: Any, **kwargs:
 
 
 def _name_base(model: Any, adapter: str, directory: Path) -> None:
-    """Write where the base is into an adapter's configuration on the disk."""
+    """Write the path of the base into an adapter's configuration on the disk."""
     path = (directory if adapter == "default" else directory / adapter) / ADAPTER_CONFIG
     values = read_json(path)
     of_others = (None, "", vars(model)[_NAMES].get(adapter), underlying(model).name_or_path)

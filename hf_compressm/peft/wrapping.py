@@ -1,4 +1,4 @@
-"""What a model inside peft's `PeftModel` is without its adapters."""
+"""The model inside peft's `PeftModel`, and the modules and weights below its adapters."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def underlying(model: Any) -> Any:
-    """The model inside peft's `PeftModel`, whose layers and configuration a cut is about; any other model itself."""
+    """The model inside peft's `PeftModel`, whose layers and configuration a cut changes; any other model itself."""
     return model.get_base_model() if is_wrapped(model) else model
 
 
@@ -18,7 +18,7 @@ def is_wrapped(model: Any) -> bool:
 
 
 def wrapped_module(module: nn.Module) -> nn.Module | None:
-    """The module that an adapter, or a copy that is trained in its place, was put around; None for all others."""
+    """The module inside an adapter, or the original of a copy that is trained in its place; None for other modules."""
     for name, marker in (("base_layer", "adapter_layer_names"), ("original_module", "set_adapter")):
         inner = module._modules.get(name)
         if inner is not None and hasattr(module, marker):
@@ -27,7 +27,7 @@ def wrapped_module(module: nn.Module) -> nn.Module | None:
 
 
 def plain_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module with the name that it has without adapters; what belongs to adapters is left out."""
+    """All modules, with the names that they have without adapters; modules of adapters are left out."""
     inner = wrapped_module(module)
     if inner is not None:
         yield from plain_modules(inner, prefix)
@@ -39,9 +39,9 @@ def plain_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 
 
 def effective_weight(module: Any) -> Tensor:
-    """Weight of a linear layer as its forward has it, with active adapters of whatever kind; `(out, in)`.
+    """The weight `(out, in)` that a linear layer applies, with active adapters of any kind.
 
-    Its columns are read off unit vectors where there are adapters, which costs one product with a square matrix.
+    With adapters, its columns are the outputs for unit vectors, which costs one product with a square matrix.
     """
     if wrapped_module(module) is None:
         return module.weight

@@ -1,4 +1,4 @@
-"""A run for people who were not there: its traces, the report, the model card, pictures, and the way to the Hub."""
+"""A run explained to others: its traces, the report, the model card, pictures, and the push to the Hub."""
 
 from hf_compressm.reports.checkpoint import compress_checkpoint
 from hf_compressm.reports.pictures import draw_pictures

@@ -1,7 +1,7 @@
 """The model card of a cut model: a card of its own, or a section in one that somebody else wrote.
 
-The section stands between two comments and is written anew each time; all around it stays as the user left it. The
-first comment holds a checksum of the rest, which tells a card that only programs wrote from one that a person changed.
+The section is between two comments and is rewritten each time; everything around it stays as the user left it. The
+first comment holds a checksum of the rest, which shows whether only programs wrote the card or a person changed it.
 """
 
 import re
@@ -36,20 +36,20 @@ _HEAD = re.compile(r"\A---\r?\n(.*?\n)?---\r?\n", re.DOTALL)
 _BY_TRAINER = "This model card has been generated automatically"
 _BY_US = "<!-- This model card was begun by hf_compressm. Complete it, and remove this line. -->"
 _OURS = "Validation "
-"""With which the names of metrics begin that are written here."""
+"""Prefix of the names of metrics that are written here."""
 _TASKS = {"ForCausalLM": "text-generation", "ForSequenceClassification": "text-classification"}
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says beside what the run tells.
+    """What a card says besides the run.
 
     Attributes:
         name: of the model.
         repo_id: on the Hub; None where it has none yet.
         base_model: id on the Hub of the model that training began with, if any.
         datasets: ids or names of the training data.
-        pictures: that lie in `compressm_figures` beside the card.
+        pictures: those in `compressm_figures` beside the card.
     """
 
     name: str
@@ -63,10 +63,10 @@ def write_card(run: Run, facts: CardFacts, existing: str | None = None, by_hand:
     """The text of a model card.
 
     Args:
-        run: that the model comes from.
-        facts: beside it.
+        run: the run that the model comes from.
+        facts: what the card says besides the run.
         existing: card to complete; None for a new one.
-        by_hand: whether a person wrote or changed that one; None to tell from the card.
+        by_hand: whether a person wrote or changed that card; None to find out from the card.
     """
     fresh = _fresh(run, facts)
     if existing is None:
@@ -79,14 +79,14 @@ def write_card(run: Run, facts: CardFacts, existing: str | None = None, by_hand:
 
 
 def card_of(directory: str | Path, repo_id: str | None = None) -> str | None:
-    """The model card that a directory should have, by what is in it; nothing is written.
+    """The model card that a directory should have, judging by its files; nothing is written.
 
     Args:
         directory: of a saved model or checkpoint.
         repo_id: on the Hub, if it has one.
 
     Returns:
-        The text; that of the present card, or None without one, where nothing in the directory tells of a cut.
+        The text. If nothing in the directory records a cut, that of the present card, or None without one.
 
     Raises:
         ValueError: if the history or the present card cannot be read.
@@ -103,7 +103,7 @@ def card_of(directory: str | Path, repo_id: str | None = None) -> str | None:
 
 
 def is_by_hand(card: str) -> bool:
-    """Whether a person wrote a card or changed it; if not, only programs did."""
+    """Whether a person wrote or changed a card; if not, only programs did."""
     found = _BEGIN.search(card)
     if found is None:
         return _BY_TRAINER not in card
@@ -111,12 +111,12 @@ def is_by_hand(card: str) -> bool:
 
 
 def with_metadata_of(card: str, other: str) -> str:
-    """A card with what only the metadata of the other card have."""
+    """A card with added metadata: those that only the other card has."""
     return _with_metadata(card, _read_metadata(other) or {})
 
 
 def _fresh(run: Run, facts: CardFacts) -> str:
-    """A new card, whose section is that of any other."""
+    """A new card; its section is the one that every card of the run gets."""
     suffix = next((suffix for suffix in _TASKS if run.model_class.endswith(suffix)), "")
     return render(
         "card.md.jinja",
@@ -159,7 +159,7 @@ def _metadata(run: Run, facts: CardFacts) -> dict[str, Any]:
 
 
 def _with_metadata(card: str, more: Mapping[str, Any]) -> str:
-    """A card whose metadata have what was missing; those that cannot be read are left alone."""
+    """A card with missing metadata added; a head that cannot be read is left alone."""
     present = _read_metadata(card)
     if present is None:
         logger.warning("The metadata of the model card cannot be read as YAML and stay as they are.")
@@ -190,7 +190,7 @@ def _read_metadata(card: str) -> dict[str, Any] | None:
 
 
 def _may_be_replaced(index: Any) -> bool:
-    """Whether a `model-index` has no results but those that were written here, earlier in the run."""
+    """Whether all results in a `model-index` were written here, earlier in the run."""
     try:
         results = [result for item in index for result in item.get("results") or ()]
         return all(metric["name"].startswith(_OURS) for result in results for metric in result["metrics"])
@@ -199,7 +199,7 @@ def _may_be_replaced(index: Any) -> bool:
 
 
 def _with_section(card: str, fresh: str) -> str:
-    """A card with the section of a fresh one, in the place of its own, or at its end."""
+    """A card with the section of a fresh one, in place of its own or at the end."""
     section = _SECTION.search(fresh)
     assert section is not None  # the template has one
     if _SECTION.search(card):
@@ -208,13 +208,13 @@ def _with_section(card: str, fresh: str) -> str:
 
 
 def _sealed(card: str) -> str:
-    """A card that only programs wrote, with the checksum that tells so later."""
+    """A card that only programs wrote, with the checksum that shows this later."""
     begin = f"<!-- compressm: begin, the rest was {_checksum(card)}; do not write below -->"
     return _BEGIN.sub(begin, card, count=1)
 
 
 def _checksum(card: str) -> str:
-    """Of all but the section."""
+    """The checksum of everything except the section."""
     rest = _SECTION.sub("", card, count=1)
     return f"{zlib.crc32(rest.strip().encode()):08x}"
 
@@ -224,5 +224,5 @@ def _dump(metadata: Mapping[str, Any]) -> str:
 
 
 def _plain_id(name: str | None) -> str | None:
-    """A name as the Hub's ids are, or None: it goes into code and into links."""
+    """A name in the form of the Hub's ids, or None: it is put into code and links."""
     return name if name and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and len(name) <= LONGEST_ID else None

@@ -1,4 +1,4 @@
-"""A checkpoint cut on disk, with a model card that tells of the cut."""
+"""A checkpoint cut on disk, with a model card that describes the cut."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,36 +23,36 @@ def compress_checkpoint(
     config: CompreSSMConfig,
     calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> CompressionResult:
-    """Cut a Trainer's checkpoint, or a saved model, so that the next launch goes on with the smaller model.
+    """Cut a Trainer's checkpoint, or a saved model, so that the next launch continues with the smaller model.
 
-    The model is loaded and measured on the CPU. Checkpoints of FSDP are read and written as FSDP does; those with
+    The model is loaded and measured on the CPU. Checkpoints of FSDP are read and written in FSDP's formats; those with
     sharded weights need a `config.json` beside them.
 
     To resume with `Trainer.train(resume_from_checkpoint=output)`, build the model from `output`; with
-    `CompreSSMCallback` a model of the original size will do. Call `output` `<output_dir>/checkpoint-<step>`, with the
-    same step, for `resume_from_checkpoint=True` and `find_last_complete_checkpoint` to see it.
+    `CompreSSMCallback`, a model of the original size works too. Name `output` `<output_dir>/checkpoint-<step>`, with
+    the same step, if `resume_from_checkpoint=True` and `find_last_complete_checkpoint` are to find it.
 
     Args:
-        checkpoint: a `checkpoint-<step>` directory of a Trainer, or what `save_pretrained` wrote. It stays as it is.
-        output: directory of the new one; it is there whole and sealed, or not at all.
-        config: settings; those of the schedule are not used here. `optimizer_state="reset"` goes on where the saved
-            optimizer state cannot be matched to parameters: all moments are then dropped.
+        checkpoint: a `checkpoint-<step>` directory of a Trainer, or what `save_pretrained` wrote. It does not change.
+        output: directory of the new one; it appears whole and sealed, or not at all.
+        config: settings; those of the schedule are ignored. With `optimizer_state="reset"`, a saved optimizer state
+            that cannot be matched to parameters is accepted, and all its moments are dropped.
         calibration: iterable of model-input dicts, needed by selective layers.
 
     Returns:
-        What was done, as of `compress`.
+        What was done, as from `compress`.
 
     Raises:
-        ValueError: if the checkpoint is not whole, or not of a kind that can be cut on disk (DeepSpeed, adapters of
-            PEFT); if it is not clear beyond doubt which parameters the optimizer's state belongs to; if `output` has
-            something in it or lies inside the checkpoint; and as `compress`. Nothing is then written.
+        ValueError: if the checkpoint is not whole, or is of a kind that cannot be cut on disk (DeepSpeed, adapters of
+            PEFT); if it is not certain which parameters the optimizer's state belongs to; if `output` is not empty
+            or is inside the checkpoint; and as `compress`. Nothing is then written.
         OSError: from the file system; likewise.
     """
     return cut_checkpoint(checkpoint, output, config, calibration, finish=_renew_card)
 
 
 def _renew_card(folder: Path) -> None:
-    """Let a model card that was copied tell of this cut too."""
+    """Add this cut to a model card that was copied."""
     path = folder / CARD_FILE
     if not path.is_file():
         return

@@ -1,7 +1,7 @@
-"""A directory's model to the Hub, in one commit: the repo has all of it afterwards, or is as it was.
+"""Pushing a directory's model to the Hub in one commit: afterwards the repo has all of it, or is unchanged.
 
-`HfApi.upload_folder` may spread one folder over several commits (huggingface_hub 2.4, with hf_xet), and a repo between
-two of them would hold the configuration of one size and weights of another. So the one commit is made here.
+`HfApi.upload_folder` may spread one folder over several commits (huggingface_hub 2.4, with hf_xet). Between two of
+them the repo would hold a configuration of one size and weights of another, so the one commit is made here.
 """
 
 import json
@@ -27,7 +27,7 @@ _WAYS_OUT = {
     401: "The Hub does not accept the token (401). Log in with `hf auth login`, or set HF_TOKEN to a valid one",
     403: "The token may not write to {repo} (403). Make one that may at https://huggingface.co/settings/tokens, or "
     "push to a repo of your own",
-    404: "{repo} is not there for this token (404). Check the id, the revision and the token's permissions",
+    404: "{repo} is missing or hidden from this token (404). Check the id, the revision and the token's permissions",
     412: "Others commit to {repo} at the same time (412). Push again when they are done",
 }
 
@@ -41,8 +41,8 @@ class PushResult:
         url: of the repo, the branch or the pull request.
         commit: id of the commit.
         files: bytes of each file that was pushed, by its name in the repo.
-        left: what of the directory stayed behind.
-        removed: files of an earlier push that are gone.
+        left: files and folders of the directory that were not pushed.
+        removed: files of an earlier push that were deleted.
     """
 
     repo_id: str
@@ -58,14 +58,14 @@ class PushTarget:
     """Where a push goes.
 
     Attributes:
-        repo_id: `owner/name`, or a name for a repo of the token's owner; made if it is not there.
-        private: whether a repo that is made is private; one that is there must be so already.
-        revision: branch to push to, made from `main` if it is not there; by default `main`.
+        repo_id: `owner/name`, or a name for a repo of the token's owner; created if it does not exist.
+        private: whether a new repo is private; an existing one must be private already.
+        revision: branch to push to, created from `main` if it does not exist; by default `main`.
         message: title of the commit.
-        create_pr: open a pull request in the place of a commit to `main`.
+        create_pr: open a pull request instead of committing to `main`.
 
     Raises:
-        ValueError: for a repo, branch or title that no Hub would take.
+        ValueError: for a repo, branch or title that the Hub does not accept.
     """
 
     repo_id: str
@@ -104,17 +104,18 @@ def files_to_push(directory: str | Path) -> tuple[dict[str, int], list[str]]:
 
 
 def push_directory(directory: str | Path, target: PushTarget) -> PushResult:
-    """Push a saved model or a Trainer's checkpoint to the Hub in one commit; the directory stays as it is.
+    """Push a saved model or a Trainer's checkpoint to the Hub in one commit; the directory does not change.
 
-    A model that was cut gets a card that says so, with the id in its loading code: a new one, unless the repo has one,
-    or the directory's with its section written anew. Weights of an earlier push that have no successor are deleted.
+    A model that was cut gets a card that says so, with the repo's id in its loading code: the directory's card with
+    its section rewritten; without one, a new card, unless the repo has one. Weights of an earlier push that this one
+    does not replace are deleted.
 
     Args:
         directory: with `config.json` or `adapter_config.json`, and safetensors weights.
         target: where it goes.
 
     Raises:
-        ValueError: for a mistake, found before anything is sent, or for what the Hub or the network refused.
+        ValueError: for a mistake, before anything is sent; or if the Hub or the network refuses the push.
     """
     directory = Path(directory)
     files = choose_files(read_whole(directory))
@@ -125,17 +126,17 @@ def push_directory(directory: str | Path, target: PushTarget) -> PushResult:
         raise ValueError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
     try:
         return _push(directory, files, target)
-    except Exception as error:  # of the network, the Hub and its client, in several libraries
+    except Exception as error:  # the network, the Hub and its client raise errors of several libraries
         raise ValueError(_explained(error, target)) from error
 
 
 def _push(directory: Path, files: dict[str, Path], target: PushTarget) -> PushResult:
-    """Make the repo and the branch if they are not there, and commit on top of what is."""
+    """Create the repo and the branch if they do not exist, and commit on top of what they hold."""
     api = HfApi(library_name="hf_compressm")
     repo_id = api.create_repo(target.repo_id, private=target.private or None, exist_ok=True).repo_id
     if target.private and not api.model_info(repo_id).private:
         raise ValueError(
-            f"{repo_id} is there and public: make it private in its settings first, or push without private."
+            f"{repo_id} exists and is public: make it private in its settings first, or push without private."
         )
     if target.revision not in (None, "main") and not str(target.revision).startswith("refs/"):
         api.create_branch(repo_id, branch=str(target.revision), exist_ok=True)
@@ -166,7 +167,7 @@ def _push(directory: Path, files: dict[str, Path], target: PushTarget) -> PushRe
 
 
 def _written_anew(directory: Path, files: dict[str, Path], repo_id: str) -> dict[str, bytes]:
-    """Configurations of adapters that name the base in the repo, not that in a directory of this machine."""
+    """Configurations of adapters, rewritten to name the base in the repo, not one in a directory of this machine."""
     contents = {}
     for name, path in files.items():
         if PurePath(name).name == ADAPTER_CONFIG and (directory / BASE_FOLDER).is_dir():
@@ -178,9 +179,9 @@ def _written_anew(directory: Path, files: dict[str, Path], repo_id: str) -> dict
 
 
 def _explained(error: Exception, target: PushTarget) -> str:
-    """An error of a push in a sentence that names the way out."""
+    """The error of a push in a sentence that says what to do."""
     if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError | json.JSONDecodeError):
-        return f"{_in_one_line(error)}."  # of this package, or of the client, which names the file
+        return f"{_in_one_line(error)}."  # from this package, or from the client, which names the file
     answered = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
     if answered is None:
         text = (
@@ -194,17 +195,17 @@ def _explained(error: Exception, target: PushTarget) -> str:
         if status < 500:
             return f"The Hub refused the push to {target.repo_id} ({status}): {words}."
         text = f"The Hub answered {status}, and the push to {target.repo_id} is given up."
-    look = " Look whether the pull request was opened before you do." if target.create_pr else ""
+    look = " Before that, check whether the pull request was opened." if target.create_pr else ""
     return f"{text} Push again later, or check the network and HF_ENDPOINT.{look}"
 
 
 def _in_one_line(message: object) -> str:
-    """The text of an error, of whatever origin: one line, short, and without what a terminal would act on."""
+    """The text of any error as one short line, without characters that a terminal would act on."""
     text = " ".join(str(message).split()) or type(message).__name__
     text = "".join(character if character.isprintable() else "?" for character in text).rstrip(".")
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 3]}..."
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    """An error and what it comes from: an upload in a thread fails with what says so, and the reason behind it."""
+    """An error and its causes: an upload in a thread fails with an error that hides the reason behind it."""
     return [] if error is None else [error, *_causes(error.__cause__)]

@@ -1,4 +1,4 @@
-"""Which files of a directory are the model: they go to the Hub, the state of a training run stays behind."""
+"""The files of a directory that make up the model: they go to the Hub, the state of a training run does not."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -48,7 +48,7 @@ STALE = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
-"""What an earlier push left in a repo, and a loader would take for a part of the model that is pushed now."""
+"""Files of an earlier push that a loader would mistake for a part of the model that is pushed now."""
 
 
 def read_whole(directory: str | Path) -> SavedModel:
@@ -59,7 +59,7 @@ def read_whole(directory: str | Path) -> SavedModel:
     """
     directory = Path(directory)
     if not directory.exists():
-        raise ValueError(f"{directory} is not there.")
+        raise ValueError(f"{directory} does not exist.")
     saved = read_saved(directory)
     found = [each for each in (saved, saved.base) if each is not None and each.values is not None]
     for each in found:
@@ -73,12 +73,12 @@ def read_whole(directory: str | Path) -> SavedModel:
 
 
 def choose_files(saved: SavedModel) -> dict[str, Path]:
-    """The files that make a model, by their names in a repo.
+    """The files that make up a model, by their names in a repo.
 
     These are weights, configurations, files of tokenizer and processor, the code that `auto_map` names with what it
     imports, README.md and licence, the history of cuts, the folder `compressm_figures`, and for a PEFT model all its
-    adapters and its `base_model`. Optimizer, scheduler, generator states and the Trainer's own state stay behind, and
-    so does the seal, which lists them.
+    adapters and its `base_model`. Optimizer, scheduler, generator states and the Trainer's own state are left
+    out, and so is the seal, which lists them.
 
     Raises:
         ValueError: naming the file, if it cannot go to the Hub.
@@ -93,7 +93,7 @@ def choose_files(saved: SavedModel) -> dict[str, Path]:
 
 
 def left_behind(directory: Path, chosen: Mapping[str, Path]) -> list[str]:
-    """What of a directory is not pushed; names of folders end in `/`, and what is in them is not listed."""
+    """The files and folders that are not pushed; names of folders end in `/`, and their contents are not listed."""
     folders = {parent for name in chosen for parent in Path(name).parents}
     found = []
     for folder in sorted(folders | {Path()}):
@@ -105,7 +105,7 @@ def left_behind(directory: Path, chosen: Mapping[str, Path]) -> list[str]:
 
 
 def stale_files(names: set[str], present: set[str]) -> list[str]:
-    """What of a repo has to go when files of some names are pushed to it: old weights, and a base that is no more."""
+    """The files of a repo to delete when files of these names are pushed: old weights, and a base no longer needed."""
     has_base = any(name.startswith(f"{BASE_FOLDER}/") for name in names)
     patterns = [*STALE, *(f"{BASE_FOLDER}/{pattern}" for pattern in (STALE if has_base else ["*"]))]
     return sorted(name for name in present - names if any(_fits(name, pattern) for pattern in patterns))
@@ -127,7 +127,7 @@ def _of_a_model(folder: Path, saved: SavedModel | None) -> list[Path]:
 
 
 def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
-    """Whether something is taken by its name; what is hidden, and what is a folder, is not."""
+    """Whether a path is chosen by its name; hidden files and folders are not."""
     return not path.name.startswith(".") and not path.is_dir() and any(fnmatch(path.name, each) for each in patterns)
 
 
@@ -138,12 +138,12 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _adapter_folders(directory: Path) -> Iterator[Path]:
-    """Where adapters are: `default` beside everything else, those with names in folders."""
+    """The folders of adapters: `default` is beside everything else, named ones have their own."""
     yield from (path.parent for path in (*directory.glob(ADAPTER_CONFIG), *directory.glob(f"*/{ADAPTER_CONFIG}")))
 
 
 def _code(folder: Path) -> set[Path]:
-    """The modules that configurations name, and what these import from beside them."""
+    """The modules that configurations name, and the modules beside them that these import."""
     configurations = sorted({*folder.glob(CONFIG_FILE), *folder.glob("[!.]*_config.json")})
     files: set[Path] = set()
     for path in {folder / f"{name}.py" for file in configurations for name in _modules(read_json(file), file)}:
@@ -158,25 +158,25 @@ def _code(folder: Path) -> set[Path]:
 
 
 def _modules(values: dict[str, Any], path: Path) -> Iterator[str]:
-    """Names of the modules that a configuration's `auto_map` puts beside it, not those in another repo."""
+    """Names of the modules that a configuration's `auto_map` expects beside it, without those in another repo."""
     named = values.get("auto_map")
     for target in named.values() if isinstance(named, dict) else ():
         for text in target if isinstance(target, list) else [target]:
             if isinstance(text, str) and "--" not in text:
                 module = text.split(".")[0]
                 if not module.isidentifier():
-                    raise ValueError(f"{path}: auto_map names {quoted(text)}, which is no module beside it.")
+                    raise ValueError(f"{path}: auto_map names {quoted(text)}, which is not a module beside it.")
                 yield module
 
 
 def _name_in_repo(path: Path, root: Path) -> str:
-    """A file's name in the repo, after making sure that it is a file of this directory with a name for a repo."""
+    """A file's name in the repo; raises `ValueError` unless it is in this directory and a repo accepts its name."""
     name = path.relative_to(root).as_posix()
     if not name.isprintable() or "\\" in name:
-        raise ValueError(f"{root} has a file {name!a}, and a repo takes no such name: rename or remove it.")
-    place = Path(os.path.realpath(path))  # which names no error where links lead in a circle
+        raise ValueError(f"{root} has a file {name!a}, and a repo does not accept such a name: rename or remove it.")
+    place = Path(os.path.realpath(path))  # this raises no error where links form a circle
     if not place.is_relative_to(os.path.realpath(root)):
         raise ValueError(f"{path} leads out of {root}, to {place}: put a copy in its place, or remove the link.")
     if not path.is_file():
-        raise ValueError(f"{path} has the name of a file that is pushed, and is none: remove it.")
+        raise ValueError(f"{path} has the name of a file that is pushed, but is not a file: remove it.")
     return name

@@ -13,13 +13,13 @@ _MEANS_SOMETHING = re.compile(
 
 
 def escaped(text: object) -> str:
-    """One line in which nothing means anything to Markdown or HTML: what would is written as its number."""
+    """One line that means nothing special to Markdown or HTML: special characters are written as their numbers."""
     line = " ".join(str(text).split())
     return _MEANS_SOMETHING.sub(lambda found: f"{found[0][:-1]}&#{ord(found[0][-1])};", line)
 
 
 def code(text: object) -> str:
-    """One line as code; what could end the code, or a cell of a table, is replaced."""
+    """One line as code; characters that could end the code, or a cell of a table, are replaced."""
     line = " ".join(str(text).split()).replace("`", "'").replace("|", "/")
     return f"`{line}`" if line else ""
 

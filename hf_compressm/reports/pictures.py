@@ -27,11 +27,11 @@ class Picture:
 
 
 def draw_pictures(run: Run, folder: str | Path) -> list[Picture]:
-    """Draw every picture for which there are data into a folder, under names that do not depend on the run.
+    """Draw every picture that the run has data for into a folder, under names that do not depend on the run.
 
     Args:
-        run: whose traces are drawn.
-        folder: made if need be.
+        run: the run whose traces are drawn.
+        folder: created if it does not exist.
 
     Raises:
         ImportError: without matplotlib.
@@ -45,7 +45,7 @@ def draw_pictures(run: Run, folder: str | Path) -> list[Picture]:
 
 
 def present_pictures(folder: str | Path) -> list[Picture]:
-    """The pictures that were drawn into a folder earlier."""
+    """The pictures that a folder has from an earlier call."""
     return [
         Picture(Path(folder) / f"{name}.png", title, caption)
         for name, title, caption, _, _ in _PICTURES
@@ -82,8 +82,8 @@ _PICTURES: tuple[tuple[str, str, str, Callable[[Run], bool], Callable[[Run, Path
     (
         "spectra",
         "Hankel singular values",
-        "What each state contributes, largest first, at every cut. Solid up to the marker was kept, dotted was cut "
-        "off. A curve that falls steeply has states to spare.",
+        "What each state contributes, largest first, at every cut. The solid part up to the marker was kept, the "
+        "dotted part was cut off. A curve that falls steeply has states to spare.",
         _has_spectra,
         lambda run, path: plot_spectra(run.events, path),
     ),
@@ -97,7 +97,7 @@ _PICTURES: tuple[tuple[str, str, str, Callable[[Run], bool], Callable[[Run, Path
     (
         "cut_cost",
         "What the cuts took",
-        "Seconds of each attempt, calibration included, and the training steps that this time would have been.",
+        "Seconds of each attempt, calibration included, and how many training steps take the same time.",
         lambda run: bool(run.events),
         plot_cut_cost,
     ),

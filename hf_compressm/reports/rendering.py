@@ -1,4 +1,4 @@
-"""Pages from the templates beside this file: HTML escapes every value by itself, Markdown with `text` or `table`."""
+"""Pages from the templates beside this file: HTML templates escape every value, Markdown ones use filters."""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,7 +13,7 @@ PACKAGE = "hf_compressm"
 
 
 def own_version() -> str:
-    """Version of this package, as it was installed."""
+    """The installed version of this package."""
     try:
         return version(PACKAGE)
     except PackageNotFoundError:
@@ -24,8 +24,8 @@ def render(template: str, **values: Any) -> str:
     """Fill in a template.
 
     Args:
-        template: name of its file; every value of one that ends in `.html.jinja` is escaped.
-        **values: that it asks for.
+        template: name of its file; if it ends in `.html.jinja`, every value is escaped.
+        **values: the values that it uses.
     """
     loader = PackageLoader(PACKAGE, "reports/templates")
     environment = Environment(

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that holds all it shows."""
+"""The report of a run: one HTML page that needs no other file."""
 
 import base64
 import tempfile
@@ -16,8 +16,8 @@ from hf_compressm.reports.traces import Run, read_run
 
 ERRORS_IN_WORDS = (
     "A predicted error is an estimate on calibration data, as a share of the layer's output, unless a bound is given. "
-    "Bounds hold for S5 and LRU layers that were cut by their own Hankel singular values, for no other layer, and for "
-    "the layer alone, not for the model around it."
+    "Bounds hold only for S5 and LRU layers that were cut by their own Hankel singular values, and for the layer "
+    "alone, not for the model around it."
 )
 
 
@@ -26,7 +26,7 @@ class Section:
     """A part of a report.
 
     Attributes:
-        title: of it.
+        title: its heading.
         table: its table; None for text alone.
         text: before the table; may be empty.
     """
@@ -37,17 +37,17 @@ class Section:
 
 
 def write_report(directory: str | Path, output: str | Path | None = None) -> Path:
-    """Explain a run to somebody who was not there.
+    """Write a page that explains a run.
 
     Args:
-        directory: `output_dir` of a run, going on or ended, a checkpoint, or a saved model that was cut.
+        directory: `output_dir` of a run, finished or not, a checkpoint, or a saved model that was cut.
         output: directory for `report.html`; by default `directory`.
 
     Returns:
         Path of the page.
 
     Raises:
-        ValueError: if nothing in the directory tells of a cut.
+        ValueError: if nothing in the directory records a cut.
         ImportError: without matplotlib.
         OSError: from the file system.
     """

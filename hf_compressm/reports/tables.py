@@ -1,4 +1,4 @@
-"""What a report and a model card say of a run, as tables of plain text; each page escapes them in its own way."""
+"""What a report and a model card say about a run, as tables of plain text; each page escapes them in its own way."""
 
 import statistics
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from hf_compressm.utils.checks import quoted
 UNKNOWN = "n/a"
 MOST_METRICS = 4
 MOST_LAYERS = 200
-"""Rows of a page that somebody reads; what is more is in the history."""
+"""Most rows that a page shows; the history has all of them."""
 Row = tuple[str, ...]
 
 
@@ -22,8 +22,8 @@ class Table:
     """Rows below a head.
 
     Attributes:
-        head: of the columns.
-        rows: as long as the head each.
+        head: headings of the columns.
+        rows: each as long as the head.
         note: below the table; may be empty.
     """
 
@@ -33,7 +33,7 @@ class Table:
 
 
 def headline(run: Run) -> str:
-    """One sentence: what became of which model."""
+    """One sentence: the model, its sizes before and after, and the number of cuts."""
     before, after = _sizes(run)
     cuts = sum(event.outcome == "cut" for event in run.events) or len(run.record.get("cuts", []))
     many = f"{cuts} cut{'' if cuts == 1 else 's'}"
@@ -60,7 +60,7 @@ def summary(run: Run) -> Table:
 
 
 def cuts(run: Run) -> Table:
-    """One row for each attempt to cut, or without a history for each cut that the model's configuration tells of."""
+    """One row for each attempt to cut; without a history, one for each cut that the model's configuration records."""
     if not run.events:
         return _recorded_cuts(run)
     metric = next(iter(run.metrics()), None)
@@ -76,12 +76,12 @@ def cuts(run: Run) -> Table:
         rows.append(
             (str(event.step), event.outcome, sizes, f"{kept:.4f}", f"{error:.4f}", *points, f"{result.seconds:.2f}")
         )
-    note = "Energy kept is that of the layer that lost most, the predicted error that of the worst layer."
+    note = "Energy kept is that of the layer that lost most; the predicted error is that of the worst layer."
     return Table((*head, "seconds"), tuple(rows), note)
 
 
 def _recorded_cuts(run: Run) -> Table:
-    """What is in the record that travels with a model."""
+    """The cuts in the record that is saved with a model."""
     rows = [
         (
             UNKNOWN if cut.get("step") is None else str(cut["step"]),
@@ -95,7 +95,7 @@ def _recorded_cuts(run: Run) -> Table:
 
 
 def layers(run: Run) -> Table:
-    """One row per layer: from the first size to the last, and its part in the last attempt."""
+    """One row per layer: its first and its last size, and its part in the last attempt."""
     before, after = _sizes(run)
     last = {layer.name: layer for event in run.events for layer in event.result.plan.layers}
     rows = []
@@ -145,7 +145,7 @@ def _range(sizes: Iterable[int]) -> str:
 
 
 def _point(point: tuple[int, float] | None, step: int | None = None) -> str:
-    """A value, and the step that it is of unless that is `step`."""
+    """A value, and its step unless that is `step`."""
     if point is None:
         return UNKNOWN
     return f"{point[1]:.4f}" if point[0] == step else f"{point[1]:.4f} (step {point[0]})"
@@ -160,7 +160,7 @@ def _bound(layer: LayerPlan) -> str:
 
 
 def _summary_note(run: Run) -> str:
-    """What the numbers of the summary stand on."""
+    """How the numbers of the summary were measured."""
     if not run.cuts:
         return ""
     seconds = sum(event.result.seconds for event in run.events)

@@ -1,4 +1,4 @@
-"""A run as it left its traces on the disk: the history of its cuts, the Trainer's log, the model's configuration."""
+"""The traces that a run leaves on the disk: the history of its cuts, the Trainer's log, the model's configuration."""
 
 import re
 import statistics
@@ -18,22 +18,22 @@ from hf_compressm.utils.checks import LONGEST_NAME, is_count, is_number
 
 
 BEFORE_CUT, AFTER_CUT = "before_cut", "after_cut"
-"""Prefixes of metrics that are taken at a cut's own step, where somebody evaluates there: see the examples."""
+"""Prefixes of metrics from evaluations at a cut's own step, such as those of the examples."""
 _NO_METRIC = re.compile(r"(runtime|per_second|preparation_time|mem_\w+)$")
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What is known of a run.
+    """What is known about a run.
 
     Attributes:
         name: of its directory.
-        events: attempts to cut, oldest first; empty where only the saved model tells of a cut.
+        events: attempts to cut, oldest first; empty where only the saved model records the cuts.
         log: the Trainer's log, each entry with its `step`; finite numbers only.
         config: of the model; empty if there is none.
         settings: of the callback; empty if they are not known.
-        steps: done when the log was written.
-        machine: that it ran on, in words; empty if that is not known.
+        steps: optimizer steps done when the log was written.
+        machine: the machine that it ran on, in words; empty if not known.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Run:
 
     @property
     def cuts(self) -> list[CutEvent]:
-        """The attempts that changed the model, and ways back from one."""
+        """The attempts that changed the model, and the rollbacks."""
         return [event for event in self.events if event.outcome in ("cut", "rolled back")]
 
     @property
     def record(self) -> Mapping[str, Any]:
-        """What the model's configuration tells of its cuts; empty if it has none."""
+        """The record of cuts in the model's configuration; empty without one."""
         return self.config.get("compressm") or {}
 
     @property
@@ -65,7 +65,7 @@ class Run:
         return [(int(entry["step"]), entry[name]) for entry in self.log if name in entry]
 
     def metrics(self) -> list[str]:
-        """Names of what was evaluated, without `eval_`, the loss first."""
+        """Names of the evaluated metrics, without `eval_`, the loss first."""
         names = {key[5:] for entry in self.log for key in entry if key.startswith("eval_")}
         return sorted((name for name in names if not _NO_METRIC.search(name)), key=lambda name: (name != "loss", name))
 
@@ -94,13 +94,13 @@ class Run:
 def read_run(directory: str | Path) -> Run:
     """Read what a run, a checkpoint or a saved model left in its directory.
 
-    A run that is going on, or was stopped, is read from its last complete checkpoint.
+    An unfinished run is read from its last complete checkpoint.
 
     Args:
         directory: `output_dir` of a run, a checkpoint, or a saved model that was cut.
 
     Raises:
-        ValueError: if nothing in it tells of a cut, or what does cannot be read.
+        ValueError: if nothing in it records a cut, or the record cannot be read.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -111,14 +111,14 @@ def read_run(directory: str | Path) -> Run:
     run = find_run(source)
     if run is None:
         raise ValueError(
-            f"{directory} tells of no cut: it has no {HISTORY_FILE}, no complete checkpoint with one, and no model "
+            f"{directory} has no record of a cut: no {HISTORY_FILE}, no complete checkpoint with one, and no model "
             "that was cut. A run with CompreSSMCallback writes its history at its end and beside every checkpoint."
         )
     return replace(run, name=directory.resolve().name)
 
 
 def find_run(directory: Path) -> Run | None:
-    """What the files of one directory tell of a run; None where they tell of no cut.
+    """The run that the files of one directory describe; None if they record no cut.
 
     Raises:
         ValueError: naming the file that cannot be read.
@@ -159,7 +159,7 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def finite_entries(history: Any) -> list[dict[str, float]]:
-    """The log's entries with a step, without what is no finite number."""
+    """The log's entries with a step, without values that are not finite numbers."""
     entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
     return [
         {name: value for name, value in entry.items() if is_number(value)}
@@ -169,7 +169,7 @@ def finite_entries(history: Any) -> list[dict[str, float]]:
 
 
 def _settings(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The callback's settings that this version knows; a checkpoint keeps them among those of all callbacks."""
+    """The callback's settings that this version knows; a checkpoint keeps them with the states of all callbacks."""
     found: Any = state
     for name in ("stateful_callbacks", CALLBACK, "args", "config"):
         found = found.get(name) if isinstance(found, Mapping) else None

@@ -1,4 +1,4 @@
-"""Scans of diagonal and selective state-space layers: a naive reference and a fast version with its own backward."""
+"""Scans of diagonal and selective state-space layers: naive references, and fast versions with their own backward."""
 
 from .diagonal import diagonal_scan, diagonal_scan_reference, diagonal_states
 from .selective import selective_scan, selective_scan_reference, selective_states

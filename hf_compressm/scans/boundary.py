@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 logger = logging.getLogger(__name__)
 
-KERNEL_DEVICES = frozenset({"cuda"})  # the device types that Triton is tried on; ROCm goes by this name too
+KERNEL_DEVICES = frozenset({"cuda"})  # device types on which Triton is tried; ROCm has this name too
 TRIAL_ROUND_OFF = 1000  # units in the last place of the largest entry: 20 steps leave a few, a mistake leaves millions
 
 
@@ -58,12 +58,12 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class _BoundaryScan(torch.autograd.Function):
-    """The recurrence with its own backward: by the kernel where it works, by the loop elsewhere."""
+    """The recurrence with its own backward: by the kernel if it works, otherwise by the loop."""
 
     @staticmethod
     def forward(ctx: Any, decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
         """Decay (N,), inputs (batch, chunks, N), initial state (batch, N) -> (batch, chunks + 1, N), all complex."""
-        # One chunk is one operation of the loop, and an empty tensor is none: there is nothing to save.
+        # The loop takes one operation for one chunk and none for an empty tensor: a kernel saves nothing.
         is_long = inputs.shape[1] > 1 and inputs.numel() > 0
         kernel = _find_kernel(inputs.device, inputs.dtype) if is_long else None
         run = boundary_states if kernel is None else kernel.boundary_states
@@ -108,7 +108,7 @@ def boundary_adjoint(decay: Tensor, states: Tensor, grad_states: Tensor) -> tupl
 
 @functools.cache
 def _find_kernel(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """The module of kernels if it does on a device what the loop does; None, with one warning, if it fails there."""
+    """The module of kernels if it gives the loop's results on a device; None, with one warning, if it fails there."""
     try:
         if device.type not in KERNEL_DEVICES or importlib.util.find_spec("triton") is None:
             return None
@@ -117,7 +117,7 @@ def _find_kernel(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     except Exception as exception:  # no C compiler, a GPU too old, a driver that does not fit: each raises its own
         reason = f"{type(exception).__name__}: {exception}"
     else:
-        if error <= TRIAL_ROUND_OFF:  # not the other way round: a NaN is larger than nothing
+        if error <= TRIAL_ROUND_OFF:  # in this form a NaN fails
             return kernel
         reason = f"its results are off by {error:.0f} units in the last place"
     logger.warning(
@@ -129,10 +129,10 @@ def _find_kernel(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
 
 @torch.no_grad()
 def _largest_error(kernel: ModuleType, device: torch.device, dtype: torch.dtype) -> float:
-    """Run kernel and loop forward and backward on 2 sequences of 18 chunks; the error relative to the largest entry.
+    """Largest error of the kernel, forward and backward, in units in the last place of the largest entry.
 
-    No whole number of tiles and 2 blocks of states, one of which is almost empty. Nothing random: a trial must not
-    change what a user's seed gives.
+    The trial has 2 sequences of 18 chunks, not a whole number of tiles, and 2 blocks of states, one of them almost
+    empty. Nothing is random: a trial must not change what a user's seed gives.
     """
     batch, chunks, state_size = 2, 18, 33
     real = dtype.to_real()

@@ -11,12 +11,12 @@
 | row     | real numbers from one chunk to the next in memory, 2 N             |                         |
 | n       | the states of a program                                            | (BLOCK,)                |
 
-A program owns BLOCK states of one sequence, one per thread, in registers from the first chunk to the last. Its only
-wait is for memory, several hundred cycles against the eight of a step: therefore TILE steps are loaded together before
-the first is computed. Triton has no complex type; tensors come as `torch.view_as_real` shows them, and a thread moves
-the two parts of its state in one access. Only what Triton 3.5 knows is used.
+A program owns BLOCK states of one sequence, one per thread, in registers from the first chunk to the last. It waits
+only for memory, which takes several hundred cycles, while a step takes eight: therefore TILE steps are loaded together
+before the first is computed. Triton has no complex type; tensors come as `torch.view_as_real` shows them, and a thread
+moves the two parts of its state in one access. Only features of Triton 3.5 are used.
 
-Imported where Triton is installed, by `boundary.py`.
+`boundary.py` imports this file if Triton is installed.
 """
 
 import torch
@@ -79,11 +79,11 @@ def _store(pointer, n, re, im, exists):
 
 @triton.jit
 def _inside(exists, j, chunks):
-    """`exists & (j < chunks)`, in a form that Triton's interpreter, too, can use as a mask."""
+    """`exists & (j < chunks)`, in a form that Triton's interpreter can use as a mask, too."""
     return tl.where(exists, j, chunks) < chunks
 
 
-# Lengths are not specialised on: Triton would compile anew for a length of 1 and for multiples of 16.
+# Lengths are not specialised: Triton would compile anew for a length of 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["chunks", "state_size"])
 def _states_kernel(decay, inputs, initial_state, states, chunks, state_size, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """The states of one block of one sequence, from the first chunk to the last."""

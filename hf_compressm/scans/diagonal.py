@@ -16,9 +16,9 @@ Glossary (discrete time):
 | write         | what the inputs of a chunk add to its last state, [Re, Im]         | (T * H, N * 2)            |
 | read          | what the state before a chunk adds to its outputs, [Re, Im]        | (N * 2, T * P)            |
 
-The fast scan never stores the states of the sequence: inside a chunk of T steps inputs act on outputs through
-matrix products alone, and only the states at the chunk boundaries are computed one after the other, in `boundary.py`:
-by a Triton kernel on a GPU where it works, by a loop elsewhere.
+The fast scan never stores the states of the sequence. Inside a chunk of T steps, inputs act on outputs through matrix
+products alone. Only the states at the chunk boundaries are computed one after the other, in `boundary.py`: on a GPU by
+a Triton kernel if it works, otherwise by a loop.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _ChunkMatrices(NamedTuple):
     powers: Tensor  # (T + 1, N) complex, lambda^0 ... lambda^T
 
 
-@torch.compiler.disable(reason="matrix products in complex arithmetic, which torch.compile cannot better")
+@torch.compiler.disable(reason="matrix products in complex arithmetic, which torch.compile cannot improve")
 def diagonal_scan(
     u: Tensor,
     eigenvalues: Tensor,
@@ -99,8 +99,8 @@ def diagonal_scan_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The recurrence as it is written, one step at a time; arguments and results of `diagonal_scan`.
 
-    h_k = diag(eigenvalues) h_{k-1} + B u_k, y_k = Re(C h_k). Slow; differentiated by autograd. The yardstick of the
-    tests.
+    h_k = diag(eigenvalues) h_{k-1} + B u_k, y_k = Re(C h_k). Slow; differentiated by autograd. The tests compare
+    with it.
 
     Args:
         u: Input, real, (batch, length, H).
@@ -137,7 +137,7 @@ def diagonal_states(
     initial_state: Tensor | None = None,
     reverse: bool = False,
 ) -> Iterator[Tensor]:
-    """Yield the states of the recurrence h_k = diag(eigenvalues) h_{k-1} + B u_k, chunk by chunk, without gradients.
+    """Yield the states of h_k = diag(eigenvalues) h_{k-1} + B u_k, chunk by chunk, without gradients.
 
     For calibration: only one chunk of states exists at a time. Chunks come in the order of the run (with `reverse`,
     the first chunk holds the end of the sequence, its first entry being the state at the last position).
@@ -174,7 +174,7 @@ def diagonal_states(
 def _chunked_scan(
     u: Tensor, eigenvalues: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Scan whole chunks, then what is left of the sequence as one shorter chunk of the same matrices."""
+    """Scan whole chunks, then the rest of the sequence as one shorter chunk with the same matrices."""
     length, H = u.shape[1:]
     P = C.shape[0]
     steps = _choose_chunk_size(length, H, P, C.shape[1], has_kernel(u.device, C.dtype))
@@ -195,7 +195,7 @@ def _chunked_scan(
 
 
 def _run_chunks(u: Tensor, matrices: _ChunkMatrices, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply the chunk matrices to a length that is a multiple of T; returns y and the last state."""
+    """Apply the chunk matrices to a length that is a multiple of T; return y and the last state."""
     batch, length, H = u.shape
     steps, P = matrices.read.shape[2:]
     state_size = initial_state.shape[1]
@@ -238,15 +238,16 @@ def _powers(eigenvalues: Tensor, highest: int) -> Tensor:
 def _choose_chunk_size(length: int, H: int, P: int, state_size: int, one_launch: bool) -> int:
     """Steps per chunk: long enough to make the boundary recurrence cheap, short enough for the T H P products.
 
-    With the loop, where a chunk costs a PyTorch operation. Measured, forward plus backward, seconds of one core:
+    With the loop, a chunk costs a PyTorch operation. Measured, forward plus backward, seconds of one core:
     N=256, H=P=8, batch 50, length 784: 0.053 (T=16), 0.051 (32), 0.055 (64), 0.081 (128). N=384, H=P=128, batch 8,
     length 1024: 0.223 (1), 0.186 (2), 0.178 (4), 0.200 (8).
 
-    With the kernel, which does all chunks in one launch, states cost memory traffic only. Not measured, but reckoned:
+    With the kernel, which does all chunks in one launch, states cost memory traffic only. Computed, not measured:
     per step of the sequence, `within` takes T H P multiply-adds, and the states move 48 N / T bytes in complex64
     (`added` and the states are written and read; the states are read once more to be copied, and the copy is written
     and read). A GPU moves a byte in the time of about ten multiply-adds, so the sum is least at T = sqrt(480 N / H P),
-    which is 32 and 2 for the layers above. At least 2, to halve what is stored and the steps that wait for each other.
+    which is 32 and 2 for the layers above. T is at least 2, which halves what is stored and the steps that wait for
+    each other.
     """
     if one_launch:
         best = math.isqrt(480 * state_size // max(H * P, 1))
@@ -264,7 +265,7 @@ def loop_chunk_size(H: int, P: int) -> int:
 def _to_common_dtype(
     u: Tensor, eigenvalues: Tensor, B: Tensor, C: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Everything in one precision, at least float32; the missing initial state as zeros, a missing C as B's dtype."""
+    """The arguments in one precision, at least float32; zeros for a missing initial state, B for a missing C."""
     complex_dtype = torch.complex64
     for tensor in (u, eigenvalues, B, C, initial_state):
         if tensor is not None and tensor.dtype in (torch.float64, torch.complex128):

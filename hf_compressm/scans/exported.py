@@ -1,11 +1,11 @@
-"""The recurrences as `torch.export` and ONNX can hold them: real numbers, any length, no loop over the steps.
+"""The recurrences in a form for `torch.export` and ONNX: real numbers, any length, no loop over the steps.
 
     h_k = a_k * h_{k-1} + b_k
 
 A program that is exported once for all lengths can neither unroll a loop over the steps nor choose a chunk size by
-the length, and ONNX has next to no operators on complex numbers. So the sequence is cut into chunks of T steps, T a
-constant, with zeros at its end; inside a chunk the steps are written out; and the states between the chunks are found
-by doubling, in a constant number of rounds: after round r each of them knows of 2^r chunks before it. For inference.
+the length, and ONNX has hardly any operators on complex numbers. So the sequence is cut into chunks of T steps, with a
+constant T and zeros at the end. Inside a chunk the steps are written out. The states between the chunks are found by
+doubling, in a constant number of rounds: after r rounds, each state includes the 2^r chunks before it. For inference.
 
 Glossary:
 
@@ -28,7 +28,7 @@ from .diagonal import loop_chunk_size
 from .selective import compute_dtype, feed_through_and_gate, step_sizes
 
 
-ROUNDS = 20  # of doubling: what is more than 2^20 chunks back, 4 million steps at least, is forgotten
+ROUNDS = 20  # of doubling: chunks that are more than 2^20 back, at least 4 million steps, are forgotten
 SELECTIVE_CHUNK_SIZE = 16  # all rounds together touch about as many states as there are steps
 
 
@@ -88,7 +88,7 @@ def selective_scan_for_export(
 
 
 def multiply_pairs(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the product a b of pairs, whose other dimensions broadcast."""
+    """The product a b of pairs, whose other dimensions broadcast."""
     real, imaginary, other_real, other_imaginary = a[..., 0], a[..., 1], b[..., 0], b[..., 1]
     return torch.stack(
         [real * other_real - imaginary * other_imaginary, real * other_imaginary + imaginary * other_real], dim=-1
@@ -96,7 +96,7 @@ def multiply_pairs(a: Tensor, b: Tensor) -> Tensor:
 
 
 def divide_pairs(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the quotient a / b of pairs, whose other dimensions broadcast."""
+    """The quotient a / b of pairs, whose other dimensions broadcast."""
     conjugate = torch.stack([b[..., 0], -b[..., 1]], dim=-1)
     return multiply_pairs(a, conjugate) / (b * b).sum(-1, keepdim=True)
 
@@ -121,7 +121,7 @@ def _varying_recurrence(decay: Tensor, drive: Tensor) -> Tensor:
 def _into_chunks(tensor: Tensor, steps: int) -> Tensor:
     """(batch, length, ...) -> (batch, chunks, steps, ...), with zeros after the end.
 
-    There are two chunks at least, because `torch.export` would take a single one for a constant.
+    There are at least two chunks, because `torch.export` would treat a single one as a constant.
     """
     batch, length, *others = tensor.shape
     chunks = length // steps + 2
@@ -130,7 +130,7 @@ def _into_chunks(tensor: Tensor, steps: int) -> Tensor:
 
 
 def _delayed(tensor: Tensor, steps: int) -> Tensor:
-    """The entries `steps` places before, along dimension 1, and zero where there are none."""
+    """The entries `steps` places earlier along dimension 1, and zeros where there are none."""
     before_all = torch.zeros_like(tensor[:, :1])
     origin = torch.arange(1 - steps, tensor.shape[1] + 1 - steps, device=tensor.device).clamp(min=0)
     return torch.cat([before_all, tensor], dim=1).index_select(1, origin)
@@ -146,7 +146,7 @@ def _powers(eigenvalues: Tensor, highest: int) -> Tensor:
 
 
 def _chunk_matrices(powers: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a chunk is multiplied with: inputs on outputs, inputs on its last state, the state before on outputs.
+    """The matrices of a chunk: from inputs to outputs, from inputs to last state, from the state before to outputs.
 
     Returns:
         within (T * H, T * P), write (T * H, N * 2) and read (N * 2, T * P); see the glossary of `diagonal.py`.

@@ -1,10 +1,10 @@
-"""Which of mamba-ssm's kernels work here, found out by calling them on a few zeros.
+"""Which of mamba-ssm's kernels work on this machine: a tiny call on zeros is tried for each.
 
-That a kernel can be imported says little: mamba-ssm may be installed without its CUDA extension, and a Triton kernel
-takes no CPU tensors. A kernel works on a device type if a tiny call of it succeeds there.
+A successful import proves little: mamba-ssm may be installed without its CUDA extension, and a Triton kernel takes no
+CPU tensors. A kernel works on a device type if a tiny call of it succeeds there.
 
 Sizes of the calls: 8 channels, states and steps for Mamba-1; 8 heads of 16 channels, 16 states and steps for Mamba-2,
-below which Triton's matrix products do not go.
+the smallest that Triton's matrix products allow.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def working_devices(kernel: Kernel) -> frozenset[str]:
         return frozenset()
     try:
         function = getattr(importlib.import_module(f"mamba_ssm.{kernel.module}"), kernel.function)
-    except Exception:  # a package that is half there fails in many ways; transformers treats them all alike
+    except Exception:  # a half-installed package fails in many ways; transformers treats them all alike
         return frozenset()
     working = set()
     for device in device_types():
@@ -67,12 +67,12 @@ def is_kernel_installed() -> bool:
 
 
 def is_kernelized(stock: Callable) -> bool:
-    """Whether the kernels package has put a Hub kernel in the place of a function; it does so per instance."""
+    """Whether the kernels package has replaced a function by a Hub kernel; it does so per instance."""
     return isinstance(stock, nn.Module) and "forward" in vars(stock)
 
 
 def torch_path(stock: Callable) -> Callable:
-    """The plain PyTorch function under transformers' and the kernels package's wrappers; `stock` where it has none."""
+    """The plain PyTorch function under transformers' and the kernels package's wrappers; `stock` if it has none."""
     if isinstance(stock, nn.Module):  # the kernels package turns a function into a module that closes over it
         forward = type(stock).forward
         stock = inspect.getclosurevars(forward).nonlocals.get("func", stock)
@@ -80,13 +80,13 @@ def torch_path(stock: Callable) -> Callable:
 
 
 def _probe_selective_scan(kernel: Callable, device: str) -> None:
-    """One call of `selective_scan_fn`."""
+    """Call `selective_scan_fn` once."""
     square, cube = _zeros(device, (8, 8), (1, 8, 8))
     kernel(cube, cube, square, cube, cube, delta_softplus=True)
 
 
 def _probe_inner(kernel: Callable, device: str) -> None:
-    """One call of `mamba_inner_fn`, with step sizes of rank 1."""
+    """Call `mamba_inner_fn` once, with step sizes of rank 1."""
     projected, conv, x_proj, dt_proj = _zeros(device, (1, 16, 8), (8, 1, 4), (17, 8), (8, 1))
     square, row = _zeros(device, (8, 8), (8,))
     weights = (conv, row, x_proj, dt_proj, square, None, square)
@@ -94,19 +94,19 @@ def _probe_inner(kernel: Callable, device: str) -> None:
 
 
 def _probe_channel_update(kernel: Callable, device: str) -> None:
-    """One call of `selective_state_update` as Mamba-1 makes it."""
+    """Call `selective_state_update` once, as Mamba-1 does."""
     state, square, row = _zeros(device, (1, 8, 8), (8, 8), (1, 8))
     kernel(state, row, row, square, row, row, dt_softplus=True)
 
 
 def _probe_chunk_scan(kernel: Callable, device: str) -> None:
-    """One call of `mamba_chunk_scan_combined`."""
+    """Call `mamba_chunk_scan_combined` once."""
     x, dt, vectors, heads = _zeros(device, (1, 16, 8, 16), (1, 16, 8), (1, 16, 1, 16), (8,))
     kernel(x, dt, heads, vectors, vectors, chunk_size=16, D=heads, dt_bias=heads, dt_softplus=True)
 
 
 def _probe_split_scan(kernel: Callable, device: str) -> None:
-    """One call of `mamba_split_conv1d_scan_combined`: gate, x, B, C and dt side by side are 296 columns."""
+    """Call `mamba_split_conv1d_scan_combined` once: gate, x, B, C and dt side by side are 296 columns."""
     projected, conv, conv_bias, heads = _zeros(device, (1, 16, 296), (160, 4), (160,), (8,))
     norm, out_proj = _zeros(device, (128,), (128, 128))
     kernel(
@@ -125,7 +125,7 @@ def _probe_split_scan(kernel: Callable, device: str) -> None:
 
 
 def _probe_head_update(kernel: Callable, device: str) -> None:
-    """One call of `selective_state_update` as Mamba-2 makes it."""
+    """Call `selective_state_update` once, as Mamba-2 does."""
     state, x, A, vector = _zeros(device, (1, 8, 16, 16), (1, 8, 16), (8, 16, 16), (1, 1, 16))
     kernel(state, x, x, A, vector, vector, dt_softplus=True)
 

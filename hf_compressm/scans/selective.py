@@ -13,7 +13,7 @@ Glossary (A in continuous time, discretised by delta):
 | D         | feed-through                                                                | (channels,)              |
 | z         | gate                                                                        | (batch, channels, length)|
 | h         | state                                                                       | (batch, channels, N)     |
-| drive     | delta_t u_t, what the input vector B_t is multiplied with                   | (length, batch, channels)|
+| drive     | delta_t u_t, the factor of the input vector B_t                             | (length, batch, channels)|
 | decay     | exp(delta_t A)                                                              | (batch, channels, N)     |
 | adjoint   | derivative of the loss with respect to h_t                                  | (batch, channels, N)     |
 
@@ -41,8 +41,8 @@ LOG2_E = math.log2(math.e)
 class _SelectiveScan(torch.autograd.Function):
     """The bare recurrence on time-major contiguous tensors, with checkpoints and its own backward.
 
-    States are (N, channels) inside, so that the innermost loops run over channels. The batch is worked off in blocks
-    of a few sequences, for the cache's sake.
+    States are (N, channels) inside, so that the innermost loops run over channels. The batch is processed in blocks
+    of a few sequences, which fit into the cache.
     """
 
     @staticmethod
@@ -69,7 +69,7 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Chunks from last to first: states again, then the adjoint, then the gradients of the chunk's inputs."""
+        """Go from the last chunk to the first: states again, then the adjoint, then the gradients of its inputs."""
         delta, drive, A, B, C, checkpoints = ctx.saved_tensors
         length, batch, _ = delta.shape
         grad_y = grad_y.contiguous()
@@ -168,7 +168,7 @@ def selective_scan_reference(
     """The recurrence as it is written, one step at a time; arguments and results of `selective_scan`.
 
     h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t, y_t = C_t . h_t, out_t = (y_t + D u_t) * silu(z_t). Slow;
-    differentiated by autograd. The yardstick of the tests.
+    differentiated by autograd. The tests compare with it.
 
     Args:
         u: Input, (batch, channels, length).
@@ -226,8 +226,8 @@ def selective_states(
         chunk_size: Steps per chunk, at least 1; the last chunk may be shorter.
 
     Yields:
-        States (chunk, batch, channels, N) in float32 (or float64). The buffer is used again for the next chunk: clone
-        what must be kept. It may be written to.
+        States (chunk, batch, channels, N) in float32 (or float64). The next chunk uses the buffer again: clone what
+        must be kept. It may be written to.
 
     Raises:
         ValueError: If a shape, a dtype or `chunk_size` is not as above.
@@ -268,8 +268,8 @@ def _chunk_buffers(delta: Tensor, A: Tensor, chunk_size: int = CHUNK_SIZE) -> tu
 def _fill_chunk(decay: Tensor, states: Tensor, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor) -> None:
     """Write the decays exp(delta A) of a chunk and, after the state before it in `states[0]`, its states.
 
-    A power of two, since torch leaves `exp` to MKL, which on other than Intel's processors takes three times as long
-    as `exp2`.
+    The decays are powers of two, since torch leaves `exp` to MKL, which takes three times as long as `exp2` on
+    processors that are not Intel's.
     """
     torch.mul(delta[:, :, None, :], A * LOG2_E, out=decay)
     decay.exp2_()
@@ -282,7 +282,7 @@ def _fill_chunk(decay: Tensor, states: Tensor, delta: Tensor, drive: Tensor, A: 
 def _fill_adjoint(adjoint: Tensor, decay: Tensor, grad_y: Tensor, C: Tensor, incoming: Tensor) -> None:
     """Write adjoint_t = C_t grad_y_t + decay_{t+1} adjoint_{t+1} of one chunk, from its last step to its first.
 
-    `incoming` holds decay_{t+1} * adjoint_{t+1} of the step after the chunk, and then that of its first step.
+    `incoming` holds decay_{t+1} * adjoint_{t+1} of the step after the chunk, and afterwards that of its first step.
     """
     torch.mul(grad_y[:, :, None, :], C[..., None], out=adjoint)
     adjoint[-1].add_(incoming)
@@ -296,7 +296,7 @@ def _fill_adjoint(adjoint: Tensor, decay: Tensor, grad_y: Tensor, C: Tensor, inc
 def _over_channels(weights: Tensor, states: Tensor) -> Tensor:
     """Sum over channels of weights (..., channels) * states (..., N, channels) -> (..., N).
 
-    As a row times a transposed matrix: three times faster than the same product as a matrix times a column.
+    Computed as a row times a transposed matrix: three times faster than the same product as a matrix times a column.
     """
     return torch.matmul(weights[..., None, :], states.transpose(-1, -2)).squeeze(-2)
 
@@ -307,7 +307,7 @@ def _time_major(tensor: Tensor) -> Tensor:
 
 
 def step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
-    """Delta with its bias added and through softplus if asked, (batch, channels, length)."""
+    """Delta with its bias added, passed through softplus if asked, (batch, channels, length)."""
     if delta_bias is not None:
         delta = delta + delta_bias.to(delta.dtype)[:, None]
     return F.softplus(delta) if delta_softplus else delta
@@ -321,7 +321,7 @@ def feed_through_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | No
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is, else float32."""
+    """float64 if any tensor is float64, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 

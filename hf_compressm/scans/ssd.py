@@ -13,11 +13,11 @@ Glossary (A in continuous time, discretised by dt):
 | D          | feed-through                                                         | (heads,) or (heads, head_dim)   |
 | z          | gate                                                                 | as x                            |
 | h          | state                                                                | (batch, heads, head_dim, N)     |
-| drive      | dt_t x_t, what the input vector B_t is multiplied with               | as x                            |
+| drive      | dt_t x_t, the factor of the input vector B_t                         | as x                            |
 | T          | steps per chunk                                                      |                                 |
 
 Inside a chunk the outputs are one masked T x T matrix product per head, as in attention; only the states at the chunk
-boundaries, one per T steps, are computed one after the other: `ssd_chunks.py`.
+boundaries, one per T steps, are computed one after the other, in `ssd_chunks.py`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def ssd_scan_reference(
     """The recurrence as it is written, one step at a time; arguments and results of `ssd_scan`.
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t, out_t = y_t * silu(z_t). Slow; differentiated
-    by autograd. The yardstick of the tests.
+    by autograd. The tests compare with it.
 
     Args:
         x: Input, (batch, length, heads, head_dim).
@@ -180,8 +180,8 @@ def ssd_states(
         chunk_size: Steps per chunk, at least 1; the last chunk may be shorter.
 
     Yields:
-        States (chunk, batch, heads, head_dim, N) in float32 (or float64). The buffer is used again for the next chunk:
-        clone what must be kept. It may be written to.
+        States (chunk, batch, heads, head_dim, N) in float32 (or float64). The next chunk uses the buffer again: clone
+        what must be kept. It may be written to.
 
     Raises:
         ValueError: If a shape, a dtype, `dt_limit` or `chunk_size` is not as above.
@@ -211,7 +211,7 @@ def ssd_states(
 
 
 def _choose_chunk_size(state_size: int) -> int:
-    """Steps per chunk: many make the T x T products dear, few the N x head_dim states at the boundaries.
+    """Steps per chunk: many make the T x T products expensive, few the N x head_dim states at the boundaries.
 
     Measured, forward plus backward, seconds of one core, 8 heads of 64, batch 8, length 512: N=16: 0.067 (T=16), 0.074
     (32), 0.090 (64). N=64: 0.176, 0.114, 0.123. N=128: 0.161 (32), 0.148 (64), 0.178 (128).
@@ -228,7 +228,7 @@ def _initial_state(x: Tensor, B: Tensor, initial_states: Tensor | None) -> Tenso
 
 
 def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
-    """Dt with its bias added, through softplus if asked, within its limits, (batch, length, heads)."""
+    """Dt with its bias added, passed through softplus if asked, within its limits, (batch, length, heads)."""
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
@@ -244,7 +244,7 @@ def _feed_through_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | N
 
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any tensor is, else float32."""
+    """float64 if any tensor is float64, else float32."""
     doubles = [tensor for tensor in tensors if tensor is not None and tensor.dtype == torch.float64]
     return torch.float64 if doubles else torch.float32
 

@@ -6,7 +6,7 @@ Glossary (heads of one group side by side are "rows": rows = heads / groups * he
 
 | symbol     | meaning                                                     | shape                                |
 |------------|-------------------------------------------------------------|--------------------------------------|
-| drive      | what the input vector B_t is multiplied with                | (batch, chunks, T, heads, head_dim)  |
+| drive      | the factor of the input vector B_t                          | (batch, chunks, T, heads, head_dim)  |
 | log_decay  | logarithm of the factor on the state                        | (batch, chunks, T, heads)            |
 | B, C       | input and read-out vectors                                  | (batch, chunks, T, groups, N)        |
 | states     | before each chunk and after the last                        | (batch, chunks + 1, groups, rows, N) |
@@ -31,9 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-BLOCK_ENTRIES = (
-    1 << 18
-)  # entries of drive worked on at once: enough to hide the cost of a call, few enough for the cache
+BLOCK_ENTRIES = 1 << 18  # entries of drive worked on at once: they hide the cost of a call, and fit into the cache
 FLOOR_SHARE = 0.9  # of the logarithm of the smallest normal number: smaller factors are slow and make no difference
 
 
@@ -47,9 +45,9 @@ class _Decays(NamedTuple):
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """The recurrence on chunks; keeps one state per chunk and computes the T x T matrices again in the backward.
+    """The recurrence on chunks; keeps one state per chunk and computes the T x T matrices again in the backward pass.
 
-    The batch is worked off in blocks of a few sequences, for the cache's sake.
+    The batch is processed in blocks of a few sequences, which fit into the cache.
     """
 
     @staticmethod
@@ -77,7 +75,7 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The adjoint states from the last chunk to the first, then the gradients inside the chunks."""
+        """Compute the adjoint states from the last chunk to the first, then the gradients inside the chunks."""
         drive, log_decay, B, C, states = ctx.saved_tensors
         head_dim, groups = drive.shape[4], B.shape[3]
         grad_drive, grad_log_decay = torch.empty_like(drive), torch.empty_like(log_decay)
@@ -151,14 +149,14 @@ def _into_chunks(tensor: Tensor, steps: int) -> Tensor:
 
 
 def _floor(dtype: torch.dtype) -> float:
-    """The exponent from which on exp counts as zero."""
+    """The exponent below which exp counts as zero."""
     return FLOOR_SHARE * math.log(torch.finfo(dtype).smallest_normal)
 
 
 def _decays(log_decay: Tensor, groups: int, head_dim: int) -> _Decays:
     """The factors of some chunks, from exponents that are never positive where log_decay is not.
 
-    Exponents are differences of sums, which lose what is small beside what is large: the sums are in float64.
+    Exponents are differences of sums, in which small terms get lost beside large ones: the sums are in float64.
     """
     dtype = log_decay.dtype
     sums = torch.cumsum(log_decay.transpose(2, 3).double(), dim=-1)  # (batch, chunks, heads, T)
@@ -174,7 +172,7 @@ def _decays(log_decay: Tensor, groups: int, head_dim: int) -> _Decays:
 
 
 def _weighted(within: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """What the outputs of a chunk weigh its inputs with, within * C B^T, (batch, chunks, heads, T, T)."""
+    """The weights of a chunk's inputs in its outputs, within * C B^T, (batch, chunks, heads, T, T)."""
     scores = torch.matmul(C, B.mT)  # (batch, chunks, groups, T, T)
     return (within.unflatten(2, (B.shape[2], -1)) * scores[:, :, :, None]).flatten(2, 3)
 
@@ -183,8 +181,8 @@ def _grad_log_decay(inside: Tensor, from_start: Tensor, to_end: Tensor, whole: T
     """The derivative with respect to log_decay, (batch, chunks, T, heads), from those with respect to the exponents.
 
     log_decay_k is part of the exponents within[t, s] with s < k <= t, from_start[t] with k <= t, to_end[s] with s < k,
-    and whole. Sums of one kind, because y . grad_y - drive . grad_drive, which is the same and cheaper, is a small
-    difference of large numbers where the decay is fast; in float64, because the first is a difference still.
+    and whole. The cheaper y . grad_y - drive . grad_drive gives the same, but is a small difference of large numbers
+    if the decay is fast. The sums of `inside` are in float64, because they still form a difference.
     """
     inside = inside.tril_(-1)
     difference = inside.sum(-1, dtype=torch.float64) - inside.sum(-2, dtype=torch.float64)

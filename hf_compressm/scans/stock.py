@@ -1,7 +1,7 @@
-"""Let stock transformers models run the fast scans wherever no working kernel is there.
+"""Fast scans for stock transformers models, wherever no kernel works.
 
 transformers picks a scan when a modeling file is imported: mamba-ssm's function if that package can be imported,
-else a plain PyTorch one that is correct and slow. It does not find out that mamba-ssm was installed without its CUDA
+else a plain PyTorch one that is correct and slow. It does not notice that mamba-ssm was installed without its CUDA
 extension (the default since 2.3.2: the function imports, and raises when called), nor that the tensors are on the
 CPU. Here the functions of the modeling files are replaced by dispatchers that decide per call, by device:
 
@@ -43,19 +43,20 @@ def enable_fast_selective_scan() -> bool:
     """Make stock Mamba and Mamba-2 models, and the hybrids built on them, run the fast scans of this package.
 
     The families are Mamba, FalconMamba, Jamba and Zamba on `selective_scan`, and Mamba2, Bamba, Zamba2, FalconH1,
-    GraniteMoeHybrid and NemotronH on `ssd_scan`. Their modeling files are imported here (0.2 s for all of them), so it
-    does not matter whether this is called before or after a model is made.
+    GraniteMoeHybrid and NemotronH on `ssd_scan`. Their modeling files are imported here (0.2 s for all of them), so
+    this may be called before or after a model is made.
 
-    Per call: a working kernel (mamba-ssm on this device, or one from the Hub that `use_kernels=True` put in place)
-    runs untouched; `use_mambapy=True` is obeyed; while `torch.compile` or `torch.jit.trace` look on, the stock PyTorch
-    code runs, and while `torch.export` does, for Mamba-1 layouts a scan that leaves the length open, which the stock
-    code cannot; in all other cases the fast scan does. Results, dtypes and caches are those of the stock code. May be
-    called any number of times; kernels are looked for anew each time. Undone by `disable_fast_selective_scan`.
+    The choice is made per call. A working kernel (mamba-ssm on this device, or one from the Hub that
+    `use_kernels=True` put in place) runs untouched, and `use_mambapy=True` is obeyed. Under `torch.compile`,
+    `torch.jit.trace` and `torch.export` the stock PyTorch code runs, except for Mamba-1 layouts under `torch.export`:
+    they run a scan that leaves the length open, which the stock code cannot. In all other cases the fast scan runs.
+    Results, dtypes and caches are those of the stock code. This may be called any number of times, and looks for
+    kernels each time; `disable_fast_selective_scan` undoes it.
 
     Returns:
         Whether stock models of any of these families now run a fast scan on the current accelerator (on the CPU if
-        there is none): True in the absence of a working kernel, False with kernels for all of them, or if this version
-        of transformers could not be recognised.
+        there is none): True without a working kernel, False with kernels for all of them, or if this version of
+        transformers is not recognised.
     """
     with _LOCK:
         disable_fast_selective_scan()
@@ -66,7 +67,7 @@ def enable_fast_selective_scan() -> bool:
 
 
 def disable_fast_selective_scan() -> bool:
-    """Put the functions that `enable_fast_selective_scan` replaced back.
+    """Put back the functions that `enable_fast_selective_scan` replaced.
 
     Returns:
         Whether the fast scan is in use now; always False.
@@ -77,9 +78,7 @@ def disable_fast_selective_scan() -> bool:
                 if getattr(patch.module, attribute, None) is replacement:
                     setattr(patch.module, attribute, patch.originals[attribute])
                 else:
-                    logger.warning(
-                        f"{name}.{attribute} was replaced by somebody else in the meantime; it is left alone."
-                    )
+                    logger.warning(f"{name}.{attribute} was replaced by other code in the meantime; it is left alone.")
             del _PATCHES[name]
     return False
 
@@ -137,7 +136,7 @@ def _fast_ssd_scan(
 def _scan_dispatcher(
     stock: Callable, kernel_devices: frozenset[str], fast: Callable, can_be_exported: bool
 ) -> Callable:
-    """The scan of a modeling file, with a fast scan in the place of its PyTorch code."""
+    """The scan of a modeling file, with a fast scan in place of its PyTorch code."""
     torch_path = kernels.torch_path(stock)
     plain = torch_path if kernels.is_kernel_installed() else stock
 
@@ -158,7 +157,7 @@ def _scan_dispatcher(
 
 
 def _fused_dispatcher(stock: Callable, kernel_devices: frozenset[str]) -> Callable:
-    """The fused training layer: None, which means "not available, take the unfused path", without a working kernel."""
+    """The fused training layer; without a working kernel it returns None: "not available, take the unfused path"."""
 
     @functools.wraps(kernels.torch_path(stock))
     def dispatched_fused(projected_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -170,7 +169,7 @@ def _fused_dispatcher(stock: Callable, kernel_devices: frozenset[str]) -> Callab
 
 
 def _update_dispatcher(stock: Callable, kernel_devices: frozenset[str]) -> Callable:
-    """The single-step update of generation: the torch path where an installed kernel does not work."""
+    """The single-step update of generation, with the torch path if an installed kernel does not work."""
     if not kernels.is_kernel_installed():
         return stock
     torch_path = kernels.torch_path(stock)
@@ -184,7 +183,7 @@ def _update_dispatcher(stock: Callable, kernel_devices: frozenset[str]) -> Calla
 
 
 def _is_traced() -> bool:
-    """Whether somebody records the operations instead of only running them."""
+    """Whether the operations are recorded instead of only run."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -242,7 +241,7 @@ _LOCK = threading.RLock()
 
 
 def _enable_family(name: str, jobs: tuple[_Job, ...], devices: dict[_Job, frozenset[str]]) -> bool:
-    """Replace the functions of one modeling file; returns whether the fast scan runs on the current device type."""
+    """Replace the functions of one modeling file; return whether the fast scan runs on the current device type."""
     path = f"transformers.models.{name}.modeling_{name}"
     try:
         module = importlib.import_module(path)

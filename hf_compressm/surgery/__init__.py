@@ -1,4 +1,4 @@
-"""The only code that replaces parameters of a model, of its optimizer, and sizes in its config."""
+"""The only code that replaces parameters of a model and of its optimizer, and sizes in its config."""
 
 from hf_compressm.surgery.caches import refuse_stale_caches
 from hf_compressm.surgery.configuration import write_sizes, write_sizes_of_mamba_ssm, write_sizes_per_layer

@@ -1,4 +1,4 @@
-"""A cache that was filled before a cut does not fit the layer after it, and is refused in so many words."""
+"""Refusal of caches that were filled before a cut, and so do not fit the layer after it."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from hf_compressm.families.family import SSMLayer
 
 
 def refuse_stale_caches(layer: SSMLayer) -> None:
-    """Make a layer of a stock class look at the cache that it is given before each call, once for each layer.
+    """Make a layer of a stock class check its cache before each call; the hook is added only once.
 
-    The hook is of this process alone: it is not saved, and a model that is loaded has no cache from before its cut.
+    The hook exists in this process only. It is not saved, since a loaded model has no cache from before its cut.
     """
     if any(hook is _check_cache for hook in layer.module._forward_pre_hooks.values()):
         return

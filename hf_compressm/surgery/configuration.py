@@ -10,15 +10,15 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 Sizes = Mapping[str, Mapping[int, int | None]]
-"""Value by layer index, of every field of the config that holds one."""
+"""Values by field of the config and by layer index."""
 
 
 def write_sizes(config: PreTrainedConfig, sizes: Sizes) -> None:
-    """Set the one size of a family whose classes have a single one, such as `mamba_d_state`.
+    """Set sizes that a config has once for all layers, such as `mamba_d_state`.
 
     Args:
         config: a transformers config.
-        sizes: by field and layer index; the layers of a field agree.
+        sizes: sizes by field and layer index; the layers of a field agree.
     """
     for field, by_index in sizes.items():
         if hasattr(config, field):
@@ -26,16 +26,16 @@ def write_sizes(config: PreTrainedConfig, sizes: Sizes) -> None:
         else:
             logger.warning(
                 f"{type(config).__name__} has no {field}: the new state sizes are in the layers and in the record "
-                "config.compressm, but building the model from this config again will not find them."
+                "config.compressm, but a model built from this config will not have them."
             )
 
 
 def write_sizes_per_layer(config: PreTrainedConfig, sizes: Sizes) -> None:
-    """Set the sizes of some layers; what is common to all layers is written plainly, the rest to `per_layer_config`.
+    """Set the sizes of some layers: the largest goes to the field itself, sizes that differ to `per_layer_config`.
 
     Args:
         config: a transformers config whose models have a size per layer.
-        sizes: by field and layer index; layers that are not named keep theirs.
+        sizes: sizes by field and layer index; layers that are not named keep theirs.
     """
     every = {field: [getattr(layer, field) for layer in config.per_layer_config] for field in sizes}
     for field, by_index in sizes.items():
@@ -59,7 +59,7 @@ def write_sizes_of_mamba_ssm(config: Any, size: int) -> None:
 
 
 def _other_overrides(config: PreTrainedConfig, sizes: Sizes) -> dict[int | str, dict[str, Any]]:
-    """What `per_layer_config` says of other fields."""
+    """The entries of `per_layer_config` for other fields."""
     if not config.is_heterogeneous:
         return {}
     written = config.to_dict().get("per_layer_config", {})

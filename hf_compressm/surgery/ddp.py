@@ -1,9 +1,9 @@
 """Telling DistributedDataParallel about new parameters.
 
-Its reducer hooks itself to the parameters that a model has when it is wrapped; one that is replaced later is silently
-left out of the averaging of gradients (https://github.com/pytorch/pytorch/issues/12603). Training loops hold on to
-the wrapper, so that it cannot be exchanged for a new one. But it can be pickled, and builds its reducer from the
-model's present parameters when it is unpickled: that is done here to the live wrapper.
+Its reducer hooks into the parameters that a model has when it is wrapped. A parameter that replaces one of them is
+silently left out of the averaging of gradients (https://github.com/pytorch/pytorch/issues/12603). Training loops hold
+the wrapper, so it cannot be exchanged for a new one. But a wrapper that is unpickled builds its reducer from the
+model's present parameters: the same is done here to the live wrapper.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ def find_wrappers(model: nn.Module) -> Iterator[DistributedDataParallel]:
 
 
 def unsupported_feature(wrapper: DistributedDataParallel) -> str:
-    """What a wrapper was asked for that holds on to parameters in other ways than its reducer; "" if nothing."""
+    """A feature of a wrapper that holds parameters outside of its reducer, or ""."""
     if getattr(wrapper, "mixed_precision", None) is not None:
-        return "mixed_precision, DDP's own (Trainer's bf16 and fp16 are others)"
+        return "its own mixed_precision (bf16 and fp16 of Trainer are allowed)"
     if getattr(wrapper, "_delay_all_reduce_params", None):
         return "delay_all_reduce_named_params"
     if getattr(wrapper, "_use_python_reducer", False):
@@ -36,7 +36,7 @@ def rebuild_reducers(model: nn.Module) -> None:
     Call it in every process, between a step and the next forward; nothing is sent.
 
     Args:
-        model: as it is trained, wrapped or not.
+        model: the model as it is trained, wrapped or not.
     """
     for wrapper in find_wrappers(model):
         hooks = list(wrapper._comm_hooks)
@@ -47,6 +47,6 @@ def rebuild_reducers(model: nn.Module) -> None:
             if name not in wrapper.parameters_to_ignore
         ]
         wrapper._has_rebuilt_buckets = False
-        wrapper._static_graph_delay_allreduce_enqueued = False  # a new reducer looks at a static graph again
+        wrapper._static_graph_delay_allreduce_enqueued = False  # a new reducer records a static graph anew
         for hook, state in hooks:
             dist._register_comm_hook(wrapper.reducer, state, hook)

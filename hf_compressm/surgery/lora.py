@@ -1,4 +1,4 @@
-"""SSM layers inside a PEFT model: what its adapters put around a projection, and how LoRA follows a cut.
+"""SSM layers inside a PEFT model: adapters around their projections, and how LoRA follows a cut.
 
 | symbol | meaning | shape |
 |---|---|---|
@@ -7,10 +7,10 @@
 | m | DoRA's magnitudes, of the rows of `W + s B A` | `(out,)` |
 | M | what a cut does to the rows of W: selects, scales or mixes them | `(new, out)` |
 
-`M (W + s B A) = M W + s (M B) A`: where a cut is one linear map of the rows, every adapter, active or not, follows
-exactly with its B alone. The gradient of B is `s G A^T` for the gradient G of W, so that its moments map as W's do.
-Where M only selects, the norms of the rows that stay are what they were, and m is selected too.
-Nothing here imports peft: its layers are known by `adapter_layer_names`, which all of them have.
+`M (W + s B A) = M W + s (M B) A`: if a cut is one linear map of the rows, every adapter, active or not, follows it
+exactly with its B alone. The gradient of B is `s G A^T` for the gradient G of W, so its moments map as those of W. If
+M only selects, the rows that stay keep their norms, and m is selected too.
+Nothing here imports peft: its layers are recognised by `adapter_layer_names`, which all of them have.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,11 +25,11 @@ from hf_compressm.peft import innermost_module, plain_modules, underlying, wrapp
 
 
 def check_adapters(model: nn.Module, layers: Sequence[tuple[SSMLayer, CutMethod]]) -> None:
-    """Make sure that a cut of these layers takes their adapters along exactly.
+    """Make sure that the adapters of some layers follow a cut exactly.
 
     Args:
         model: the model, perhaps inside a `PeftModel`.
-        layers: that are to be cut, and how.
+        layers: the layers to cut, each with its method.
 
     Raises:
         ValueError: naming layer and adapter, and the way out.
@@ -39,15 +39,16 @@ def check_adapters(model: nn.Module, layers: Sequence[tuple[SSMLayer, CutMethod]
     for name, module in modules.items():
         if getattr(module, "merged_adapters", None):
             raise ValueError(
-                f"{name} has the adapter {module.merged_adapters[0]!r} merged into its weight, from which no cut and "
-                "no file could tell it again. Call unmerge_adapter() before the cut, or merge_and_unload() for good."
+                f"{name} has the adapter {module.merged_adapters[0]!r} merged into its weight, from which "
+                "neither a cut nor a file could separate it again. Call unmerge_adapter() before the cut, or "
+                "merge_and_unload() for good."
             )
     for layer, method in layers:
         parts = layer.name.split(".")
         above = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
         around = next((name for name in above if wrapped_module(modules[name]) is not None), None)
         if around is not None:
-            raise ValueError(_refusal(around, modules[around], "it is put around a whole SSM layer"))
+            raise ValueError(_refusal(around, modules[around], "it is around a whole SSM layer"))
         for part in layer.family.cut_parts(layer, method):
             module = modules.get(f"{layer.name}.{part}" if layer.name else part)
             why = "" if module is None else _obstacle(module, layer.family.selects_rows)
@@ -56,10 +57,10 @@ def check_adapters(model: nn.Module, layers: Sequence[tuple[SSMLayer, CutMethod]
 
 
 def follow(layer: SSMLayer, cut: LayerCut) -> LayerCut:
-    """The cut with what the layer's adapters have to do.
+    """The cut together with the changes of the layer's adapters.
 
     Raises:
-        ValueError: if an adapter is in the way that its family does not name among the parts that a cut changes.
+        ValueError: if an adapter cannot follow, and is around a part that the family does not name in `cut_parts`.
     """
     changes, attributes = list(cut.changes), list(cut.attributes)
     widths = {id(item.module): item.value for item in cut.attributes if item.name == "out_features"}
@@ -71,7 +72,7 @@ def follow(layer: SSMLayer, cut: LayerCut) -> LayerCut:
         if present is None:
             continue
         if present.row_map is None:
-            why = "the cut is no linear map of its rows"
+            why = "the cut is not a linear map of its rows"
         else:
             why = _obstacle(module, not present.row_map.is_floating_point())
         if why:
@@ -84,7 +85,7 @@ def follow(layer: SSMLayer, cut: LayerCut) -> LayerCut:
 
 
 def resized(layer: SSMLayer, goal: nn.Module) -> Iterator[ParameterChange | AttributeChange]:
-    """What LoRA adapters of a layer need to fit around the weights of another; B holds zeros until it is loaded."""
+    """Changes that fit a layer's LoRA adapters to the sizes of another layer; B holds zeros until it is loaded."""
     goals = dict(goal.named_modules())
     for name, plain in plain_modules(layer.module):
         wanted = getattr(goals.get(name), "out_features", None)
@@ -103,9 +104,9 @@ def resized(layer: SSMLayer, goal: nn.Module) -> Iterator[ParameterChange | Attr
 
 
 def _followed(name: str, B: nn.Parameter, change: ParameterChange) -> ParameterChange:
-    """B, or m, after the cut; in its own dtype where rows are only selected."""
+    """B, or m, after the cut; in its own dtype if rows are only selected."""
     row_map = change.row_map
-    assert row_map is not None  # the caller has looked
+    assert row_map is not None  # the caller has checked
     if not row_map.is_floating_point():
         value = B.detach()[row_map.to(B.device)]
     else:
@@ -115,7 +116,7 @@ def _followed(name: str, B: nn.Parameter, change: ParameterChange) -> ParameterC
 
 
 def _obstacle(module: nn.Module, selects: bool) -> str:
-    """Why what is around a projection cannot follow a cut that selects, or mixes, its rows; or ""."""
+    """Why the adapter around a projection cannot follow a cut that selects its rows, or else mixes them; or ""."""
     if wrapped_module(module) is None:
         return ""
     if "original_module" in module._modules:
@@ -141,7 +142,7 @@ def _obstacle(module: nn.Module, selects: bool) -> str:
 
 
 def _refusal(place: str, module: nn.Module, why: str) -> str:
-    """What is wrong, and the way out."""
+    """The error message: the adapter, what is wrong with it, and the way out."""
     kind = ".".join([*type(module).__module__.split(".")[-2:-1], type(module).__name__])
     names = getattr(module, "active_adapters", None) or ["default"]
     return (

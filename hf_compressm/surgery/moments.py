@@ -1,4 +1,4 @@
-"""What the entries of an optimizer's state are, and which optimizers no cut can follow.
+"""The kinds of entries in an optimizer's state, and the optimizers that cannot follow a cut.
 
 | kind of state | examples | how it follows |
 |---|---|---|
@@ -8,8 +8,8 @@
 | per-parameter scalar | `step`, `RMS` | kept |
 
 State of a parameter with any other entry is reset as a whole: 8-bit and 4-bit blocks, GaLore's and APOLLO's
-projections, the averaged weights of schedule-free optimizers, RMSprop with momentum (which averages normalised steps,
-that do not follow a change of basis) or centred (whose variance could become negative).
+projections, the averaged weights of schedule-free optimizers, RMSprop with momentum (whose average of normalised
+steps does not follow a change of basis) or centred (whose variance could become negative).
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ BITSANDBYTES: dict[str, dict[str, Role]] = {
     "adagrad": {"state1": "second"},
     "rmsprop": {"state1": "second"},
 }
-"""By the `optimizer_name` of a bitsandbytes optimizer; what it keeps in 8 bits is of no role, whatever its name."""
+"""Roles by the `optimizer_name` of a bitsandbytes optimizer; entries in 8 bits have no role, whatever their name."""
 
 
 def roles_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Role]:
@@ -69,7 +69,7 @@ def unknown_entry(state: Mapping[str, Any], parameter: nn.Parameter, roles: Mapp
 def misshapen_entry(
     state: Mapping[str, Any], parameter: nn.Parameter, roles: Mapping[str, Role]
 ) -> tuple[str, Tensor] | None:
-    """The first entry that has a role and not the shape of it; none where an object says what the shapes are."""
+    """The first entry that has a role but not its shape; None if an object in the state determines the shapes."""
     if any(map(_is_object, state.values())):
         return None
     for key, value in state.items():
@@ -84,7 +84,7 @@ def _is_object(value: Any) -> bool:
 
 
 def is_whole(value: Tensor) -> bool:
-    """Whether a tensor holds plain numbers, and not quantised ones."""
+    """Whether a tensor holds plain numbers, not quantised ones."""
     return type(value) in (Tensor, nn.Parameter) and (value.is_floating_point() or value.is_complex())
 
 
@@ -98,7 +98,7 @@ def fits(role: Role, value: Tensor, parameter: nn.Parameter) -> bool:
 
 
 def fresh_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
-    """What the optimizer begins with for a parameter: nothing, but for the one that fills it in when it is built."""
+    """The state with which an optimizer begins for a parameter: empty, except for Adagrad, which fills it at once."""
     if not isinstance(optimizer, torch.optim.Adagrad):
         return {}
     start = group["initial_accumulator_value"]
@@ -106,7 +106,7 @@ def fresh_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], para
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    """Refuse an optimizer that holds on to parameters where a cut cannot exchange them.
+    """Refuse an optimizer that holds parameters where a cut cannot replace them.
 
     Raises:
         ValueError: naming the optimizer and the way out.
@@ -120,7 +120,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Pa
         )
     if isinstance(optimizer, torch.optim.LBFGS) or type(optimizer).__module__.partition(".")[0] == "lomo_optim":
         raise ValueError(
-            f"{name} keeps what it knows of the parameters outside of its state, where a cut cannot follow. Use "
+            f"{name} keeps data of the parameters outside of its state, where a cut cannot change it. Use "
             "another optimizer (adamw_torch, or adafactor where memory is short), or cut between two runs with "
             "hf_compressm.compress."
         )
@@ -130,5 +130,5 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Pa
     if strangers:
         raise ValueError(
             f"{name} holds {len(strangers)} parameter(s) that the model does not have, the first of "
-            f"shape {strangers[0]}. Pass the optimizer that trains this very model, created after its last change."
+            f"shape {strangers[0]}. Pass the optimizer that trains this model, created after its last change."
         )

@@ -1,4 +1,4 @@
-"""One cut of a live model: everything is worked out first, and then put in place at once."""
+"""One cut of a live model: everything is prepared first, and then put in place at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ from hf_compressm.surgery.parameters import (
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """New parameters, moments and attributes of a model, checked and not yet in place.
+    """New parameters, moments and attributes of a model, checked but not yet in place.
 
     Attributes:
-        model: that is cut.
-        layers: that are cut.
+        model: the model to cut.
+        layers: the layers to cut.
         replacements: parameters about to be replaced.
         additions: parameters about to appear.
         attributes: plain attributes and buffers that follow.
-        optimizer: what its optimizer becomes; None where there is none.
+        optimizer: what its optimizer becomes; None without an optimizer.
     """
 
     model: nn.Module
@@ -48,13 +48,13 @@ class Operation:
         """Build every new tensor without touching model or optimizer.
 
         Args:
-            model: that the layers belong to.
-            cuts: layers, each with what its cut writes.
+            model: the model that the layers belong to.
+            cuts: the layers, each with what its cut writes.
             optimizer: the optimizer that trains the model, if any.
             policy: `"carry"` the moments of cut parameters over, or `"reset"` them.
 
         Raises:
-            ValueError: as `prepare_replacements`, `prepare_additions` and `prepare_optimizer`.
+            ValueError: as in `prepare_replacements`, `prepare_additions` and `prepare_optimizer`.
         """
         replacements = prepare_replacements(model, [change for _, cut in cuts for change in cut.changes])
         additions = prepare_additions([addition for _, cut in cuts for addition in cut.additions])
@@ -69,10 +69,10 @@ class Operation:
         return [*(item.new for item in self.replacements), *(item.new for item in self.additions), *moments]
 
     def commit(self, config: Any = None, adopts: bool = False) -> None:
-        """Put it all in place; a `Snapshot` from before takes it back.
+        """Put everything in place; a `Snapshot` from before can undo it.
 
         Args:
-            config: the model's configuration with its new sizes; None leaves that of the model as it is.
+            config: the model's configuration with its new sizes; None leaves the present one unchanged.
             adopts: whether a stock model moves into this package's class.
         """
         if self.layers:

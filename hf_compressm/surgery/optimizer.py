@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class OptimizerPlan:
-    """New parameter lists and states of an optimizer, worked out and not yet in place."""
+    """New parameter lists and states of an optimizer, prepared but not yet in place."""
 
     optimizer: torch.optim.Optimizer
     groups: list[list[nn.Parameter]]
@@ -41,9 +41,9 @@ def prepare_optimizer(
         model: the model, still with its old parameters.
         replacements: the parameters about to be replaced.
         policy: `"carry"` or `"reset"`.
-        additions: the parameters about to appear; each joins the group of the parameter it belongs beside, in the
+        additions: the parameters about to be added; each joins the group of the parameter it belongs beside, at the
             place where an optimizer made after the cut has it, and has no moments yet.
-        removals: the parameters about to go.
+        removals: the parameters about to be removed.
 
     Raises:
         ValueError: if the optimizer is not this model's, holds a parameter that the model does not have, or a moment
@@ -91,10 +91,10 @@ def commit_optimizer(plan: OptimizerPlan) -> None:
 
 
 def misfit(optimizer: torch.optim.Optimizer) -> str:
-    """The first moment whose shape its parameter does not have, in words; "" if there is none.
+    """A description of the first moment that does not have its parameter's shape, or "".
 
-    `Optimizer.load_state_dict` compares numbers of parameters and never shapes. State that no rule knows is not
-    looked at.
+    `Optimizer.load_state_dict` compares the number of parameters but never shapes. State that no rule covers is not
+    checked.
     """
     roles = roles_of(optimizer)
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
@@ -116,7 +116,7 @@ def reset(optimizer: torch.optim.Optimizer) -> None:
 def _with_additions(
     group: Sequence[nn.Parameter], model: nn.Module, additions: Sequence[Addition]
 ) -> list[nn.Parameter]:
-    """A group's parameters and the new ones that belong into it, each before the first that comes after it."""
+    """A group's parameters with the additions that belong to it, each before the first one that follows it."""
     members = list(group)
     held = {id(parameter) for parameter in group}
     order = parameter_order(model, additions) if additions else {}
@@ -152,7 +152,7 @@ def _unknown_entry(item: Replacement, optimizer: torch.optim.Optimizer, roles: M
 
 
 def _check_finite(state: dict[str, Any], item: Replacement, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse to spread a moment's NaN or infinity over all states that a change of basis makes of it."""
+    """Refuse a moment with NaN or infinity, which a change of basis would have spread over all states."""
     for key, value in state.items():
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise NonFiniteError(
@@ -181,7 +181,7 @@ def _mapped(key: str, terms: Sequence[MomentTerm], optimizer: torch.optim.Optimi
 
 
 def _mapped_factor(key: str, role: Role, value: Tensor, item: Replacement, optimizer: torch.optim.Optimizer) -> Tensor:
-    """A factor that lacks the cut axis is an average over it and stays; the other one is mapped."""
+    """A factor after the cut: one without the cut axis is an average over it and stays, the other one is mapped."""
     dims = list(range(item.change.parameter.dim()))
     dims.pop(-1 if role == "row" else -2)
     first = item.change.moments[0]
@@ -193,7 +193,7 @@ def _mapped_factor(key: str, role: Role, value: Tensor, item: Replacement, optim
 
 
 def _apply(term: MomentTerm, moment: Tensor, dim: int, squared: bool) -> Tensor:
-    """Apply the term's map along one axis, in float64 where it computes and does not only select."""
+    """Apply the term's map along one axis, in float64 unless it only selects."""
     matrix = term.matrix.to(moment.device)
     if not matrix.is_floating_point():
         return moment.index_select(dim, matrix)

@@ -21,7 +21,7 @@ class Replacement:
     """One parameter about to be replaced.
 
     Attributes:
-        change: what the adapter asked for.
+        change: the change that the family wants.
         new: the parameter that takes its place, in the old one's dtype and on its device.
         owners: every module and attribute name that holds the old parameter; several where weights are tied.
     """
@@ -33,10 +33,10 @@ class Replacement:
 
 @dataclass(frozen=True, eq=False)
 class Addition:
-    """One parameter about to appear.
+    """One parameter about to be added.
 
     Attributes:
-        wanted: what the adapter asked for.
+        wanted: the addition that the family wants.
         new: the parameter, in the dtype and on the device of the one it belongs beside.
     """
 
@@ -45,7 +45,7 @@ class Addition:
 
     @property
     def attribute(self) -> str:
-        """Its name in its module."""
+        """The name of the parameter in its module."""
         return self.wanted.name.rpartition(".")[2]
 
 
@@ -79,7 +79,7 @@ def prepare_replacements(model: nn.Module, changes: Sequence[ParameterChange]) -
 
 
 def prepare_additions(additions: Sequence[ParameterAddition]) -> list[Addition]:
-    """Build the parameters that appear, without touching the model.
+    """Build the parameters to add, without touching the model.
 
     Raises:
         ValueError: if a new value is not finite.
@@ -94,7 +94,7 @@ def prepare_additions(additions: Sequence[ParameterAddition]) -> list[Addition]:
 
 
 def parameter_order(model: nn.Module, additions: Sequence[Addition]) -> dict[int, int]:
-    """Place of every parameter, by its id, among those of the model as it will be with the additions."""
+    """The place of every parameter, by its id, in the model as it will be with the additions."""
     order: dict[int, int] = {}
     for module in model.modules():
         own = list(module.parameters(recurse=False))
@@ -122,14 +122,14 @@ def commit_replacements(
 def _check_finite(name: str, value: torch.Tensor) -> None:
     if not bool(torch.isfinite(value).all()):
         raise NonFiniteError(
-            f"The new {name} is not finite in {value.dtype}. Cut less, or hold this layer in float32."
+            f"The new {name} is not finite in {value.dtype}. Cut less, or keep this layer in float32."
         )
 
 
 def _new_parameter(change: ParameterChange) -> nn.Parameter:
     old = change.parameter
     value = change.value.to(device=old.device, dtype=old.dtype)
-    value = value.clone(memory_format=torch.contiguous_format)  # in strides too, which DDP compares with its buckets
+    value = value.clone(memory_format=torch.contiguous_format)  # strides too: DDP compares them with its buckets
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
     for field in _HOOK_FIELDS:

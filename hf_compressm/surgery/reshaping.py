@@ -1,7 +1,7 @@
-"""Giving a live model the sizes of another, in both directions, before weights of those sizes are loaded into it.
+"""Giving a live model the sizes of another one, larger or smaller, before weights of these sizes are loaded into it.
 
-A skeleton of the other, built from its configuration without memory for parameters, says what every SSM layer has to
-look like. So nothing here knows a family, and a projection that came or went with a cut is one more parameter.
+A skeleton of the other model, built from its configuration without memory for parameters, shows what every SSM layer
+has to look like. So nothing here depends on the family, and a projection that a cut has added is one more parameter.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ OF_THE_PROCESS = (
     "_experts_implementation_internal",
     "_output_attentions",
 )
-"""What a configuration says of this process and not of the model; it stays when another's sizes are taken over."""
+"""Values of a configuration that belong to this process and not to the model: they stay when sizes are taken over."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Differences:
 
 
 def skeleton(model_class: type, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of a configuration whose parameters take no memory; its buffers and attributes are real.
+    """A model built from a configuration; its parameters take no memory, its buffers and attributes are real.
 
     Raises:
         ValueError: if the class cannot be built from a configuration alone.
@@ -53,21 +53,21 @@ def skeleton(model_class: type, config: PreTrainedConfig) -> PreTrainedModel:
             return model_class(config)
         except TypeError as error:
             raise ValueError(
-                f"{model_class.__name__} cannot be built from its configuration alone ({error}), so that the sizes of "
-                "a checkpoint cannot be given to it. Load the model from the checkpoint before training."
+                f"{model_class.__name__} cannot be built from its configuration alone ({error}), so it cannot take "
+                "the sizes of a checkpoint. Load the model from the checkpoint before training."
             ) from error
 
 
 def reshape_model(model: Any, wanted: PreTrainedModel, optimizer: Any = None) -> bool:
     """Give a live model the class, configuration and state sizes of a skeleton; all at once, or not at all.
 
-    Resized parameters hold zeros until weights are loaded into them, and have no optimizer state. Everything that has
-    its shape already stays what it is, the same tensor.
+    Resized parameters hold zeros until weights are loaded into them, and have no optimizer state. Parameters that have
+    their shape already stay the same tensors.
 
     Args:
         model: the model, perhaps inside a `PeftModel`.
         wanted: a skeleton, of the model's class or of its stock or own counterpart.
-        optimizer: the optimizer that trains the model, if there is one; it gets the new parameters.
+        optimizer: the optimizer that trains the model, if any; it gets the new parameters.
 
     Returns:
         Whether anything had another shape.
@@ -112,7 +112,7 @@ def _take_class(model: PreTrainedModel, wanted: type) -> None:
 
 
 def _take_values(present: PreTrainedConfig, config: PreTrainedConfig) -> None:
-    """The configuration's values, but for what belongs to the process."""
+    """Take over a configuration's values, except those that belong to the process."""
     kept = {name: value for name, value in vars(present).items() if name in OF_THE_PROCESS}
     vars(present).clear()
     vars(present).update({**vars(config), **kept})
@@ -154,7 +154,7 @@ def _check_the_rest(model: PreTrainedModel, wanted: PreTrainedModel, layers: lis
 
 
 def _compare_parameters(layer: SSMLayer, prefix: str, part: nn.Module, goal: nn.Module, found: Differences) -> None:
-    """Collect the parameters of one module that have another shape, are missing, or are too many."""
+    """Collect the parameters of one module that have another shape, are missing, or have to go."""
     for name in dict.fromkeys([*part._parameters, *goal._parameters]):
         present, wanted = part._parameters.get(name), goal._parameters.get(name)
         if wanted is None and present is not None:
@@ -168,7 +168,7 @@ def _compare_parameters(layer: SSMLayer, prefix: str, part: nn.Module, goal: nn.
 
 
 def _other_attributes(part: nn.Module, goal: nn.Module) -> Iterator[AttributeChange]:
-    """Plain whole numbers that differ, and buffers of another shape."""
+    """Changes of plain whole numbers that differ, and of buffers with another shape."""
     for name, value in vars(goal).items():
         if type(value) is int and vars(part).get(name) != value:
             yield AttributeChange(part, name, value)

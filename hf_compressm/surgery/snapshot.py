@@ -1,7 +1,7 @@
-"""Taking a cut back: everything that it may change, held by reference.
+"""Undoing a cut: references to everything that it may change.
 
-A cut replaces tensors and never writes into them, so that nothing needs to be copied: what is put back is bit for bit
-what was there, and all that a snapshot costs is that the replaced tensors stay in memory as long as it does.
+A cut replaces tensors and never writes into them, so nothing needs to be copied. What is put back is the original, bit
+for bit. The only cost of a snapshot is that the replaced tensors stay in memory as long as it exists.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
-        """Take it."""
+        """Take the snapshot."""
         holders = [*model.modules(), *_configs(model)]
         self._classes = [(holder, type(holder)) for holder in holders]
         self._contents = [(vars(holder), dict(vars(holder))) for holder in holders]
@@ -33,7 +33,7 @@ class Snapshot:
             self._contents += [(state, dict(state)) for state in (inner.state, *inner.state.values())]
 
     def restore(self) -> None:
-        """Put everything back; holds as long as no tensor was written into since."""
+        """Put everything back; this is exact if no tensor was written into since."""
         for holder, original in self._classes:
             if type(holder) is not original:
                 holder.__class__ = original

@@ -1,4 +1,4 @@
-"""Cutting inside a Trainer: when, under which guards, and how its checkpoints follow."""
+"""Cutting inside a Trainer: when cuts happen, under which guards, and how checkpoints work across them."""
 
 from hf_compressm.training.refusals import refuse_copies
 from hf_compressm.training.run import CompressedRun

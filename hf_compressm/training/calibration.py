@@ -17,18 +17,18 @@ def sample_batches(
 ) -> list[Mapping[str, Any]]:
     """Collate `count` batches from a data loader's dataset.
 
-    Map-style datasets are sampled without replacement by a generator of its own, the same for the same seed; of an
-    iterable dataset the first examples of a fresh iteration are taken.
+    A map-style dataset is sampled without replacement, by a separate generator that depends only on the seed. From an
+    iterable dataset, the first examples of a fresh iteration are taken.
 
     Args:
         dataloader: its `dataset` and `collate_fn` are used; no iterator of it is made.
         batch_size: examples per batch.
         count: number of batches; fewer if the dataset is smaller.
-        seed: of the sample.
-        processes: that sample together; each gets its share of the same batches, perhaps none.
+        seed: seed of the sample.
+        processes: the processes that sample together; each gets its share of the same batches, perhaps none.
     """
     dataset: Any = dataloader.dataset
-    while isinstance(dataset, IterableDatasetShard):  # a view of the same data that is this process's alone
+    while isinstance(dataset, IterableDatasetShard):  # this process's view of the same data
         dataset = dataset.dataset
     with undisturbed():
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):

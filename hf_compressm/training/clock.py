@@ -18,12 +18,12 @@ def machine() -> str:
 
 
 class StepClock:
-    """Counts steps and their seconds, with the loading of data between them, until they are taken.
+    """A clock that counts steps and their seconds, with the loading of data between them, until they are taken.
 
-    The first step of a run, and the first after a cut, pays for new buffers or is compiled, and is not counted.
+    The first step of a run and the first after a cut are not counted: they pay for new buffers or for compilation.
 
-    A Trainer on an accelerator waits for it in every step, when it looks whether the loss is finite
-    (`logging_nan_inf_filter`). Where that is off, a line of the log is as exact as the queue of work is short.
+    A Trainer on an accelerator waits for it in every step, when it checks whether the loss is finite
+    (`logging_nan_inf_filter`). If that is off, a pace is only as exact as the queue of work is short.
     """
 
     def __init__(self) -> None:
@@ -33,12 +33,12 @@ class StepClock:
         self._skips = True
 
     def step_begins(self) -> None:
-        """Start, unless the clock runs since the step before."""
+        """Start the clock, unless it still runs from the previous step."""
         if self._since is None:
             self._since = time.perf_counter()
 
     def step_ends(self) -> None:
-        """Count the step; the clock runs on."""
+        """Count the step; the clock keeps running."""
         if self._since is not None:
             now = time.perf_counter()
             if not self._skips:
@@ -51,7 +51,7 @@ class StepClock:
         self._since = None
 
     def restart(self) -> None:
-        """Stop, and leave out the next step."""
+        """Stop, and do not count the next step."""
         self._since, self._skips = None, True
 
     def take(self) -> dict[str, float]:

@@ -24,7 +24,7 @@ Batches = Sequence[Mapping[str, Any]]
 
 
 def held_out_batches(trainer: Trainer, config: CompreSSMConfig, seed: int) -> list[Mapping[str, Any]]:
-    """As many batches as for calibration: of the evaluation data, or of the training data where there is none."""
+    """As many batches as for calibration, from the evaluation data or, if there are none, from the training data."""
     data = trainer.eval_dataset
     data = next(iter(data.values())) if isinstance(data, dict) else data
     with undisturbed():
@@ -34,10 +34,10 @@ def held_out_batches(trainer: Trainer, config: CompreSSMConfig, seed: int) -> li
 
 
 def held_out_loss(trainer: Trainer, model: nn.Module, batches: Batches, processes: Processes = ALONE) -> float:
-    """Mean loss of some batches, computed as the Trainer evaluates; leaves model and generators as they are.
+    """Mean loss of some batches, computed as the Trainer evaluates; model and generators do not change.
 
-    All processes go through the same batches, since the Trainer's step counts tokens over all of them, and get the
-    loss that the first one has.
+    All processes use the same batches, since the Trainer's step counts tokens over all of them, and all get the loss
+    of the first one.
 
     Raises:
         ValueError: if a batch has no loss.
@@ -56,15 +56,15 @@ def held_out_loss(trainer: Trainer, model: nn.Module, batches: Batches, processe
 
 
 def guarded_cut(model: nn.Module, request: CutRequest, loss: Callable[[], float] | None = None) -> list[CutEvent]:
-    """Cut; where that raises the loss too much, take it back exactly and try with half the reduction.
+    """Cut; if that raises the loss too much, undo the cut exactly and try with half the reduction.
 
     Args:
         model: changed in place.
-        request: of the first attempt; its `max_loss_increase` and `max_retries` are used with a `loss` only.
-        loss: measures the held-out loss of the model as it is, the same in all processes; None for no guard.
+        request: request for the first attempt; its `max_loss_increase` and `max_retries` are used only with a `loss`.
+        loss: measures the present held-out loss of the model, the same in all processes; None for no guard.
 
     Returns:
-        One event per attempt, the last of which stands unless it was undone too.
+        One event per attempt; the last one stands unless it was undone too.
     """
     config, step = request.config, request.step or 0
     before = loss() if loss else None
@@ -91,7 +91,7 @@ def guarded_cut(model: nn.Module, request: CutRequest, loss: Callable[[], float]
 def _judged(
     event: CutEvent, saved: Snapshot, loss: Callable[[], float], before: float, config: CompreSSMConfig
 ) -> CutEvent:
-    """Keep the cut that was just made, or take it back."""
+    """Keep the cut that was just made, or undo it."""
     try:
         after = loss()
     except BaseException:

@@ -1,9 +1,9 @@
-"""Checkpoints across cuts inside a Trainer: loading, checking the optimizer's state, and going back.
+"""Loading checkpoints across cuts inside a Trainer, checking the optimizer's state, and rolling back.
 
-A Trainer loads weights before it calls any callback, and the state dict that a module's load hook sees names neither
-the class nor the record of cuts; of a sharded checkpoint it sees a part at a time. So the three methods by which a
-Trainer loads are wrapped: the model first gets the sizes of the checkpoint's configuration, and what the Trainer would
-pass over in silence is refused.
+A Trainer loads weights before it calls any callback. A load hook of a module would not be enough: the state dict that
+it sees names neither the class nor the record of cuts, and of a sharded checkpoint it sees one part at a time. So the
+three methods by which a Trainer loads are wrapped: the model first gets the sizes of the checkpoint's configuration,
+and mismatches that the Trainer would ignore are refused.
 """
 
 from collections.abc import Callable
@@ -30,20 +30,18 @@ from hf_compressm.training.trainer import wrap_methods
 
 logger = logging.get_logger(__name__)
 
+_LOADED = "_compressm_loaded"
+
 
 class CheckpointLoader:
-    """Wraps a Trainer's methods that load.
+    """A wrapper of a Trainer's methods that load.
 
     Args:
-        trainer: whose methods are wrapped.
+        trainer: the Trainer whose methods are wrapped.
         allow_optimizer_reset: whether optimizer state that is missing or does not fit is dropped instead of refused.
-
-    Attributes:
-        directory: of the checkpoint whose weights the Trainer loaded last.
     """
 
     def __init__(self, trainer: Trainer, allow_optimizer_reset: bool) -> None:
-        self.directory: Path | None = None
         self._trainer = trainer
         self._allow_optimizer_reset = allow_optimizer_reset
         wrap_methods(
@@ -55,8 +53,13 @@ class CheckpointLoader:
             },
         )
 
+    @property
+    def directory(self) -> Path | None:
+        """Directory of the checkpoint whose weights the Trainer loaded last."""
+        return vars(self._trainer).get(_LOADED)
+
     def roll_back(self, folder: Path) -> None:
-        """Return weights, sizes and optimizer moments to a checkpoint; steps, scheduler and data order go on.
+        """Return weights, sizes and optimizer moments to a checkpoint; steps, scheduler and data order continue.
 
         Raises:
             ValueError: naming the file, if the checkpoint is not whole.
@@ -65,7 +68,7 @@ class CheckpointLoader:
         self._trainer._load_from_checkpoint(str(folder))
         optimizer = unwrap(self._trainer.optimizer)
         saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        groups = optimizer.state_dict()["param_groups"]  # present learning rates stay: the scheduler goes on
+        groups = optimizer.state_dict()["param_groups"]  # present learning rates stay: the scheduler continues
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         problem = misfit(optimizer)
         if problem:
@@ -77,7 +80,7 @@ class CheckpointLoader:
         Raises:
             ValueError: naming the file, if the checkpoint is not whole or is of another kind of model.
         """
-        self.directory = Path(directory)
+        vars(self._trainer)[_LOADED] = Path(directory)
         if not self._fit(self._trainer.model if model is None else model, directory):
             method(directory, model)
         rebuild_reducers(self._trainer.model_wrapped)  # an earlier `train()` may have wrapped it
@@ -103,7 +106,7 @@ class CheckpointLoader:
             self._reset_or_raise(checkpoint, f"{Path(checkpoint) / missing[0]} is missing")
             return
         args = self._trainer.args
-        if args.device.type == "cpu":  # in one of several processes it is "cpu:0", to which torch.load cannot load
+        if args.device.type == "cpu":  # with several processes it is "cpu:0", to which torch.load cannot load
             vars(args)["_setup_devices"] = torch.device("cpu")
         try:
             method(checkpoint)
@@ -114,7 +117,7 @@ class CheckpointLoader:
             self._reset_or_raise(checkpoint, f"{Path(checkpoint) / OPTIMIZER_NAME} does not fit the model: {problem}")
 
     def _fit(self, model: nn.Module | None, directory: str) -> bool:
-        """Give the model the checkpoint's sizes; whether its weights were loaded here already."""
+        """Give the model the checkpoint's sizes; returns whether its weights were loaded here already."""
         if model is None or self._is_engine() or ((Path(directory) / ADAPTER_FILE).exists() and not is_wrapped(model)):
             return False
         try:
@@ -132,7 +135,7 @@ class CheckpointLoader:
         return bool(self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled)
 
     def _reset_or_raise(self, checkpoint: str, problem: str) -> None:
-        """Go on without the optimizer's state, but with the scheduler's, if that is allowed."""
+        """Continue without the optimizer's state, but with the scheduler's, if that is allowed; otherwise raise."""
         if not self._allow_optimizer_reset:
             raise ValueError(
                 f"{problem}. Resume from a checkpoint that has it, or pass allow_optimizer_reset=True to go on with "

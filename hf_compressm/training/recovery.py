@@ -1,7 +1,7 @@
-"""Whether to keep a cut: decided later, by the Trainer's own metric, and the checkpoint to go back to until then.
+"""Whether to keep a cut: decided later, by the Trainer's own metric; until then a checkpoint is kept for a rollback.
 
-The paper's "pragmatic" mode is this with `fraction`: cut a share of the states, and go back where the metric does not
-recover. There that ends the cuts; here the next one is gentler.
+With `fraction` this is the paper's "pragmatic" mode: cut a share of the states, and go back if the metric does not
+recover. In the paper that ends the cuts; here the next one is gentler.
 """
 
 import shutil
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Recovery:
-    """A cut that is kept until its metric has been seen.
+    """A cut that waits for its metric.
 
     Attributes:
         step: optimizer steps before the cut.
@@ -45,13 +45,13 @@ class Recovery:
     worse: bool | None = None
 
     def judged(self, after: float, tolerance: float, greater_is_better: bool) -> "Recovery":
-        """The same with its verdict; a metric that is not a number is worse."""
+        """The same cut with its verdict; a metric that is not a number counts as worse."""
         loss = self.before - after if greater_is_better else after - self.before
         return replace(self, after=after, worse=not loss <= tolerance)
 
 
 class RecoveryGuard:
-    """Waits for the metric after each cut; does nothing without `recovery_steps`.
+    """A guard that waits for the metric after each cut; it does nothing without `recovery_steps`.
 
     Args:
         config: settings.
@@ -72,11 +72,11 @@ class RecoveryGuard:
         return self._config.recovery_steps is not None
 
     def wants_metric(self, step: int, cut_follows: bool) -> bool:
-        """Whether this step has to be evaluated: a cut comes next, or a recovery is over."""
+        """Whether this step needs an evaluation: a cut comes next, or a recovery is over."""
         return self.is_on and (cut_follows or (self.pending is not None and step == self.pending.due))
 
     def lacks_metric(self, step: int, cut_follows: bool) -> bool:
-        """Whether a step that was to be evaluated is over and was not."""
+        """Whether a step that needed an evaluation is over without one."""
         due = self.pending is not None and self.pending.worse is None and step >= self.pending.due
         return self.is_on and (due or (cut_follows and self._metric_before is None))
 
@@ -96,13 +96,13 @@ class RecoveryGuard:
             logger.info(f"CompreSSM keeps the cut after step {judged.step}: {judged.before:.4g} -> {value:.4g}.")
 
     def keep(self, run_folder: Path, step: int) -> str | None:
-        """Keep the checkpoint from before a cut out of the Trainer's rotation; its name, None where nothing waits.
+        """Keep the checkpoint from before a cut out of the Trainer's rotation; returns its name, None without metric.
 
         Raises:
             ValueError: if there is no such checkpoint.
         """
         if self.is_on and self._metric_before is None:
-            logger.warning(f"The cut after step {step} has no metric from before it, and is not rolled back.")
+            logger.warning(f"The cut after step {step} has no metric from before it, so it will not be rolled back.")
         return keep_checkpoint(run_folder / f"checkpoint-{step}") if self._metric_before is not None else None
 
     def begin(self, event: CutEvent, kept: str | None, max_steps: int) -> None:
@@ -113,13 +113,13 @@ class RecoveryGuard:
         self._metric_before = None
 
     def end(self) -> None:
-        """The pending cut was rolled back."""
+        """Note that the pending cut was rolled back."""
         self.pending = None
 
     def clean(self, run_folder: Path) -> None:
-        """Remove kept checkpoints that nothing goes back to, now that another checkpoint is complete.
+        """Remove kept checkpoints that no rollback needs, now that another checkpoint is complete.
 
-        Those of a run that was interrupted are among them.
+        This includes those of a run that was interrupted.
         """
         for kept in run_folder.glob(f"{KEPT_PREFIX}checkpoint-*"):
             if self.pending is None or kept.name != self.pending.folder:
@@ -130,14 +130,14 @@ class RecoveryGuard:
         return {"pending": asdict(self.pending) if self.pending else None, "metric_before": self._metric_before}
 
     def restore(self, state: Mapping[str, Any], run_folder: Path) -> None:
-        """Go on from what a checkpoint kept.
+        """Resume from what a checkpoint kept.
 
         Raises:
-            ValueError: if that is not of this form, or the checkpoint to go back to is not there.
+            ValueError: if that has another form, or the checkpoint to go back to is missing.
         """
         metric, values = state.get("metric_before"), state.get("pending")
         if metric is not None and not isinstance(metric, int | float):
-            raise ValueError(f"The callback's state holds a metric that is no number, {quoted(metric)}.")
+            raise ValueError(f"The callback's state holds a metric that is not a number, {quoted(metric)}.")
         self._metric_before = metric
         if values is None:
             return
@@ -145,13 +145,13 @@ class RecoveryGuard:
         if pending.folder != f"{KEPT_PREFIX}checkpoint-{pending.step}" or not (run_folder / pending.folder).is_dir():
             raise ValueError(
                 f"The cut after step {pending.step} waits for its metric, and the checkpoint to go back to, "
-                f"{pending.folder} in {run_folder}, is not there. Put it back, or resume from an earlier checkpoint."
+                f"{pending.folder} in {run_folder}, is missing. Put it back, or resume from an earlier checkpoint."
             )
         self.pending = pending
 
 
 def _read(values: Any) -> Recovery:
-    """A recovery from a checkpoint; its folder is removed some day, so that nothing but a step may be in its name."""
+    """A recovery from a checkpoint; its folder is removed later, so only a step may vary in the folder's name."""
     if not isinstance(values, Mapping) or any(item.name not in values for item in fields(Recovery)):
         raise ValueError(f"The callback's state holds a recovery that cannot be read, {quoted(values)}.")
     pending = Recovery(**{item.name: values[item.name] for item in fields(Recovery)})
@@ -164,7 +164,7 @@ def _read(values: Any) -> Recovery:
 
 
 def keep_checkpoint(checkpoint: Path) -> str:
-    """Copy a checkpoint to where the Trainer does not remove it, by hard links where the file system has them.
+    """Copy a checkpoint to where the Trainer does not remove it, by hard links if the file system has them.
 
     Args:
         checkpoint: a `checkpoint-<step>` directory that was just saved.
@@ -176,7 +176,7 @@ def keep_checkpoint(checkpoint: Path) -> str:
         ValueError: if there is no such checkpoint.
     """
     if not checkpoint.is_dir():
-        raise ValueError(f"{checkpoint} is not there: the checkpoint from before a cut was not saved, or was removed.")
+        raise ValueError(f"{checkpoint} is missing: the checkpoint from before a cut was not saved, or was removed.")
     kept = checkpoint.with_name(KEPT_PREFIX + checkpoint.name)
     shutil.rmtree(kept, ignore_errors=True)  # of a run that was interrupted here
     try:

@@ -1,4 +1,4 @@
-"""What cannot work is refused before the first step: engines, and guards that could not do their work."""
+"""Refusing, before the first step, what cannot work: engines, optimizers, other callbacks, and guards."""
 
 import itertools
 import re
@@ -24,11 +24,11 @@ from hf_compressm.utils.randomness import undisturbed
 logger = logging.get_logger(__name__)
 
 _AVERAGING = re.compile(r"(?<![A-Z])B?EMA(?![a-z])|Ema(?![a-z])|SyncRefModel")
-"""In the class names of callbacks that average weights: trl's, timm's, and those that people write."""
+"""Parts of the class names of callbacks that average weights: trl's, timm's, and those that people write."""
 
 
 def refuse_engines(trainer: Trainer) -> None:
-    """Refuse runs whose parameters an engine holds on to, or holds in parts, and runs with two callbacks that cut.
+    """Refuse runs whose parameters an engine owns or splits, and runs with two callbacks that cut.
 
     Raises:
         ValueError: naming the engine and the way out.
@@ -71,7 +71,7 @@ def _engine(args: TrainingArguments, trainer: Trainer) -> str:
 
 
 def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
-    """Refuse an optimizer that a cut could not give the new parameters.
+    """Refuse an optimizer that cannot be given the new parameters of a cut.
 
     Raises:
         ValueError: naming the optimizer and the way out.
@@ -81,9 +81,9 @@ def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
 
 
 def refuse_copies(trainer: Trainer, model: nn.Module) -> None:
-    """Refuse callbacks that go on with the parameters from before a cut: averages of the weights, and lists of them.
+    """Refuse callbacks that would keep parameters from before a cut: averages of the weights, and lists of them.
 
-    Called before the first step, when every callback has begun.
+    Called before the first step, when every callback has started.
 
     Raises:
         ValueError: naming the callback and the way out.
@@ -94,22 +94,22 @@ def refuse_copies(trainer: Trainer, model: nn.Module) -> None:
         if any(_AVERAGING.search(kind.__name__) for kind in type(callback).__mro__):
             raise ValueError(
                 f"{name} averages the weights over time, and the sums that it keeps have the sizes from before a cut. "
-                "Leave it out while CompreSSMCallback cuts, and train on with it and without CompreSSMCallback: the "
-                "weights of the smaller model are averaged there."
+                "Leave it out while CompreSSMCallback cuts. To average the weights of the smaller model, train on "
+                "with it and without CompreSSMCallback."
             )
         for attribute, value in vars(callback).items():
             values = value.values() if isinstance(value, dict) else value
             held = isinstance(value, dict | list | tuple | set) and any(id(one) in own for one in values)
             if held or isinstance(value, AveragedModel):
                 raise ValueError(
-                    f"{name}.{attribute} holds parameters or averages of the model, and would go on with those from "
+                    f"{name}.{attribute} holds parameters or averages of the model, and would keep those from "
                     "before a cut. Look parameters up by name in the model at every step, or leave the callback out "
                     "while CompreSSMCallback cuts."
                 )
 
 
 def check_guards(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger, max_steps: int) -> None:
-    """Refuse guards that could not do their work, before the first step.
+    """Refuse guards that cannot work, before the first step.
 
     Raises:
         ValueError: naming the setting and the way out.
@@ -117,12 +117,12 @@ def check_guards(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger, ma
     if config.max_loss_increase is not None:
         if trainer.eval_dataset is None:
             logger.warning(
-                "There is no eval_dataset: max_loss_increase is measured on batches of the training data, which other "
-                "batches of it may have taught."
+                "There is no eval_dataset: max_loss_increase is measured on batches of the training data, on which "
+                "the model may have been trained."
             )
         held_out_loss(trainer, _model(trainer), held_out_batches(trainer, config, config.sampling_seed)[:1])
     if config.save_around_cuts and trainer.args.save_strategy == SaveStrategy.BEST:
-        raise ValueError("save_around_cuts does not go with save_strategy='best', which decides alone what is saved.")
+        raise ValueError("save_around_cuts does not go with save_strategy='best', which alone decides what is saved.")
     if config.recovery_steps is not None:
         _check_recovery(trainer, config, trigger, max_steps)
 
@@ -148,8 +148,8 @@ def _check_recovery(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger,
     if latest >= max_steps:
         raise ValueError(
             f"The last cut may come after step {trigger.latest}, and its metric recovery_steps="
-            f"{config.recovery_steps:g} later, after step {latest}, but the run has {max_steps}. Lower recovery_steps "
-            "or end."
+            f"{config.recovery_steps:g} later, after step {latest}, but the run has {max_steps} steps. Lower "
+            "recovery_steps or end."
         )
     if isinstance(trigger, Scheduled):
         gaps = [later - earlier for earlier, later in zip(trigger.steps, trigger.steps[1:], strict=False)]
@@ -162,7 +162,7 @@ def _check_recovery(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger,
 
 
 def _check_metric(trainer: Trainer) -> None:
-    """Raise `ValueError` unless an evaluation will have the metric, found out on a few examples where need be."""
+    """Raise `ValueError` unless an evaluation gives the metric; if need be, try it on a few examples."""
     name = metric_name(trainer.args)
     known = {"eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
     if isinstance(trainer.eval_dataset, dict):
@@ -179,7 +179,7 @@ def _check_metric(trainer: Trainer) -> None:
 
 
 def _computed_metrics(trainer: Trainer) -> set[str]:
-    """Names that an evaluation of the first examples gives; it is not logged, and no callback is told."""
+    """Names of the metrics of the first examples; this evaluation is not logged, and `on_evaluate` is not called."""
     data: Any = trainer.eval_dataset
     size = trainer.args.per_device_eval_batch_size
     if hasattr(data, "select"):
@@ -191,7 +191,7 @@ def _computed_metrics(trainer: Trainer) -> set[str]:
     with undisturbed(_model(trainer)):
         output = trainer.evaluation_loop(trainer.get_eval_dataloader(few), "Evaluation", metric_key_prefix="eval")
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, ProgressCallback):  # closes its bar of this evaluation
+        if isinstance(callback, ProgressCallback):  # closes the bar that it opened for this evaluation
             callback.on_predict(trainer.args, trainer.state, trainer.control, metrics={})
     return set(output.metrics or ())
 

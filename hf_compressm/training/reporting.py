@@ -1,4 +1,4 @@
-"""What goes out with a cut model: its history, the pictures of its cuts, and a model card that explains them.
+"""What is saved beside a cut model: its history, the pictures of its cuts, and a model card that explains them.
 
 A Trainer's `save_model` and `push_to_hub` write weights and a card of their own, and its pushes during training copy a
 fixed list of files. So the methods by which it saves a model and writes a card are wrapped, and `on_push_begin`
@@ -28,15 +28,15 @@ from hf_compressm.training.trainer import output_folder, wrap_methods
 logger = logging.get_logger(__name__)
 
 _FILE_FORMATS = ("csv", "json", "pandas", "parquet", "text", "generator")
-"""What `datasets` calls data that were read from files, and that have no name of their own."""
+"""The names that `datasets` gives to data that were read from files and have no name of their own."""
 
 
 class Publisher:
-    """Wraps a Trainer's methods that save a model and write its card.
+    """A wrapper of a Trainer's methods that save a model and write its card.
 
     Args:
-        trainer: whose methods are wrapped.
-        events: gives the run's attempts to cut.
+        trainer: the Trainer whose methods are wrapped.
+        events: returns the run's attempts to cut.
         write_traces: writes history and log into a directory.
     """
 
@@ -52,13 +52,13 @@ class Publisher:
     def _save_model(
         self, method: Callable[..., None], output_dir: str | None = None, _internal_call: bool = False
     ) -> None:
-        """Save as the Trainer does; beside a model that was cut, what explains it."""
+        """Save as the Trainer does; beside a model that was cut, write what explains it."""
         method(output_dir, _internal_call)
-        if not _internal_call:  # a checkpoint, or a push that writes a card in its turn
+        if not _internal_call:  # not for a checkpoint, or a push that writes a card itself
             self.publish(Path(output_dir) if output_dir else output_folder(self._trainer))
 
     def _create_model_card(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Let the Trainer write its card, keep what a person wrote, and put in what the cuts were."""
+        """Let the Trainer write its card, keep what a person wrote, and add the section about the cuts."""
         path = output_folder(self._trainer) / CARD_FILE
         before = _read(path)
         method(*args, **kwargs)
@@ -73,18 +73,18 @@ class Publisher:
     def publish(self, folder: Path) -> None:
         """Write history, pictures, card and code into the directory of a model that was cut.
 
-        What fails is warned of: a trained model must not be lost over it.
+        An error becomes a warning: a trained model must not be lost because of it.
         """
         if self._has_something_to_tell():
             _without_failing(lambda: self._write(folder))
 
     def _write(self, folder: Path) -> None:
-        """All that explains the model."""
+        """Write everything that explains the model."""
         folder.mkdir(parents=True, exist_ok=True)
         self._write_traces(folder)
         model = underlying(self._trainer.model)
         if isinstance(model, PreTrainedModel) and model.is_remote_code():
-            custom_object_save(model, folder)  # a push during training copies the weights alone
+            custom_object_save(model, folder)  # a push during training copies only the weights
         path = folder / CARD_FILE
         write_text(path, write_card(self._run(), self._facts(folder), _read(path)))
 
@@ -106,7 +106,7 @@ class Publisher:
         )
 
     def _facts(self, folder: Path) -> CardFacts:
-        """What the card says beside the run; draws the pictures that it shows."""
+        """What the card says besides the run; its pictures are drawn on the way."""
         trainer = self._trainer
         repo_id, started_from = getattr(trainer, "hub_model_id", None), _started_from(underlying(trainer.model))
         return CardFacts(
@@ -118,7 +118,7 @@ class Publisher:
         )
 
     def _draw(self, folder: Path) -> list[Picture]:
-        """The pictures of the run, drawn anew when there is something new; none without matplotlib."""
+        """The pictures of the run, drawn again if something is new; none without matplotlib."""
         of_now = (folder.resolve(), self._trainer.state.global_step, len(self._events()))
         if self._drawn[0] != of_now:
             try:
@@ -137,9 +137,9 @@ def tell_outcome(
     Args:
         events: attempts of the run.
         config: its settings.
-        when: cuts come, in words.
+        when: a description of when cuts come.
         step: optimizer steps done.
-        earlier_cut: step of the last cut that the model's record tells of; None if it tells of none.
+        earlier_cut: step of the last cut in the model's record; None without one.
     """
     tried = [event for event in events if event.outcome != "rolled back"]
     if not tried and earlier_cut is None:
@@ -157,11 +157,11 @@ def tell_outcome(
 
 
 def _without_failing(write: Callable[[], object]) -> None:
-    """Do it, or warn that it could not be done."""
+    """Write, or warn that it could not be done."""
     try:
         write()
-    except Exception as error:  # of files, plots and templates: no training run is to end over them
-        logger.warning(f"What explains the cuts could not be written beside the model: {error}")
+    except Exception as error:  # errors of files, plots and templates must not end a training run
+        logger.warning(f"History, pictures or card of the cuts could not be written beside the model: {error}")
 
 
 def _read(path: Path) -> str | None:
@@ -175,6 +175,6 @@ def _started_from(model: Any) -> str | None:
 
 
 def _dataset_names(dataset: Any) -> list[str]:
-    """What the training data are called, where they say so themselves."""
+    """The name of the training data, if the dataset has one."""
     name = getattr(dataset, "builder_name", None)
     return [name] if isinstance(name, str) and name not in _FILE_FORMATS else []

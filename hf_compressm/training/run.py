@@ -1,4 +1,4 @@
-"""What happens in a run: when to cut, whether to keep the cut, going back from it, and what a checkpoint remembers."""
+"""What happens in a run: when to cut, whether to keep a cut, how to roll it back, and what a checkpoint keeps."""
 
 import time
 import weakref
@@ -45,7 +45,7 @@ class CompressedRun:
         config: settings.
 
     Attributes:
-        events: attempts to cut, oldest first, those from before a resume and those that were undone among them.
+        events: attempts to cut, oldest first, including those from before a resume and those that were undone.
         rewarmup: the learning rate after a cut.
         clock: the pace between two lines of the log.
     """
@@ -84,7 +84,7 @@ class CompressedRun:
         wrap_methods(trainer, {"log": self._log})
 
     def begin(self, model: Any, optimizer: Any, dataloader: Any) -> None:
-        """Refuse what cannot work before the first step, go on from a checkpoint, and switch on the fast scan."""
+        """Before the first step, refuse a run that cannot work, resume from a checkpoint, and enable the fast scan."""
         trainer, state = self.trainer, self.trainer.state
         self._processes = Processes.current()
         refuse_engines(trainer)
@@ -104,17 +104,17 @@ class CompressedRun:
         self._measured = state.global_step
         self.clock = StepClock()
         check_guards(trainer, self.config, self._trigger, state.max_steps)
-        logger.info(f"CompreSSM cuts {self._trigger.describe()}, of {state.max_steps}.")
+        logger.info(f"CompreSSM cuts {self._trigger.describe()}, in a run of {state.max_steps} steps.")
 
     def cut_follows(self, step: int) -> bool:
-        """Whether a cut comes after this step, and was not tried yet: a checkpoint may come from after it."""
+        """Whether a cut comes after this step and was not tried yet; a checkpoint of this step may hold it already."""
         tried = any(event.step == step and event.outcome != "rolled back" for event in self.events)
         return self._trigger is not None and self._trigger.is_due(step) and not tried
 
     def step_begins(self, model: Any, optimizer: Any, dataloader: Any) -> None:
-        """Cut, if it is time to; or go back from a cut that was not recovered from."""
+        """Cut if a cut is due, or roll back a cut from which the metric did not recover."""
         step = self.trainer.state.global_step
-        if self._recovery.lacks_metric(step, self.cut_follows(step)):  # the checkpoint came before the evaluation
+        if self._recovery.lacks_metric(step, self.cut_follows(step)):  # the checkpoint was saved before the evaluation
             self.trainer.evaluate()
         if self._recovery.pending is not None and self._recovery.pending.worse:
             self._roll_back(step, model)
@@ -123,7 +123,7 @@ class CompressedRun:
         self.clock.step_begins()
 
     def step_ends(self, control: TrainerControl) -> None:
-        """Measure the ranking, and ask for the evaluations and checkpoints that guards and settings need."""
+        """Measure the ranking, and request the evaluations and checkpoints that guards and settings need."""
         self.clock.step_ends()
         step = self.trainer.state.global_step
         self._measure()
@@ -135,20 +135,20 @@ class CompressedRun:
             control.should_evaluate = True
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
-        """Show the metric to the guard that waits for it."""
+        """Pass the metric to the guard that waits for it."""
         self.clock.interrupt()
         if self._recovery.is_on:
             seen, step = self._processes.first(lambda: dict(metrics)), self.trainer.state.global_step
             self._recovery.see(self.trainer.args, step, seen, self.cut_follows(step))
 
     def saved(self) -> None:
-        """Remove what was kept for a rollback that can no longer come, now that a checkpoint is sealed."""
+        """Remove kept checkpoints that no rollback needs any more, now that another one is sealed."""
         self.clock.interrupt()
         if self.trainer.args.should_save:
             self._recovery.clean(run_folder(self.trainer))
 
     def complete_push(self, model: Any) -> None:
-        """Complete what is about to be pushed, since the Trainer pushes only files that it knows."""
+        """Complete the directory that is about to be pushed, since the Trainer pushes only files that it knows."""
         if self.trainer.args.should_save and self.trainer.args.output_dir and self._publisher is not None:
             self._finish_push()
             if keeps_base_beside(model):
@@ -156,7 +156,7 @@ class CompressedRun:
             self._publisher.publish(output_folder(self.trainer))
 
     def end(self, model: Any) -> None:
-        """Say so if nothing was cut, and write the history of the run."""
+        """Warn if nothing was cut, and write the history of the run."""
         trainer, state = self.trainer, self.trainer.state
         when = self._trigger.describe() if self._trigger else ""
         tell_outcome(self.events, self.config, when, state.global_step, _last_cut_before(model, state.global_step))
@@ -165,9 +165,9 @@ class CompressedRun:
             self._finish_push()
             try:
                 self.write_traces(folder)
-            except OSError as error:  # the trained model must not be lost over it
+            except OSError as error:  # the trained model must not be lost because of it
                 logger.warning(f"The history of the cuts could not be written: {error}")
-            if state.global_step >= state.max_steps:  # a run that was stopped may go on, from before a verdict
+            if state.global_step >= state.max_steps:  # a stopped run may resume from before a verdict
                 self._recovery.clean(folder)
 
     def write_traces(self, folder: Path) -> None:
@@ -182,13 +182,13 @@ class CompressedRun:
         return {"args": {"config": self.config.to_dict()}, "attributes": {}}
 
     def _log(self, method: Callable[..., None], logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the pace to the lines that hold a training loss, before history and trackers have them."""
+        """Add the pace to the lines that hold a training loss, before history and trackers get them."""
         if "loss" in logs:
             logs.update(self.clock.take())
         method(logs, *args, **kwargs)
 
     def _begin_checkpoint(self, folder: Path) -> None:
-        """Write the history before the Trainer writes: one whose last file is there has it too."""
+        """Write the history before the Trainer writes, so that a checkpoint with its last file has the history too."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / HISTORY_FILE, self._record())
 
@@ -199,10 +199,10 @@ class CompressedRun:
         seal_checkpoint(folder)
 
     def _finish_push(self) -> None:
-        """Wait for a push that is going on: it reads the directory that is about to be written to.
+        """Wait for a push in progress: it reads the directory that is about to be overwritten.
 
-        It would find the configuration of one size and weights of another; or a file that has gone when its turn
-        comes, and then nothing of it is pushed, without a word.
+        Otherwise it could find the configuration of one size and weights of another; or a file could be gone when its
+        turn comes, and then nothing is pushed, without any message.
         """
         self.trainer._finish_current_push()
 
@@ -216,7 +216,7 @@ class CompressedRun:
                 self.trainer.log(logged)
 
     def _cut(self, model: Any, optimizer: Any, dataloader: Any) -> None:
-        """Cut under the guard, and begin a recovery where the metric is to be seen later."""
+        """Cut under the guard, and begin a recovery if the metric is to decide later."""
         trainer, step, pace = self.trainer, self.trainer.state.global_step, self.clock.take()
         self.clock.restart()
         seed = self.config.sampling_seed + step
@@ -233,14 +233,14 @@ class CompressedRun:
         events = guarded_cut(model, request, loss)
         self.events += events
         self._recovery.begin(events[-1], kept, trainer.state.max_steps)
-        if events[-1].outcome == "cut":  # after one that was undone, every parameter is the object that it was
+        if events[-1].outcome == "cut":  # after an undone one, all parameters are the same objects
             rebuild_reducers(trainer.model_wrapped)
             self.rewarmup.last_cut = step
         for event in events:
             self._report(event, pace)
 
     def _roll_back(self, step: int, model: Any) -> None:
-        """Return to the checkpoint from before the cut, and let the next cut take half."""
+        """Return to the checkpoint from before the cut, and halve the reduction of the next cut."""
         start, pace, pending, loader = time.perf_counter(), self.clock.take(), self._recovery.pending, self._loader
         self.clock.restart()
         assert pending is not None and loader is not None  # noqa: PT018 - the caller has looked
@@ -261,21 +261,21 @@ class CompressedRun:
         self._report(event, pace)
 
     def _sample(self, dataloader: Any, seed: int) -> list[Mapping[str, Any]] | None:
-        """Calibration batches of the run's own data, the same ones when a run is resumed; None if none are needed."""
+        """Calibration batches of the run's own data, the same in a resumed run; None if none are needed."""
         if not self._needs_data:
             return None
         size = self.trainer.state.train_batch_size or self.trainer.args.per_device_train_batch_size
         return sample_batches(dataloader, size, self.config.calibration_batches, seed, self._processes)
 
     def _report(self, event: CutEvent, pace: dict[str, float]) -> None:
-        """Log an event through the Trainer, and how fast the steps before it were."""
+        """Log an event, and the pace of the steps before it, through the Trainer."""
         self.trainer.log(scalars(event) | pace)
         before = event.result.state_sizes_before
         sizes = ", ".join(f"{name} {before[name]} -> {size}" for name, size in event.sizes.items())
         logger.info(f"CompreSSM, {event.outcome} after step {event.step}: {sizes} ({event.result.seconds:.2f} s).")
 
     def _record(self) -> dict[str, Any]:
-        """The history of the run and all that is needed to go on with it, JSON-ready."""
+        """The history of the run and all that is needed to resume it, JSON-ready."""
         return to_record(self.events) | {
             "reduction_share": self._reduction_share,
             "recovery": self._recovery.state(),
@@ -284,7 +284,7 @@ class CompressedRun:
         }
 
     def _restore(self) -> None:
-        """Start afresh, or go on from the history of the checkpoint that the Trainer has loaded."""
+        """Start afresh, or resume from the history of the checkpoint that the Trainer has loaded."""
         trainer = self.trainer
         state: Any = trainer.state
         self.events, self._reduction_share, self._recovery = [], 1.0, RecoveryGuard(self.config)
@@ -297,10 +297,10 @@ class CompressedRun:
         state.stateful_callbacks[CALLBACK] = self.exported()
 
     def restore(self, record: Mapping[str, Any]) -> None:
-        """Take over a history.
+        """Resume from a history.
 
         Raises:
-            ValueError: if it is not of the form that checkpoints have.
+            ValueError: if it does not have the form that checkpoints keep.
         """
         self.events = from_record(record)
         share = record.get("reduction_share", 1.0)

@@ -1,7 +1,7 @@
-"""Checkpoints inside a Trainer: whoever asks for one, it counts only when all of it is there.
+"""Saving checkpoints inside a Trainer, so that each of them is valid only once all its files are written.
 
-A Trainer overwrites a checkpoint of the same step file by file, when a run goes on from an earlier one or is told to
-end just after a save. Its just-in-time checkpoint tells no callback, and it pushes a checkpoint before the callback
+A Trainer overwrites a checkpoint of the same step file by file, when a run resumes from an earlier one or is told to
+end just after a save. Its just-in-time checkpoint calls no callback, and it pushes a checkpoint before the callback
 has added its own files. So the methods by which a Trainer saves and pushes checkpoints are wrapped.
 """
 
@@ -20,14 +20,14 @@ from hf_compressm.utils.processes import Processes
 
 
 LEAST_FREE_BYTES = 1 << 16
-"""A disk with less is full: what did not fit was a file's next block."""
+"""A disk with less is full: the next block of a file did not fit."""
 
 
 class CheckpointSaver:
-    """Wraps a Trainer's saving of checkpoints.
+    """A wrapper of the methods by which a Trainer saves and pushes checkpoints.
 
     Args:
-        trainer: whose methods are wrapped.
+        trainer: the Trainer whose methods are wrapped.
         prepare: called first, in every process.
         begin: called in the process that writes, with the checkpoint's directory, before the Trainer writes to it.
         finish: likewise, when the Trainer has written all its files.
@@ -48,10 +48,10 @@ class CheckpointSaver:
         wrap_methods(trainer, {"_save_checkpoint": self._save, "_push_from_checkpoint": self._push})
 
     def _save(self, method: Callable[[Any, Any], None], model: Any, trial: Any) -> None:
-        """Write a checkpoint that is complete from its seal on, and not before.
+        """Write a checkpoint that is complete only once it is sealed.
 
         Raises:
-            OSError: from the file system; the checkpoint has then no seal.
+            OSError: from the file system; the checkpoint then has no seal.
         """
         self._prepare()
         trainer, processes = self._trainer, Processes.current()
@@ -62,7 +62,7 @@ class CheckpointSaver:
                 self._begin(folder)
         self._held = []
         try:
-            with processes.together():  # each process writes a file of its own, and all of them have to be there
+            with processes.together():  # each process writes a file of its own, and all are needed
                 try:
                     method(model, trial)
                 except Exception as error:
@@ -85,11 +85,11 @@ class CheckpointSaver:
 
 
 def _raise_if_full(folder: Path, error: Exception) -> None:
-    """Say what is the matter where the disk is full: `torch.save` speaks of an unexpected position in a stream."""
+    """Raise a clear error if the disk is full: `torch.save` reports an unexpected position in a stream."""
     place = next(path for path in (folder, *folder.parents) if path.exists())
     if shutil.disk_usage(place).free < LEAST_FREE_BYTES:
         raise OSError(
             errno.ENOSPC,
-            f"{os.strerror(errno.ENOSPC)}; the checkpoint is not complete, and the one before it is as it was",
+            f"{os.strerror(errno.ENOSPC)}; the checkpoint is not complete, and the one before it is unchanged",
             str(folder),
         ) from error

@@ -14,11 +14,11 @@ from hf_compressm.utils.checks import is_count, quoted
 logger = logging.get_logger(__name__)
 
 MEASUREMENTS = 20
-"""How often a ranking is measured between `start` and `end` where no `interval` is given."""
+"""Number of measurements between `start` and `end` if no `interval` is given."""
 
 
 class Trigger(ABC):
-    """Decides at the end of each step whether a cut comes at the start of the next one.
+    """A rule that decides at the end of each step whether a cut comes at the start of the next one.
 
     Attributes:
         latest: the last step after which a cut could still come.
@@ -27,7 +27,7 @@ class Trigger(ABC):
     latest: int
 
     def observe(self, step: int) -> dict[str, float]:
-        """Look at the model after a step; returns numbers to log."""
+        """Observe the model after a step; returns numbers to log."""
         return {}
 
     @abstractmethod
@@ -43,18 +43,18 @@ class Trigger(ABC):
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - a trigger without state has nothing to do
-        """Go on from what a checkpoint kept."""
+        """Resume from what a checkpoint kept."""
 
 
 class Scheduled(Trigger):
-    """Cuts after fixed steps.
+    """A trigger that cuts after fixed steps.
 
     Args:
         steps: ascending.
     """
 
     def __init__(self, steps: tuple[int, ...]) -> None:
-        """Take the steps."""
+        """Store the steps."""
         self.steps = steps
         self.latest = steps[-1]
 
@@ -68,19 +68,19 @@ class Scheduled(Trigger):
 
 
 class StableRanking(Trigger):
-    """Cuts when the states' ranking no longer moves: by the rank correlation of successive measurements.
+    """A trigger that cuts when the states' ranking is stable, by the rank correlation of successive measurements.
 
     Args:
         config: settings: `start`, `end`, `interval`, `stability`, `stability_window`, `num_cuts`.
         max_steps: optimizer steps of the run.
-        measure: the states' scores as they are now.
+        measure: returns the states' present scores.
 
     Raises:
         ValueError: if the measurements between `start` and `end` are too few for any cut.
     """
 
     def __init__(self, config: CompreSSMConfig, max_steps: int, measure: Callable[[], Scores]) -> None:
-        """Find the steps to measure after."""
+        """Find the steps after which to measure."""
         start, end = span(config, max_steps)
         interval = (end - start) / MEASUREMENTS if config.interval is None else resolve("interval", config, max_steps)
         self._steps = tuple(range(max(start, 1), min(end, max_steps - 1) + 1, max(round(interval), 1)))
@@ -99,7 +99,7 @@ class StableRanking(Trigger):
         self._cuts = 0
 
     def observe(self, step: int) -> dict[str, float]:
-        """Measure the ranking where it is time to."""
+        """Measure the ranking if a measurement is due."""
         if step not in self._steps or self._cuts >= self._config.num_cuts:
             return {}
         before, self._scores = self._scores, self._measure()
@@ -121,7 +121,7 @@ class StableRanking(Trigger):
         return step == self._due_after
 
     def describe(self) -> str:
-        """The rule, and how near the ranking has come to it."""
+        """The rule, and the last correlations measured."""
         seen = ", ".join(f"{value:.3f}" for value in self._correlations) or "none"
         return (
             f"when {self._config.stability_window} successive rank correlations reach {self._config.stability:g}, "
@@ -139,7 +139,7 @@ class StableRanking(Trigger):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with them; a checkpoint of a run with another trigger has none.
+        """Resume with them; a checkpoint of a run with another trigger has none.
 
         Raises:
             ValueError: if they are not of the form of `state`.
@@ -173,7 +173,7 @@ def trigger_for(config: CompreSSMConfig, max_steps: int, measure: Callable[[], S
 
 
 def cut_steps(config: CompreSSMConfig, max_steps: int) -> tuple[int, ...]:
-    """Optimizer steps after which scheduled cuts happen, ascending; one at step k comes at the start of step k + 1.
+    """Optimizer steps after which scheduled cuts happen, ascending; one after step k comes at the start of step k + 1.
 
     `num_cuts` steps evenly spaced after `start` and up to `end`, the last one at `end`; or every `interval` steps.
 

@@ -19,7 +19,7 @@ Handler = Callable[..., Any]
 def wrap_methods(trainer: Trainer, handlers: Mapping[str, Handler]) -> None:
     """Call `handler(method, *args, **kwargs)` wherever one of a Trainer's methods is called.
 
-    A method is wrapped once: a second handler takes the place of the first.
+    A method is wrapped once: a second handler replaces the first.
 
     Raises:
         ValueError: naming the method, if the Trainer has none of that name; no method is then wrapped.
@@ -49,12 +49,12 @@ def calling_trainer() -> Trainer | None:
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Where a Trainer puts this run's checkpoints; a search over hyperparameters has a folder for each trial."""
+    """The folder of this run's checkpoints; a search over hyperparameters has one for each trial."""
     return Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
 
 
 def output_folder(trainer: Trainer) -> Path:
-    """Where a Trainer saves its model."""
+    """The folder where a Trainer saves its model."""
     return Path(trainer.args.output_dir or ".")
 
 

@@ -1,10 +1,10 @@
-"""Easing the learning rate back in after a cut, without disturbing the scheduler."""
+"""Warming up the learning rate again after a cut, without disturbing the scheduler."""
 
 from typing import Any
 
 
 class Rewarmup:
-    """Lowers the learning rates for single steps: 1 / (n + 1), ..., n / (n + 1) of them in the n steps after a cut.
+    """A warm-up that lowers the learning rates in single steps: to 1 / (n + 1), ..., n / (n + 1) in the n after a cut.
 
     Args:
         steps: n, the number of steps; 0 for none.
@@ -16,7 +16,7 @@ class Rewarmup:
         self._rates: list[Any] | None = None
 
     def share(self, step: int) -> float:
-        """Share of the learning rate in the step that follows `step` done steps."""
+        """Share of the learning rate in the step that follows the first `step` steps."""
         if self.last_cut is None or self.steps == 0:
             return 1.0
         return min((step - self.last_cut + 1) / (self.steps + 1), 1.0)
@@ -30,7 +30,7 @@ class Rewarmup:
                 group["lr"] = group["lr"] * share
 
     def restore(self, optimizer: Any) -> None:
-        """Put the rates back before the scheduler sees them."""
+        """Restore the rates before the scheduler sees them."""
         if self._rates is not None:
             for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate

@@ -1,4 +1,4 @@
-"""Checking values that may come from anybody, and showing them in errors."""
+"""Checks of values that come from outside, such as files, and their short form in error messages."""
 
 import math
 import reprlib
@@ -9,7 +9,7 @@ LONGEST_NAME = 500
 
 
 LARGEST_NUMBER = 2**53
-"""Of states, and of steps: whole numbers that every reader of JSON has."""
+"""The largest number of states or steps: up to here, every reader of JSON keeps whole numbers exact."""
 
 
 _EXCERPT = reprlib.Repr()
@@ -18,23 +18,23 @@ _EXCERPT.maxstring = _EXCERPT.maxother = 80
 
 
 def quoted(value: Any) -> str:
-    """A value as an error shows it: short, however large, deep or tangled it is."""
+    """A value as error messages show it: short, even if the value is large, deeply nested or recursive."""
     text = _EXCERPT.repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def is_count(value: Any) -> bool:
-    """Whole numbers from 0 on, such as steps."""
+    """Whether a value is a whole number of at least 0, such as a step."""
     return _is_whole(value) and value >= 0
 
 
 def is_size(value: Any) -> bool:
-    """Whole numbers from 1 on."""
+    """Whether a value is a whole number of at least 1."""
     return is_count(value) and value >= 1
 
 
 def is_number(value: Any) -> bool:
-    """Finite numbers."""
+    """Whether a value is a finite number."""
     return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
@@ -43,10 +43,10 @@ def _is_whole(value: Any) -> bool:
 
 
 def is_plain_text(value: Any) -> bool:
-    """Short text in which a page finds no markup."""
+    """Whether a value is short text without characters that a page could read as markup."""
     return isinstance(value, str) and len(value) <= LONGEST_NAME and all(c.isalnum() or c in " ._-:,()" for c in value)
 
 
 def is_name(value: Any) -> bool:
-    """Dotted names of modules, and of criteria: nothing that a page or a path could take for its own."""
+    """Whether a value is a dotted name, as modules and criteria have: no markup and no separator of paths."""
     return isinstance(value, str) and len(value) <= LONGEST_NAME and all(c.isalnum() or c in "._-" for c in value)

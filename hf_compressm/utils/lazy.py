@@ -1,14 +1,13 @@
-"""What waits until it is needed: names of a package, and model types that transformers can look up before then.
+"""Lazy imports: names of a package, and model types that transformers can look up before their classes are imported.
 
-`import hf_compressm` imports neither torch nor transformers, so that the command line answers at once. Its models are
-nevertheless known to `AutoConfig` and the Auto classes of models from then on, in whichever order the two packages are
-imported: their types are entered into transformers' table of configurations without their classes, and the first
-lookup of one imports them.
+`import hf_compressm` imports neither torch nor transformers, so that the command line answers at once. Nevertheless
+`AutoConfig` and the Auto classes know its models, whichever of the two packages is imported first: the model types are
+entered into transformers' table of configurations without their classes, and the first lookup of a type imports them.
 """
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -21,11 +20,11 @@ AUTO_MODULE = "transformers.models.auto.configuration_auto"
 def lazy_names(
     package: str, homes: Mapping[str, Iterable[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package whose public names are imported when they are asked for (PEP 562).
+    """`__getattr__` and `__dir__` of a package whose public names are imported on first use (PEP 562).
 
     Args:
-        package: dotted name.
-        homes: the names by the module, below the package, that has them.
+        package: dotted name of the package.
+        homes: the public names, by the module that defines them, relative to the package.
     """
     home_of = {name: home for home, names in homes.items() for name in names}
 
@@ -43,11 +42,11 @@ def lazy_names(
 
 
 def announce_models(model_types: Iterable[str], home: str) -> None:
-    """Let transformers look model types up whose classes are not imported yet.
+    """Let transformers look up model types whose classes are not imported yet.
 
     Args:
-        model_types: as in `config.json`.
-        home: module that registers their classes when it is imported.
+        model_types: the types as `config.json` names them.
+        home: the module that registers their classes when it is imported.
     """
     if AUTO_MODULE in sys.modules:
         _enter(sys.modules[AUTO_MODULE], model_types, home)
@@ -56,14 +55,14 @@ def announce_models(model_types: Iterable[str], home: str) -> None:
 
 
 class _Entrance(MetaPathFinder):
-    """Waits for the import of transformers' table of configurations, once."""
+    """Import hook that waits for transformers' table of configurations, once."""
 
     def __init__(self, model_types: tuple[str, ...], home: str) -> None:
         self.model_types = model_types
         self.home = home
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Find the table where Python finds it, and enter the types when it has been executed."""
+        """Find the module of the table as Python does, and enter the types after it has been executed."""
         if name != AUTO_MODULE:
             return None
         sys.meta_path.remove(self)
@@ -81,7 +80,7 @@ class _Entrance(MetaPathFinder):
 
 
 def _enter(module: ModuleType, model_types: Iterable[str], home: str) -> None:
-    """Put the types into the table. Where transformers has another table, importing `home` makes them known."""
+    """Enter the types into the table. If transformers has another kind of table, importing `home` makes them known."""
     mapping = getattr(module, "CONFIG_MAPPING", None)
     registered = getattr(mapping, "_extra_content", None)
     if isinstance(registered, dict):
@@ -89,7 +88,7 @@ def _enter(module: ModuleType, model_types: Iterable[str], home: str) -> None:
 
 
 class _Registered(dict[str, Any]):
-    """Configuration classes by model type, some of them imported when one is asked for."""
+    """Configuration classes by model type; missing ones are imported when one of them is looked up."""
 
     def __init__(self, present: Mapping[str, Any], model_types: Iterable[str], home: str) -> None:
         super().__init__({**dict.fromkeys(model_types), **present})
@@ -99,6 +98,9 @@ class _Registered(dict[str, Any]):
         if super().__getitem__(model_type) is None:
             importlib.import_module(self.home)
         return super().__getitem__(model_type)
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # with an iterator of its own, copies of this dict too ask `__getitem__`
 
     def values(self) -> Any:
         return [self[model_type] for model_type in self]

@@ -1,7 +1,7 @@
-"""The processes that train one model together, each with a copy of it: what they add up, decide once, and compare.
+"""The processes that train one model together: sums over them, decisions that are made once, and comparisons.
 
-Nothing is decided twice. Eigensolvers of two machines need not agree to the last bit, and copies of a model that were
-cut in two ways can never be averaged again. So the first process plans, and the others are told.
+Each process has a copy of the model. Eigensolvers of two machines need not agree to the last bit, and copies that were
+cut in two ways can never be averaged again. So the first process plans, and the others receive its plan.
 """
 
 import io
@@ -21,23 +21,23 @@ Sums = dict[str, Tensor]
 
 
 class Processes:
-    """A group of processes that run the same steps; one process alone is the usual case, and costs nothing.
+    """A group of processes that run the same steps; a single process is the usual case, and costs nothing.
 
     Every method but `share` is a collective: all processes call it, in the same order.
 
     Args:
-        size: number of processes, 1 for this one alone; more need torch's default process group.
-        rank: place of this one.
+        size: number of processes; more than 1 need torch's default process group.
+        rank: place of this process, counted from 0.
     """
 
     def __init__(self, size: int = 1, rank: int = 0) -> None:
-        """Take the size and the place."""
+        """Store the size and the rank."""
         self.size = size
         self.rank = rank
 
     @classmethod
     def current(cls) -> "Processes":
-        """Those of torch's default process group; this one alone if there is none."""
+        """The processes of torch's default process group; this process alone if there is no group."""
         if not dist.is_available() or not dist.is_initialized():
             return cls()
         return cls(dist.get_world_size(), dist.get_rank())
@@ -48,12 +48,12 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of what all have: every `size`-th, so that the parts together are the whole."""
+        """This process's share of the items: every `size`-th one, so that the shares together are all items."""
         return list(items[self.rank :: self.size])
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails in one process fails in all.
+        """Make an error in one process an error in all of them.
 
         Raises:
             Exception: the error of the first process that had one, in every process.
@@ -74,14 +74,14 @@ class Processes:
             raise first from error
 
     def first(self, work: Callable[[], T], model: nn.Module | None = None) -> T:
-        """The result of the first process, which alone does the work.
+        """Do the work in the first process only, and return its result in all of them.
 
         Args:
-            work: what to do.
-            model: modules and parameters of it in the result become those of each process's own copy.
+            work: function that does the work.
+            model: its modules and parameters in the result become those of each process's own copy.
 
         Raises:
-            Exception: what the work raised, in every process.
+            Exception: the error of the work, in every process.
         """
         if self.size == 1:
             return work()
@@ -100,11 +100,11 @@ class Processes:
         """Sum tables of tensors over the processes; a process that lacks an entry adds nothing to it.
 
         Args:
-            sums: as many tables in each process, float64; the first process has every entry.
-            device: where the processes' backend can add tensors up.
+            sums: tables of float64 tensors, equally many in each process; the first process has every entry.
+            device: a device on which the processes' backend can add tensors.
 
         Returns:
-            The sums, in the first process; elsewhere the tables as they were.
+            The sums in the first process; in the others, the tables as they were.
         """
         if self.size == 1:
             return list(sums)
@@ -122,7 +122,7 @@ class Processes:
         return added
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank, in every process."""
+        """The values of all processes in the order of their ranks, in every process."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -130,14 +130,14 @@ class Processes:
         return values
 
     def compare(self, tensors: Callable[[], Sequence[Tensor]], what: str) -> None:
-        """Make sure that some tensors are the same everywhere, to the last bit.
+        """Make sure that some tensors are the same in all processes, to the last bit.
 
         Args:
-            tensors: gives them; not asked where there is one process.
-            what: they are, in words.
+            tensors: function that returns the tensors; it is not called for a single process.
+            what: name of the tensors in the error message.
 
         Raises:
-            RuntimeError: in every process, if it differs.
+            RuntimeError: in every process, if the tensors differ.
         """
         if self.size == 1:
             return
@@ -154,17 +154,17 @@ ALONE = Processes()
 
 
 def checksum(*tensors: Tensor) -> int:
-    """CRC-32 of tensors' bits; torch's version counter misses fused optimizers and writes through `.data`."""
+    """CRC-32 of tensors' bits, since torch's version counter misses fused optimizers and writes through `.data`."""
     value = 0
     for tensor in tensors:
-        flat = tensor.detach().cpu().flatten()  # one entry may have a stride, until it is copied
+        flat = tensor.detach().cpu().flatten()  # a single entry may have any stride until it is copied
         bits = flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         value = zlib.crc32(bits.numpy().tobytes(), value)
     return value
 
 
 def _sendable(error: Exception, rank: int) -> Exception:
-    """The error as another process can read it."""
+    """The error in a form that another process can unpickle."""
     try:
         pickle.loads(pickle.dumps(error))
         return error
@@ -173,7 +173,7 @@ def _sendable(error: Exception, rank: int) -> Exception:
 
 
 def dump(value: Any, model: nn.Module | None) -> bytes:
-    """Pickle a value, with names in the place of the model's modules and parameters: what `first` sends."""
+    """Pickle a value for `first`, with names in place of the model's modules and parameters."""
     named = [*model.named_modules(), *model.named_parameters()] if model is not None else []
     names = {id(part): (isinstance(part, nn.Module), name) for name, part in named}
     buffer = io.BytesIO()
@@ -187,11 +187,11 @@ def dump(value: Any, model: nn.Module | None) -> bytes:
 
 
 def load(data: bytes, model: nn.Module | None) -> Any:
-    """The value, with this process's modules and parameters in the place of their names."""
+    """The unpickled value, with this process's modules and parameters in place of their names."""
 
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, place: tuple[bool, str]) -> Any:
-            assert model is not None  # `dump` had one
+            assert model is not None  # `dump` was given one
             return model.get_submodule(place[1]) if place[0] else model.get_parameter(place[1])
 
     return Unpickler(io.BytesIO(data)).load()

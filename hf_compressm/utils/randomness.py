@@ -1,4 +1,4 @@
-"""Running a model on the side as if nothing had been run."""
+"""Running a model without a trace in random generators, modes or config."""
 
 import random
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import nn
 def undisturbed(model: nn.Module | None = None) -> Iterator[None]:
     """Restore the random generators of Python, NumPy and torch afterwards; with a model, its modes and config too.
 
-    The model is in evaluation mode inside. Its config is restored because transformers' classifiers write
+    Inside, the model is in evaluation mode. Its config is restored because transformers' classifiers write
     `config.problem_type` into it when they first see labels.
     """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what must be kept

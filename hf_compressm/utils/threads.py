@@ -1,4 +1,4 @@
-"""Layers at once: what is done to one knows nothing of the others, and a small eigenproblem keeps one core busy."""
+"""Work on several layers at once: it is independent for each, and a small eigenproblem keeps only one core busy."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,9 @@ T = TypeVar("T")
 
 
 def for_each(work: Callable[[S], T], items: Iterable[S]) -> list[T]:
-    """`work` of every item, in their order, without gradients; they share the threads that PyTorch may use.
+    """Apply `work` to all items at once, without gradients; the results are in the order of the items.
+
+    The workers share the threads that PyTorch may use.
 
     Raises:
         Exception: the first error, in the order of the items.
@@ -30,6 +32,6 @@ def for_each(work: Callable[[S], T], items: Iterable[S]) -> list[T]:
 
 
 def _prepare(threads: int) -> None:
-    """Both settings are the calling thread's own."""
+    """Set up a worker: both settings belong to the calling thread alone."""
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)

@@ -177,7 +177,7 @@ def test_the_energy_arm_keeps_the_states_with_the_most_energy_and_repairs_nothin
         compress(model, CompreSSMConfig(target_state_size=3), [batch])
     assert torch.equal(layer.module.A_log, A[:, best])
     assert torch.equal(layer.module.x_proj.weight[-3:], rows[-6:][best])
-    assert type(find_layers(model)[0].family) is not energy.EnergyAdapter
+    assert type(find_layers(model)[0].family) is not energy.EnergyFamily
 
 
 def test_recall_asks_for_the_values_of_keys_that_were_shown(part: Any) -> None:

@@ -109,7 +109,7 @@ def test_mistakes_are_one_line(model: Path, text: Path, tmp_path: Path, capsys: 
     assert "give no example" in complaint(capsys, "compress", model, *output, *data, "--block-size", 10**6)
     assert "use --train-file" in complaint(capsys, "compress", model, *output, "--mnist-dir", tmp_path)
     assert "cuts.toml" in complaint(capsys, "compress", model, *output, "--config", tmp_path / "cuts.toml")
-    assert "something in it" in complaint(capsys, "compress", model, "--output", model.parent, *data)
+    assert "exists and is not empty" in complaint(capsys, "compress", model, "--output", model.parent, *data)
     assert not (tmp_path / "small").exists()
 
 

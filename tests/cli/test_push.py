@@ -221,7 +221,7 @@ def test_a_hub_that_is_down_leaves_the_repo_as_it_was(
 
 def test_a_pull_request_whose_answer_was_lost_is_looked_for(hub: HubServer, folder: Path, capsys: Any) -> None:
     hub.fail("POST", "/commit/", "lost")
-    assert "Look whether the pull request was opened" in complaint(capsys, "push", folder, "me/cut", "--create-pr")
+    assert "check whether the pull request was opened" in complaint(capsys, "push", folder, "me/cut", "--create-pr")
     assert [name for name in hub.repos["me/cut"].branches if name.startswith("refs/pr/")] == ["refs/pr/1"]
 
 
@@ -229,7 +229,7 @@ REFUSED = {
     "/commit/": {
         401: "hf auth login",
         403: "settings/tokens",
-        404: "is not there",
+        404: "is missing or hidden",
         400: "refused the push",
         409: "(409)",
     },
@@ -263,7 +263,7 @@ def test_tokens_and_owners_are_refused_by_the_hub_itself(
 def test_private_is_not_asked_of_a_public_repo(hub: HubServer, folder: Path, capsys: Any) -> None:
     assert run(capsys, "push", folder, "me/cut", "--quiet")[0] == 0
     (folder / "README.md").write_text("secret")
-    assert "me/cut is there and public" in complaint(capsys, "push", folder, "me/cut", "--private")
+    assert "me/cut exists and is public" in complaint(capsys, "push", folder, "me/cut", "--private")
     assert "README.md" not in hub.repos["me/cut"].files()
 
 
@@ -304,7 +304,7 @@ def test_a_directory_that_is_not_whole_is_not_pushed(hub: HubServer, tmp_path: P
     def refused() -> str:
         return complaint(capsys, "push", folder, "me/cut")
 
-    assert "is not there" in complaint(capsys, "push", tmp_path / "none", "me/cut")
+    assert "does not exist" in complaint(capsys, "push", tmp_path / "none", "me/cut")
     assert "is not a directory" in complaint(capsys, "push", folder / "config.json", "me/cut")
     whole = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors", "modeling_s5.py")}
     (folder / "README.md").write_text("changed")
@@ -345,11 +345,11 @@ def test_links_that_lead_out_and_names_that_no_repo_takes_are_refused(
     for name in ("new\nline.json", "\x1b[31mred.json", "back\\slash.txt", os.fsdecode(b"\xff.json")):
         fill(folder / name)
         said = complaint(capsys, "push", folder, "me/cut")
-        assert "a repo takes no such name" in said
+        assert "a repo does not accept such a name" in said
         assert said.isprintable()
         (folder / name).unlink()
     os.mkfifo(folder / "vocab.txt")
-    assert "vocab.txt has the name of a file that is pushed, and is none" in complaint(
+    assert "vocab.txt has the name of a file that is pushed, but is not a file" in complaint(
         capsys, "push", folder, "me/cut"
     )
     assert hub.requests == []

@@ -40,7 +40,7 @@ def test_the_likeliest_mistakes_are_one_line(
 ) -> None:
     assert "is not a directory. Give the output_dir of a run" in complaint(capsys, "report", tmp_path / "typo")
     LRU.build().save_pretrained(tmp_path / "uncut")
-    assert "tells of no cut" in complaint(capsys, "report", tmp_path / "uncut")
+    assert "has no record of a cut" in complaint(capsys, "report", tmp_path / "uncut")
     (tmp_path / "file").write_text("")
     assert "file" in complaint(capsys, "report", run_folder, "--output", tmp_path / "file")
     for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):

@@ -345,6 +345,7 @@ def test_realization_complex_and_the_surrogate_run() -> None:
     assert cut(model, MAMBA, criterion="surrogate").plan.layers[0].criterion == "surrogate"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # dynamo looks at .grad of everything it meets
 def test_a_compiled_mamba_keeps_training_after_a_cut() -> None:
     model = MAMBA.build()

@@ -103,7 +103,7 @@ for auto_class in (AutoConfig, AutoModelForCausalLM):
 
 
 @with_own_class
-@pytest.mark.parametrize("compat", ["stock", "best"])
+@pytest.mark.parametrize("compat", [pytest.param("stock", marks=pytest.mark.slow), "best"])
 def test_a_tolerance_gives_layers_sizes_of_their_own(family: Family, compat: str, tmp_path: Path) -> None:
     model = uneven(family, state_size=16)
     weights = {name: parameter for name, parameter in model.named_parameters() if "ssm" not in name}

@@ -84,7 +84,7 @@ def test_digits_then_a_local_directory(script, tmp_path, capsys):
     check_run(tmp_path / "second", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("compressed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_mnist_from_idx_files_with_an_lru(script, compressed, tmp_path, capsys):
     folder = write_mnist(tmp_path / "mnist", compressed)
     settings = CLASSIFY | {"output_dir": tmp_path / "run", "mnist_dir": folder, "model_type": "lru"}
@@ -114,6 +114,7 @@ def test_standard_library_then_a_local_directory_and_text(script, tmp_path, caps
     check_run(tmp_path / "second", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_script_runs_from_a_yaml_file(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(CLASSIFY | {"output_dir": str(tmp_path / "run")}))
@@ -192,7 +193,7 @@ def test_a_wrong_config_file_is_refused(script, content, message, tmp_path):
         ({"max_characters": 50}, "has 50 tokens"),
         ({"block_size": 1}, "block_size must be at least 2"),
         ({"tolerance": None, "target_state_size": 32}, "target_state_size=32"),
-        ({"model_name_or_path": "missing/directory"}, "nor a Hub model within reach"),
+        ({"model_name_or_path": "missing/directory"}, "nor a model that can be loaded from the Hub"),
         ({"dataset_name": "missing/data"}, "cannot be loaded"),
         ({"end": 0.01}, "No cut can happen"),
     ],
@@ -210,7 +211,7 @@ def test_a_mistake_in_language_modelling_is_a_value_error(script, settings, mess
         ({"mnist_dir": "a", "dataset_name": "b"}, "not both"),
         ({"dataset_name": "missing/data"}, "cannot be loaded"),
         ({"test_size": 1.5}, "test_size must lie between"),
-        ({"model_name_or_path": "missing/directory"}, "nor a Hub model within reach"),
+        ({"model_name_or_path": "missing/directory"}, "nor a model that can be loaded from the Hub"),
         ({"state_size": 15}, "conjugate pairs"),
         ({"config_overrides": "activation"}, "config_overrides must be fields of the config"),
         ({"config_overrides": "width=3"}, "key width isn't in"),

@@ -37,6 +37,7 @@ class ToyConfig(PreTrainedConfig):
     hidden_size: int = 6
     state_size: int = 8
     num_hidden_layers: int = 2
+    use_cache: bool = False
 
 
 class ToyLayer(nn.Module):

@@ -253,7 +253,12 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("mode", "answer"), [("with package", "loaded"), ("with trust", "loaded"), ("without trust", "refused")]
+    ("mode", "answer"),
+    [
+        pytest.param("with package", "loaded", marks=pytest.mark.slow),
+        ("with trust", "loaded"),
+        ("without trust", "refused"),
+    ],
 )
 def test_a_saved_folder_in_another_process(exported, mode, answer, tmp_path):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(ROOT)}

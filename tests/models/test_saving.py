@@ -118,7 +118,7 @@ def exported(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mode", ["with package", "without package"])
+@pytest.mark.parametrize("mode", [pytest.param("with package", marks=pytest.mark.slow), "without package"])
 def test_a_saved_folder_loads_in_another_process(exported, mode, tmp_path):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(ROOT)}
     if mode == "without package":

@@ -151,7 +151,7 @@ def test_what_tells_of_no_cut_is_refused(tmp_path: Path, copied: Path) -> None:
     with pytest.raises(ValueError, match="is not a directory"):
         read_run(tmp_path / "nothing")
     LRU.build().save_pretrained(tmp_path / "uncut")
-    with pytest.raises(ValueError, match="tells of no cut"):
+    with pytest.raises(ValueError, match="has no record of a cut"):
         write_report(tmp_path / "uncut")
     assert not (tmp_path / "uncut" / "report.html").exists()
     (copied / HISTORY_FILE).write_text('{"schema_version": 1, "events": [{"step": 1}]}')

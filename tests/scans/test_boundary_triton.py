@@ -20,7 +20,7 @@ LAWS = Path(__file__).with_name("boundary_laws.py")
 @pytest.mark.parametrize(
     ("device", "interpreted"),
     [
-        pytest.param("cpu", "1", id="interpreter"),
+        pytest.param("cpu", "1", id="interpreter", marks=pytest.mark.slow),
         pytest.param(
             "cuda", "0", id="gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
         ),

@@ -14,7 +14,7 @@ from tests.trainers import Examples, trainer_of
 
 
 STEP_SECONDS = 0.05
-SLOWER = 0.6  # of the rate that sleeping alone would give: a busy machine wakes late
+SLOWER = 1 / 11  # of the rate that sleeping alone would give: with its evaluation a step would take 11 times as long
 
 
 def test_a_clock_counts_steps_and_what_lies_between_but_not_interruptions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,10 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("plain", "accumulation"))) for name in SETTINGS],
+)
 @pytest.mark.parametrize("family", [LRU, pytest.param(MAMBA, marks=pytest.mark.slow)], ids=family_id)
 def test_a_resumed_run_ends_where_the_whole_run_ends(family: Family, setting: str, tmp_path: Path) -> None:
     whole = outcome(run(family, tmp_path, setting))

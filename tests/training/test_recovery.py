@@ -150,7 +150,7 @@ def test_a_rollback_whose_checkpoint_is_gone_is_refused_at_the_start(tmp_path: P
     trainer = trainer_with(LRU, tmp_path, {4: 0.5, 6: 0.4}, max_steps=12)
     trainer.train()
     trainer = trainer_with(LRU, tmp_path, {})
-    with pytest.raises(ValueError, match=r"_before-cut-checkpoint-4.*is not there"):
+    with pytest.raises(ValueError, match=r"_before-cut-checkpoint-4.*is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
@@ -224,7 +224,7 @@ def test_a_kept_checkpoint_does_not_change_when_the_original_is_removed(tmp_path
     name = keep_checkpoint(original)
     shutil.rmtree(original)
     assert (tmp_path / name / "sub" / "file").read_text() == "as it was"
-    with pytest.raises(ValueError, match="checkpoint-3 is not there"):
+    with pytest.raises(ValueError, match="checkpoint-3 is missing"):
         keep_checkpoint(original)
 
 

@@ -58,6 +58,7 @@ def test_tensorboard_has_the_cut_at_its_step(tmp_path: Path, monkeypatch: pytest
     assert {point.step for point in found[PACE]} > {2}
 
 
+@pytest.mark.slow
 def test_trackio_has_the_cut_in_its_store(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": os.pathsep.join(sys.path)}

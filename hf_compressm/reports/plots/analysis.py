@@ -45,7 +45,7 @@ def plot_alternatives(alternatives: Sequence[Alternative], path: str | Path) -> 
 
 
 def _draw_spectrum(axes: Any, layer: LayerPlan, depth: float) -> None:
-    """One curve over the number of states that its values take; darker blue for early layers."""
+    """Draw one curve over the number of states that its values take; darker blue for early layers."""
     sigma = layer.hankel_singular_values
     if not float(sigma.nan_to_num().sum()) > 0:
         return

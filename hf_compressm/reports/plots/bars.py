@@ -39,7 +39,7 @@ def plot_before_after(run: Run, path: str | Path) -> Path:
 
 
 def plot_cut_cost(run: Run, path: str | Path) -> Path:
-    """Draw the seconds that each attempt to cut took, and how many training steps of its time that is.
+    """Draw the seconds that each attempt to cut took, and how many training steps take as long.
 
     Args:
         run: with an attempt to cut.
@@ -77,7 +77,7 @@ def plot_cut_cost(run: Run, path: str | Path) -> Path:
 
 
 def _pairs(run: Run) -> list[tuple[str, float, float]]:
-    """Titles with both values; what is not known of both is left out."""
+    """Titles with both values; pairs with an unknown value are left out."""
     if not run.cuts:
         raise ValueError(f"The history of {run.name} has no cut.")
     first, last = run.cuts[0].result, run.cuts[-1].result

@@ -9,7 +9,7 @@ from hf_compressm.reports.traces import Run
 
 
 CUT_COLOUR = "#555555"
-ROBUST_SHARE = 0.98  # of the losses: the first ones of a run would leave no room for the others
+ROBUST_SHARE = 0.98  # of the losses fits on the axis: the large first ones would leave no room for the others
 
 
 def plot_training(run: Run, path: str | Path) -> Path:
@@ -86,7 +86,7 @@ def plot_stability(run: Run, path: str | Path) -> Path:
 
 
 def _draw(axes: Any, points: list[tuple[int, float]], number: int, label: str) -> None:
-    """A curve, with markers where there are few points."""
+    """Draw a curve, with markers if there are few points."""
     steps, values = zip(*points, strict=True)
     marker = MARKERS[number % len(MARKERS)] if len(points) <= 60 else ""
     style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.6, "marker": marker, "markersize": 4}
@@ -102,7 +102,7 @@ def _fit(axes: Any, values: list[float]) -> None:
 
 
 def _mark_cuts(axes: Any, run: Run, named: bool) -> None:
-    """A line at each cut, and at each way back from one."""
+    """Draw a line at each cut and at each rollback."""
     labels = {"cut": "cut", "rolled back": "rolled back"}
     for event in run.cuts:
         style = "-" if event.outcome == "cut" else ":"

@@ -15,7 +15,7 @@ MAX_COLUMNS = 4
 def plot_spectra(events: Sequence[CutEvent], path: str | Path) -> Path:
     """Draw each layer's Hankel singular values at every cut, logarithmically, and mark what each cut kept.
 
-    Attempts that a guard took back are left out.
+    Attempts that a guard undid are left out.
 
     Values are drawn over the number of states they take: the real realization of S5 and LRU layers has two values per
     state. The solid part of a curve up to its marker was kept, the dotted part after it was cut off.
@@ -100,14 +100,14 @@ def plot_state_sizes(events: Sequence[CutEvent], path: str | Path, max_steps: in
 
 
 def _layer_names(events: Sequence[CutEvent]) -> list[str]:
-    """Names of all layers that the events tell of, in model order."""
+    """Names of all layers in the events, in model order."""
     if not events:
         raise ValueError("There is no cut to draw: events is empty. Plot after a run whose callback has made a cut.")
     return list(dict.fromkeys(layer.name for event in events for layer in event.result.plan.layers))
 
 
 def _draw_spectrum(panel: Any, event: CutEvent, name: str, number: int) -> None:
-    """One curve: the kept values solid, a marker on the last of them, the others dotted."""
+    """Draw one curve: the kept values solid, a marker on the last of them, the others dotted."""
     layer = next((layer for layer in event.result.plan.layers if layer.name == name), None)
     if layer is None or layer.hankel_singular_values.numel() == 0:
         return
@@ -125,7 +125,7 @@ def _draw_spectrum(panel: Any, event: CutEvent, name: str, number: int) -> None:
 
 
 def _size_history(events: Sequence[CutEvent], name: str, last: int) -> tuple[tuple[int, int], ...]:
-    """Pairs of a step and the state size from it on: the start, every cut, the end."""
+    """Pairs of a step and the state size from that step on: the start, every cut, the end."""
     history: list[tuple[int, int]] = []
     for event in events:
         for layer in event.result.plan.layers:
@@ -136,7 +136,7 @@ def _size_history(events: Sequence[CutEvent], name: str, last: int) -> tuple[tup
 
 
 def _joined(names: Sequence[str], total: int) -> str:
-    """One label for layers of one history."""
+    """One label for layers with the same history of sizes."""
     if len(names) == total > 1:
         return f"all {total} layers"
     return ", ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} more"
