@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -149,8 +150,15 @@ MAMBA_FAMILIES = (
     NEMOTRON_H,
 )
 FAMILIES = (*MAMBA_FAMILIES, S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU)
+LAYOUTS = (MAMBA, FALCON_MAMBA, ZAMBA, MAMBA2, BAMBA, S5, LRU)
+"""One family for each way in which a cut changes parameters."""
 LINEAR = tuple(family for family in FAMILIES if family.is_linear)
 LANGUAGE_MODELS = tuple(family for family in FAMILIES if family.is_language_model)
+
+
+def by_layout() -> list[Any]:
+    """Every family, those whose layout another one has too as slow tests."""
+    return [family if family in LAYOUTS else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 
 
 def family_id(value: Any) -> str | None:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
-from tests.family_table import FAMILIES, LRU, MAMBA, S5_CLASSIFIER, Family, family_id, same, ssm_layers
+from tests.family_table import LRU, MAMBA, S5_CLASSIFIER, Family, by_layout, family_id, same, ssm_layers
 from tests.trainers import HALVE, Examples, Stream, callback_of, trainer_of
 
 
@@ -52,7 +52,7 @@ class Watch(TrainerCallback):
         self.unmoved.append([name for name, p in named if torch.equal(p, self.before[name])])
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+@pytest.mark.parametrize("family", by_layout(), ids=family_id)
 def test_a_cut_comes_at_the_start_of_the_next_step(family: Family, tmp_path: Path) -> None:
     watch = Watch()
     trainer = trainer_of(
@@ -165,7 +165,7 @@ def test_an_unstable_layer_is_left_alone_and_the_way_out_is_named(tmp_path: Path
     ids=lambda kwargs: next(iter(kwargs)) + str(next(iter(kwargs.values())))[:9],
 )
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("family", [MAMBA, LRU], ids=family_id)
+@pytest.mark.parametrize("family", [pytest.param(MAMBA, marks=pytest.mark.slow), LRU], ids=family_id)
 def test_ways_to_train(family: Family, kwargs: dict, tmp_path: Path) -> None:
     trainer = trainer_of(family, tmp_path, max_steps=4, **kwargs)
     trainer.train()

@@ -16,6 +16,7 @@ from tests.family_table import (
     MAMBA,
     S5,
     Family,
+    by_layout,
     family_id,
     owner_of_a_cut_parameter,
     same,
@@ -105,7 +106,7 @@ def moments_fit(model: Any, optimizer: torch.optim.Optimizer) -> None:
                     assert (value >= 0).all()
 
 
-@every_family
+@pytest.mark.parametrize("family", by_layout(), ids=family_id)
 @pytest.mark.parametrize("kind", CARRIED.keys())
 def test_state_is_carried_and_every_parameter_moves_in_the_next_step(
     family: Family, kind: str, warnings_seen: list[str]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_compressm import CompreSSMCallback, find_last_complete_checkpoint
 from hf_compressm.training.loading import CheckpointLoader
-from tests.family_table import FAMILIES, JAMBA, LRU, MAMBA, MAMBA2, S5, Family, family_id, outputs, same
+from tests.family_table import JAMBA, LRU, MAMBA, MAMBA2, S5, Family, by_layout, family_id, outputs, same
 from tests.trainers import HALVE, Examples, arguments, callback_of, trainer_of
 
 
@@ -82,7 +82,7 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(family: Family, setting: st
             assert same(resumed[part], value), (step, part)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+@pytest.mark.parametrize("family", by_layout(), ids=family_id)
 def test_every_family_resumes_after_its_cut_into_a_model_of_the_original_size(family: Family, tmp_path: Path) -> None:
     whole = outcome(run(family, tmp_path, "plain", max_steps=4))
     resumed = outcome(run(family, tmp_path, "plain", tmp_path / "checkpoint-3", max_steps=4))

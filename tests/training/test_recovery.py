@@ -123,7 +123,7 @@ def test_weights_and_moments_are_those_of_the_checkpoint_and_the_schedule_goes_o
     assert rates == sorted(rates, reverse=True)
 
 
-@pytest.mark.parametrize("restart", [4, 5, 6, 7, 9])
+@pytest.mark.parametrize("restart", [4, 6, *(pytest.param(step, marks=pytest.mark.slow) for step in (5, 7, 9))])
 def test_a_pending_rollback_survives_a_restart(restart: int, tmp_path: Path) -> None:
     """Before the cut, before the metric, between verdict and rollback, after it, and in the second recovery."""
     by_step = {4: 0.5, 6: 0.4, 8: 0.5, 10: 0.6}

@@ -56,7 +56,7 @@ def warnings_of(act: Any) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("family", [LRU, MAMBA], ids=family_id)
+@pytest.mark.parametrize("family", [pytest.param(LRU, marks=pytest.mark.slow), MAMBA], ids=family_id)
 def test_save_model_carries_what_explains_the_model(family: Family, tmp_path: Path) -> None:
     trainer = trained(tmp_path / "run", family)
     trainer.save_model(str(tmp_path / "saved"))
