@@ -100,7 +100,7 @@ class _Registered(dict[str, Any]):
         return super().__getitem__(model_type)
 
     def __iter__(self) -> Iterator[str]:
-        return super().__iter__()  # with an iterator of its own, copies of this dict too ask `__getitem__`
+        return super().__iter__()  # with its own `__iter__`, `dict(...)` copies through `__getitem__`
 
     def values(self) -> Any:
         return [self[model_type] for model_type in self]

@@ -394,6 +394,7 @@ run("analyze", "me/cut", "--json", "--tolerances", "0.05")
 """
 
 
+@pytest.mark.slow
 def test_a_process_with_nothing_but_its_environment_pushes_and_reads_back(tmp_path: Path) -> None:
     folder = saved_model(tmp_path / "model", S5)
     fill(folder / "compressm_history.json")

@@ -141,7 +141,7 @@ def test_one_size_for_all_keeps_the_stock_class(family: Family) -> None:
 
 
 @with_own_class
-@pytest.mark.parametrize("compat", ["stock", "best"])
+@pytest.mark.parametrize("compat", [pytest.param("stock", marks=pytest.mark.slow), "best"])
 def test_thirty_steps_in_trainer_with_two_cuts_to_sizes_per_layer(family: Family, compat: str, tmp_path: Path) -> None:
     model = uneven(family, state_size=16).train()
     data = [{key: value[0] for key, value in token_batch(1, 12, seed).items()} for seed in range(60)]

@@ -17,6 +17,7 @@ from tests.family_table import (
     BAMBA,
     FAMILIES,
     LAYERS,
+    LAYOUTS,
     LINEAR,
     LRU,
     MAMBA,
@@ -121,7 +122,7 @@ def test_every_rule_shrinks_to_a_size_that_the_family_allows(family: Family, rul
         assert found == [4, 4]
 
 
-@every_family
+@pytest.mark.parametrize("family", LAYOUTS, ids=family_id)
 @every_rule
 @pytest.mark.parametrize("round_to", [4, 3, 100])
 def test_sizes_are_rounded_up_to_the_multiple_or_stay(family: Family, rule: dict, round_to: int) -> None:

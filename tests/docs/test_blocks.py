@@ -43,13 +43,14 @@ def at_the_end_of(name: str) -> Any:
 
 
 LOOKS: dict[str, Any] = {}
+IN_DEFAULT_RUN = ("quickstart", "recipes", "resuming", "reports_and_hub")
 EXPORTING = "export"
 """The page that takes long, and needs more than the test extra."""
 
 
 def in_its_time(page: Path) -> Any:
     """A page as a parameter, marked slow if it is."""
-    return pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem == EXPORTING else [])
+    return pytest.param(page, id=page.stem, marks=[] if page.stem in IN_DEFAULT_RUN else [pytest.mark.slow])
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

@@ -103,6 +103,7 @@ def test_images_with_channels_become_frames(script):
     assert sequences.max() == 1
 
 
+@pytest.mark.slow
 def test_standard_library_then_a_local_directory_and_text(script, tmp_path, capsys):
     main = script("run_clm").main
     main(flags(CLM | {"output_dir": tmp_path / "first"}))
@@ -126,6 +127,7 @@ def test_a_script_runs_from_a_yaml_file(tmp_path):
     check_run(tmp_path / "run", done.stdout)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     command = [sys.executable, EXAMPLES / "run_clm.py", tmp_path / "missing.yaml"]
     done = subprocess.run(

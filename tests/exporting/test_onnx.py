@@ -40,6 +40,7 @@ def run(session: Any, inputs: dict[str, torch.Tensor]) -> np.ndarray:
     return session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items()})[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "masked", "layers"),
     [

@@ -22,6 +22,7 @@ from tests.family_table import (
     GRANITE,
     JAMBA,
     LAYERS,
+    MAMBA,
     MAMBA2,
     MAMBA_FAMILIES,
     NEMOTRON_H,
@@ -148,6 +149,7 @@ print(checked)
 """
 
 
+@pytest.mark.slow
 def test_every_family_cut_from_16_to_6_is_a_model_of_plain_transformers(tmp_path: Path) -> None:
     folders = []
     for family in MAMBA_FAMILIES:
@@ -168,7 +170,7 @@ def test_every_family_cut_from_16_to_6_is_a_model_of_plain_transformers(tmp_path
     assert done.stdout.strip().endswith(folders[-1])
 
 
-@every_mamba
+@pytest.mark.parametrize("family", [MAMBA, JAMBA, MAMBA2], ids=family_id)
 def test_thirty_steps_in_trainer_with_two_cuts(family: Family, tmp_path: Path) -> None:
     model = family.build(state_size=16).train()
     data = [{key: value[0] for key, value in token_batch(1, 12, seed).items()} for seed in range(60)]

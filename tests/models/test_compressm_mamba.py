@@ -256,7 +256,7 @@ def exported(tmp_path_factory):
     ("mode", "answer"),
     [
         pytest.param("with package", "loaded", marks=pytest.mark.slow),
-        ("with trust", "loaded"),
+        pytest.param("with trust", "loaded", marks=pytest.mark.slow),
         ("without trust", "refused"),
     ],
 )

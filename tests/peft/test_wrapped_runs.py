@@ -272,6 +272,7 @@ def widths(model: Any) -> dict[str, int]:
     return {name: part.out_features for name, part in model.named_modules() if hasattr(part, "out_features")}
 
 
+@pytest.mark.slow
 def test_adapter_and_base_load_together_in_a_fresh_process(tmp_path: Path) -> None:
     """Without this package; where no adapter is around `x_proj` the original base would be taken without a word."""
     folders = []

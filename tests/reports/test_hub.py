@@ -106,7 +106,8 @@ def test_a_push_carries_the_code_that_the_model_needs_and_no_other(hub: Any) -> 
     assert len(set(sizes)) > 1
 
 
-@pytest.mark.parametrize("mode", [pytest.param("with package", marks=pytest.mark.slow), "without package"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["with package", "without package"])
 def test_models_load_by_id_in_another_process(hub: Any, mode: str, tmp_path: Path) -> None:
     server, folder, models = hub
     server.requests.clear()

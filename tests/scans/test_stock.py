@@ -401,7 +401,7 @@ def test_hub_kernel_mechanism(monkeypatch, fast_calls, stock_functions):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a:UserWarning")  # about transformers' own code
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", ["mamba", pytest.param("mamba2", marks=pytest.mark.slow)])
 def test_compilers_see_the_stock_code(family, fast_calls):
     enable_fast_selective_scan()
     model = make_model(family, num_hidden_layers=1).eval()

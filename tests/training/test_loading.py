@@ -91,7 +91,13 @@ def test_every_family_resumes_after_its_cut_into_a_model_of_the_original_size(fa
 
 @pytest.mark.parametrize(
     ("family", "best", "size", "shards"),
-    [(LRU, 2, 8, None), (LRU, 3, 4, None), (MAMBA, 1, 8, "2KB"), (MAMBA, 4, 4, "2KB"), (JAMBA, 2, 8, None)],
+    [
+        (LRU, 2, 8, None),
+        pytest.param(LRU, 3, 4, None, marks=pytest.mark.slow),
+        pytest.param(MAMBA, 1, 8, "2KB", marks=pytest.mark.slow),
+        (MAMBA, 4, 4, "2KB"),
+        pytest.param(JAMBA, 2, 8, None, marks=pytest.mark.slow),
+    ],
     ids=lambda value: value.name if isinstance(value, Family) else str(value),
 )
 def test_the_best_model_is_loaded_from_before_a_cut_and_from_after_it(

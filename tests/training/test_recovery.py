@@ -64,7 +64,7 @@ class Sizes(TrainerCallback):
         self.by_step[state.global_step + 1] = kwargs["model"].config.state_size
 
 
-@pytest.mark.parametrize("compat", ["stock", "best"])
+@pytest.mark.parametrize("compat", [pytest.param("stock", marks=pytest.mark.slow), "best"])
 @pytest.mark.parametrize("family", [LRU, MAMBA, MAMBA2], ids=family_id)
 def test_a_cut_that_does_not_recover_is_rolled_back_and_the_next_takes_half(
     family: Family, compat: str, tmp_path: Path
