@@ -16,7 +16,7 @@ from hf_compressm.cli.app import app
 KINDS = {str: "text", int: "whole number", float: "number", bool: "switch", Path: "path"}
 
 UNLESS = re.compile(r"(.*) \((\S+) unless given\)\.")
-"""How an option of a setting tells of its default."""
+"""How the help of an option names its default."""
 
 
 @cache

@@ -63,9 +63,10 @@ def test_model_types_are_known_in_whichever_order_the_packages_are_imported(firs
     config = hf_compressm.LRUConfig(vocab_size=8, hidden_size=4, state_size=4)
     hf_compressm.LRUForCausalLM(config).save_pretrained(tmp_path)
     code = """
-        import importlib, pickle, sys
+        import importlib.util, pickle, sys
         importlib.import_module(sys.argv[1])
         import hf_compressm
+        importlib.util.find_spec("transformers.models.auto.configuration_auto")  # looks and imports nothing
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
         assert "hf_compressm.models" not in sys.modules

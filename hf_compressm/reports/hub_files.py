@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_compressm.checkpoints import SavedModel, read_saved
 from hf_compressm.files.atomic import read_json
@@ -114,10 +114,10 @@ def stale_files(names: set[str], present: set[str]) -> list[str]:
 def _of_a_model(folder: Path, saved: SavedModel | None) -> list[Path]:
     """The files of one folder that belong to a model or adapter."""
     headers = saved.headers.values() if saved is not None else ()
-    shards = {header.file for header in headers}
-    weights = shards | {folder / ADAPTER_FILE} | ({folder / SAFE_WEIGHTS_INDEX_NAME} if len(shards) > 1 else set())
-    code = _code(folder)
-    unwanted = {folder / TRAINER_STATE_FILE, folder / SAFE_WEIGHTS_INDEX_NAME} - weights
+    weights, index = {folder / ADAPTER_FILE, *(header.file for header in headers)}, folder / SAFE_WEIGHTS_INDEX_NAME
+    code, unwanted = _code(folder), {folder / TRAINER_STATE_FILE}
+    if folder / SAFE_WEIGHTS_NAME in weights:  # which a loader prefers to an index that is left from an earlier save
+        unwanted.add(index)
     templates = [path for path in (folder / TEMPLATES_FOLDER).glob("*") if _matches(path, ("*.jinja",))]
     return templates + [
         path

@@ -65,7 +65,6 @@ class _Entrance(MetaPathFinder):
         """Find the module of the table as Python does, and enter the types after it has been executed."""
         if name != AUTO_MODULE:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         loader: Any = spec.loader if spec is not None else None
         if loader is not None:
@@ -73,6 +72,7 @@ class _Entrance(MetaPathFinder):
 
             def execute_and_enter(module: ModuleType) -> None:
                 execute(module)
+                sys.meta_path.remove(self)
                 _enter(module, self.model_types, self.home)
 
             loader.exec_module = execute_and_enter
