@@ -84,9 +84,8 @@ def test_digits_then_a_local_directory(script, tmp_path, capsys):
     check_run(tmp_path / "second", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("compressed", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_mnist_from_idx_files_with_an_lru(script, compressed, tmp_path, capsys):
-    folder = write_mnist(tmp_path / "mnist", compressed)
+def test_mnist_from_idx_files_with_an_lru(script, tmp_path, capsys):
+    folder = write_mnist(tmp_path / "mnist", compressed=True)
     settings = CLASSIFY | {"output_dir": tmp_path / "run", "mnist_dir": folder, "model_type": "lru"}
     settings["config_overrides"] = "activation=full_glu,initializer_range=0.2"
     script("run_sequence_classification").main(flags(settings))

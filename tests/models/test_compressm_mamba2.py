@@ -208,6 +208,7 @@ def test_fewer_channels_than_states_are_refused(fields, sizes, layer):
         MAMBA2.model_class(config)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # dynamo looks at .grad of everything it meets
 def test_a_projected_model_compiles_as_one_graph():
     model, x = MAMBA2.causal_model(**PROJECTED), tokens()

@@ -138,6 +138,7 @@ def test_kernel_that_fails_leads_to_one_warning_and_the_loop(stand_in, broken, r
         assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_package_works_without_triton():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -248,7 +248,7 @@ WAITING = {
         ("evaluated: step 7", 1),
         ("roll back: begins", 1),
         ("load: weights without optimizer", 2),  # the first is that of the resume
-        ("save: history without seal", 1),
+        ("save: all without seal", 1),
         ("train: step 10 begins", 1),
         ("evaluated: step 11", 1),
     ],

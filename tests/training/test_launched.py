@@ -54,6 +54,7 @@ def test_processes_stay_alike_to_the_last_bit(name: str, found: dict) -> None:
     assert all(map(torch.equal, first["moments"], second["moments"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE_TOO)
 def test_two_processes_equal_one_with_twice_the_accumulation(name: str, found: dict, tmp_path: Path) -> None:
     trainer, watch = make(name, tmp_path, gradient_accumulation_steps=2)

@@ -31,8 +31,7 @@ def assert_is_picture(path) -> None:
     assert len(np.unique(pixels, axis=0)) > FEWEST_COLOURS
 
 
-@pytest.mark.parametrize("plot", [plot_spectra, plot_state_sizes])
-@pytest.mark.parametrize(("layers", "cuts"), [(1, 1), (5, 8)])
+@pytest.mark.parametrize(("plot", "layers", "cuts"), [(plot_spectra, 5, 8), (plot_state_sizes, 1, 1)])
 def test_a_plot_is_a_picture(plot, layers, cuts, tmp_path):
     path = tmp_path / "folder" / "plot.png"
     assert plot(cut_events(layers, cuts), str(path)) == path
