@@ -135,7 +135,7 @@ def selective_scan(
 
     Source: Gu and Dao, *Mamba* (arXiv 2312.00752), algorithm 2; recomputation as in its section 3.3.2.
     """
-    _check_arguments(u, delta, A, B, C, D, z, delta_bias)
+    _check_tensors(u, A, delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     dtype = compute_dtype(u, delta, A, B, C)
     with torch.autocast(device_type=u.device.type, enabled=False):
         steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
@@ -188,7 +188,7 @@ def selective_scan_reference(
     Raises:
         ValueError: If a shape or a dtype is not as above.
     """
-    _check_arguments(u, delta, A, B, C, D, z, delta_bias)
+    _check_tensors(u, A, delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     dtype = compute_dtype(u, delta, A, B, C)
     inputs, A, B, C = u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
     steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
@@ -234,7 +234,7 @@ def selective_states(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it is a number of steps and must be at least 1.")
-    _check_arguments(u, delta, A, B, None, None, None, delta_bias)
+    _check_tensors(u, A, delta=delta, B=B, delta_bias=delta_bias)
     dtype = compute_dtype(u, delta, A, B)
     A = A.to(dtype).T.contiguous()  # (N, channels)
     steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
@@ -325,16 +325,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def _check_arguments(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-) -> None:
+def _check_tensors(u: Tensor, A: Tensor, **others: Tensor | None) -> None:
     """Raise a ValueError that names the offending value and what is expected."""
     if u.dim() != 3 or u.shape[2] < 1:
         raise ValueError(f"u has shape {tuple(u.shape)}; expected (batch, channels, length) with length at least 1.")
@@ -344,13 +335,13 @@ def _check_arguments(
     vectors = (batch, A.shape[1], length)
     expected = {
         "u": (u, u.shape),
-        "delta": (delta, u.shape),
+        "delta": (others.get("delta"), u.shape),
         "A": (A, A.shape),
-        "B": (B, vectors),
-        "C": (C, vectors),
-        "D": (D, (channels,)),
-        "z": (z, u.shape),
-        "delta_bias": (delta_bias, (channels,)),
+        "B": (others.get("B"), vectors),
+        "C": (others.get("C"), vectors),
+        "D": (others.get("D"), (channels,)),
+        "z": (others.get("z"), u.shape),
+        "delta_bias": (others.get("delta_bias"), (channels,)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is None:

@@ -84,7 +84,8 @@ def ssd_scan(
     Source: Dao and Gu, *Transformers are SSMs* (arXiv 2405.21060), section 6 and listing 1; here C B^T is computed
     once per group instead of once per head.
     """
-    _check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_limit, chunk_size)
+    _check_options(dt_limit, chunk_size)
+    _check_tensors(x, B, dt=dt, A=A, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states)
     dtype = _compute_dtype(x, dt, A, B, C, initial_states)
     with torch.autocast(device_type=x.device.type, enabled=False):
         steps = _step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
@@ -136,7 +137,8 @@ def ssd_scan_reference(
     Raises:
         ValueError: If a shape, a dtype or `dt_limit` is not as above.
     """
-    _check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_limit)
+    _check_options(dt_limit)
+    _check_tensors(x, B, dt=dt, A=A, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states)
     dtype = _compute_dtype(x, dt, A, B, C, initial_states)
     inputs, A = x.to(dtype), A.to(dtype)
     steps = _step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
@@ -186,7 +188,8 @@ def ssd_states(
     Raises:
         ValueError: If a shape, a dtype, `dt_limit` or `chunk_size` is not as above.
     """
-    _check_arguments(x, dt, A, B, None, None, None, dt_bias, initial_states, dt_limit, chunk_size)
+    _check_options(dt_limit, chunk_size)
+    _check_tensors(x, B, dt=dt, A=A, dt_bias=dt_bias, initial_states=initial_states)
     dtype = _compute_dtype(x, dt, A, B, initial_states)
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
@@ -249,24 +252,16 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if doubles else torch.float32
 
 
-def _check_arguments(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    dt_limit: tuple[float, float],
-    chunk_size: int | None = None,
-) -> None:
+def _check_options(dt_limit: tuple[float, float], chunk_size: int | None = None) -> None:
     """Raise a ValueError that names the offending value and what is expected."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it is a number of steps and must be at least 1.")
     if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit is {dt_limit}; expected the smallest and the largest step size.")
+
+
+def _check_tensors(x: Tensor, B: Tensor, **others: Tensor | None) -> None:
+    """Raise a ValueError that names the tensor of a wrong shape and what is expected."""
     if x.dim() != 4 or x.shape[1] < 1:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; expected (batch, length, heads, head_dim) with length at least 1."
@@ -278,16 +273,17 @@ def _check_arguments(
             f"the {heads} heads of x."
         )
     vectors = (batch, length, *B.shape[2:])
+    D = others.get("D")
     expected = {
         "x": (x, x.shape),
-        "dt": (dt, (batch, length, heads)),
-        "A": (A, (heads,)),
+        "dt": (others.get("dt"), (batch, length, heads)),
+        "A": (others.get("A"), (heads,)),
         "B": (B, vectors),
-        "C": (C, vectors),
+        "C": (others.get("C"), vectors),
         "D": (D, (heads, head_dim) if D is not None and D.dim() == 2 else (heads,)),
-        "z": (z, x.shape),
-        "dt_bias": (dt_bias, (heads,)),
-        "initial_states": (initial_states, (batch, heads, head_dim, B.shape[3])),
+        "z": (others.get("z"), x.shape),
+        "dt_bias": (others.get("dt_bias"), (heads,)),
+        "initial_states": (others.get("initial_states"), (batch, heads, head_dim, B.shape[3])),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is None:
