@@ -1,5 +1,6 @@
 """Tiny Trainer runs on the families of the table, for all tests that train."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from tests.family_table import LRU, Family
 
 
 class Examples(Dataset):
-    def __init__(self, family: Family, count: int = 24) -> None:
-        self.rows = [{k: v[0] for k, v in family.batch(1, 8, seed).items()} for seed in range(count)]
+    def __init__(self, family: Family, rows: int = 24) -> None:
+        self.rows = [{k: v[0] for k, v in family.batch(1, 8, seed).items()} for seed in range(rows)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,6 +54,19 @@ TRAINER_ARGUMENTS = (
     "data_collator",
 )
 HALVE = {"fraction": 0.5, "end": 2, "num_cuts": 1}
+
+
+def keeping_best(family: Family, best: int) -> dict[str, Any]:
+    """Arguments of a Trainer that evaluates after every step, finds step `best` the best, and loads it at the end."""
+    evaluations = count(1)
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_dataset": Examples(family, 4),
+        "compute_metrics": lambda prediction: {"score": float(next(evaluations) == best)},
+        "metric_for_best_model": "score",
+        "load_best_model_at_end": True,
+    }
 
 
 def trainer_of(family: Family, folder: Path, settings: Any = HALVE, model: Any = None, **kwargs: Any) -> Trainer:

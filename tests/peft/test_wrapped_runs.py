@@ -41,7 +41,7 @@ from tests.family_table import (
     same,
     snapshot,
 )
-from tests.trainers import HALVE, Examples, trainer_of
+from tests.trainers import HALVE, Examples, keeping_best, trainer_of
 
 
 HALF = CompreSSMConfig(fraction=0.5)
@@ -328,19 +328,13 @@ def test_a_run_resumes_bit_for_bit_into_a_base_of_the_original_size(
 
 @pytest.mark.parametrize(("best", "size"), [(2, 8), (4, 4)])
 def test_the_best_model_is_loaded_with_the_base_that_it_had(best: int, size: int, tmp_path: Path) -> None:
-    scores = iter(float(step == best) for step in range(1, 6))
     model = wrapped(MAMBA, "in_proj")
     model.add_adapter("other", LoraConfig(r=2, target_modules=["x_proj"]))
     randomised(model)
     trainer = run(
         tmp_path,
         model=model,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_dataset=Examples(MAMBA, 4),
-        compute_metrics=lambda prediction: {"score": next(scores)},
-        metric_for_best_model="score",
-        load_best_model_at_end=True,
+        **keeping_best(MAMBA, best),
     )
     folder = tmp_path / f"checkpoint-{best}"
     assert trainer.state.best_model_checkpoint == str(folder)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from hf_compressm import CompreSSMCallback, find_last_complete_checkpoint
 from hf_compressm.training.loading import CheckpointLoader
 from tests.family_table import JAMBA, LRU, MAMBA, MAMBA2, S5, Family, by_layout, family_id, outputs, same
-from tests.trainers import HALVE, Examples, arguments, callback_of, trainer_of
+from tests.trainers import HALVE, Examples, arguments, callback_of, keeping_best, trainer_of
 
 
 CUT = 2  # HALVE cuts after this step
@@ -103,7 +103,6 @@ def test_every_family_resumes_after_its_cut_into_a_model_of_the_original_size(fa
 def test_the_best_model_is_loaded_from_before_a_cut_and_from_after_it(
     family: Family, best: int, size: int, shards: str | None, tmp_path: Path
 ) -> None:
-    scores = iter(float(step == best) for step in range(1, 6))
     model = family.build()
     if shards:
         save = model.save_pretrained
@@ -113,12 +112,7 @@ def test_the_best_model_is_loaded_from_before_a_cut_and_from_after_it(
         tmp_path,
         model=model,
         **SAVING,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_dataset=Examples(family, 4),
-        compute_metrics=lambda prediction: {"score": next(scores)},
-        metric_for_best_model="score",
-        load_best_model_at_end=True,
+        **keeping_best(family, best),
     )
     trainer.train()
     folder = tmp_path / f"checkpoint-{best}"
@@ -132,23 +126,16 @@ def test_the_best_model_is_loaded_from_before_a_cut_and_from_after_it(
     held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in model.parameters()}
     trainer.args.load_best_model_at_end = False
-    scores = iter([0.0] * 9)
     trainer.train()  # goes on with the model and optimizer as they are now
 
 
 def test_the_best_model_is_of_the_stock_class_again_if_it_was_before_the_first_cut(tmp_path: Path) -> None:
-    scores = iter([0.0, 1.0, 0.0, 0.0, 0.0])
     trainer = trainer_of(
         MAMBA2,
         tmp_path,
         {**HALVE, "compat": "best"},
         **SAVING,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_dataset=Examples(MAMBA2, 4),
-        compute_metrics=lambda prediction: {"score": next(scores)},
-        metric_for_best_model="score",
-        load_best_model_at_end=True,
+        **keeping_best(MAMBA2, 2),
     )
     before = [name for name, _ in trainer.model.named_parameters()]
     trainer.train()
