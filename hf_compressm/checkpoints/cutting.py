@@ -76,7 +76,6 @@ def cut_checkpoint(
     layout = find_layout(checkpoint)
     with plain_weights(checkpoint, layout) as source:
         saved = read_saved(source)
-        saved.verify()
         model, shards = saved.load(), _shard_size(saved.headers)
     progress = _Progress.read(checkpoint, saved.trainer_state)
     state = _OptimizerState.read(checkpoint, layout, model, config)

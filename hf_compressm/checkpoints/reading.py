@@ -44,8 +44,8 @@ def read_saved(directory: str | Path) -> SavedModel:
         ValueError: naming the file and what is wrong with it.
     """
     directory = Path(directory)
-    if _LAST.is_of(directory):
-        return _LAST.saved[0]
+    if (known := _LAST.of(directory)) is not None:
+        return known
     since, stamps = time.time_ns(), _stamps(directory)
     saved = _read(directory)
     _LAST.keep(saved, stamps, since)
@@ -94,15 +94,16 @@ def find_last_complete_checkpoint(output_dir: str | Path) -> str | None:
 class _LastRead:
     """The directory that was read last, valid while the time stamps of its files stay the same."""
 
-    saved: list[SavedModel] = field(default_factory=list)
+    saved: SavedModel | None = None
     stamps: dict[Path, tuple[int, ...]] = field(default_factory=dict)
 
-    def is_of(self, directory: Path) -> bool:
-        return bool(self.saved) and self.saved[0].directory == directory and self.stamps == _stamps(directory)
+    def of(self, directory: Path) -> SavedModel | None:
+        known = self.saved is not None and self.saved.directory == directory
+        return self.saved if known and self.stamps == _stamps(directory) else None
 
     def keep(self, saved: SavedModel, stamps: dict[Path, tuple[int, ...]], since: int) -> None:
         settled = all(since - max(times) > SETTLED_NANOSECONDS for _, _, *times in stamps.values())
-        self.saved, self.stamps = ([saved], stamps) if settled else ([], {})
+        self.saved, self.stamps = (saved, stamps) if settled else (None, {})
 
 
 _LAST = _LastRead()

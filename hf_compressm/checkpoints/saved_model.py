@@ -20,9 +20,7 @@ from hf_compressm.checkpoints.sizes import check_sizes, named_sizes
 from hf_compressm.compression import check_record
 from hf_compressm.families import find_layers
 from hf_compressm.files.atomic import read_json
-from hf_compressm.files.names import (
-    CONFIG_FILE,
-)
+from hf_compressm.files.names import CONFIG_FILE
 from hf_compressm.files.weights import Headers, read_tensors
 from hf_compressm.surgery import skeleton
 from hf_compressm.utils.checks import quoted
@@ -158,11 +156,10 @@ class SavedModel:
         Raises:
             ValueError: if `verify` refuses it, or a tensor that the model needs is missing.
         """
-        config = self.config()
-        kind: Any = _model_class(config.architectures)
+        kind: Any = self.verify()
         model, info = kind.from_pretrained(
             self.directory,
-            config=config,
+            config=self.config(),
             dtype="auto",
             local_files_only=True,
             use_safetensors=True,

@@ -58,10 +58,8 @@ def analyze(
     console = Console(stderr=True, quiet=quiet)
     with console.status("Reading the model and the calibration data ..."):
         directory = local_directory(model)
-        saved = read_saved(directory)
-        saved.verify()
+        loaded = read_saved(directory).load().eval()
         batches = calibration_batches(directory, wanted, {**text, **sequences}, batch_size)
-        loaded = saved.load().eval()
     with console.status("Measuring ..."), names_its_options(model, batches):
         found = compare_tolerances(loaded, shares, wanted, batches)
     if plot is not None:

@@ -47,13 +47,12 @@ def _verified(saved: "SavedModel", console: Console) -> dict[str, Any]:
     from hf_compressm.families import find_layers
     from hf_compressm.files.weights import read_tensors
 
-    saved.verify()
+    with console.status("Loading the model ..."):
+        model = saved.load()
     tensors = read_tensors(saved.headers)
     for name, tensor in track(tensors, "Looking for NaN", len(saved.headers), console=console, transient=True):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{saved.directory}: tensor {name} holds NaN or infinity.")
-    with console.status("Loading the model ..."):
-        model = saved.load()
     return {
         "model": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
