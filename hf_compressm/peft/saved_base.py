@@ -66,8 +66,9 @@ def save_base(model: Any, directory: str | Path) -> None:
     """
     base, state = underlying(model), plain_state(model)
     folder = Path(directory) / BASE_FOLDER
-    of_then, written = vars(model).get(_WRITTEN, (None, folder))
-    is_same = of_then == _checksum(base, state) and written.is_dir()
+    then, written = vars(model).get(_WRITTEN, (None, folder))
+    now = _checksum(base, state)
+    is_same = then == now and written.is_dir()
     if is_same and written.resolve() == folder.resolve():
         return
     for left_over in folder.parent.glob(f".{BASE_FOLDER}.*"):  # from a process that was killed here
@@ -78,13 +79,14 @@ def save_base(model: Any, directory: str | Path) -> None:
             shutil.copytree(written, fresh, copy_function=link_or_copy)
         else:
             base.save_pretrained(fresh, state_dict=dict(state))  # which saves tied weights once
+            now = _checksum(base, state)  # saving enters class and dtype into the configuration
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(fresh, folder)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    vars(model)[_WRITTEN] = (_checksum(base, state), folder.resolve())
+    vars(model)[_WRITTEN] = (now, folder.resolve())
 
 
 def load_base(model: Any, directory: Path, headers: Headers) -> None:
