@@ -79,7 +79,7 @@ def measure(name: str, length: int, batches: int) -> dict[str, float]:
     return {
         "parameters": sum(parameter.numel() for parameter in whole.parameters()),
         "layers": len(find_layers(whole)),
-        "reduced": sum(value.numel() * 8 for value in seen.sums.values()) + 8,
+        "reduced": sum(value.numel() * 8 for value in seen.sums.values()),
         "samples": sum(rows.numel() * 8 for parts in seen.samples.values() for rows in parts),
         "sent": sent,
         "calibration": calibration,

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -36,17 +35,32 @@ def from_measurements(
     Raises:
         ValueError: as `plan_compression`, except for NaN and Inf; and what `work` raises.
     """
-    processes, calibration = request.processes, request.calibration
+    processes = request.processes
     with processes.together():
-        choices = check_settings(model, request.config, calibrated=calibration is not None)
-        layers, criteria = [choice.layer for choice in choices], [choice.method.criterion for choice in choices]
-        statistics = collect_statistics(model, layers, criteria, calibration, not processes.is_first)
+        choices = check_settings(model, request.config, calibrated=request.calibration is not None)
+        statistics = _collect(model, choices, request)
     _add_up([item for item in statistics if item is not None], model, processes)
 
     def measured() -> T:
         return work(choices, for_each(lambda pair: _measure(*pair), zip(choices, statistics, strict=True)))
 
     return processes.first(measured, model)
+
+
+def try_calibration(model: nn.Module, request: CutRequest) -> None:
+    """Run the calibration batches as a cut would, and forget what they show.
+
+    Raises:
+        ValueError: if one of them cannot be used.
+    """
+    with request.processes.together():
+        _collect(model, check_settings(model, request.config, calibrated=True), request)
+
+
+def _collect(model: nn.Module, choices: Sequence[LayerChoice], request: CutRequest) -> list[Statistics | None]:
+    layers, criteria = [choice.layer for choice in choices], [choice.method.criterion for choice in choices]
+    may_be_empty = not request.processes.is_first
+    return collect_statistics(model, layers, criteria, request.calibration, request.forward, may_be_empty)
 
 
 def _measure(choice: LayerChoice, seen: Statistics | None) -> Measurement:
@@ -57,12 +71,9 @@ def _add_up(statistics: Sequence[Statistics], model: nn.Module, processes: Proce
     """Add the statistics of the other processes to those of the first."""
     if processes.size == 1 or not statistics:
         return
-    tokens = [torch.tensor(float(item.tokens), dtype=torch.float64) for item in statistics]
-    sums = [{**item.sums, "tokens": count} for item, count in zip(statistics, tokens, strict=True)]
-    added = processes.add_up(sums, next(model.parameters()).device)
+    added = processes.add_up([item.sums for item in statistics], next(model.parameters()).device)
     samples = processes.gather([item.samples for item in statistics])
     for number, (item, total) in enumerate(zip(statistics, added, strict=True)):
-        item.tokens = int(total.pop("tokens"))
         item.sums = total
         every = [seen[number] for seen in samples]
         item.samples = {name: [rows for seen in every for rows in seen.get(name, ())] for name in every[0]}

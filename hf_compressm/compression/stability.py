@@ -39,6 +39,11 @@ def state_scores(
     Raises:
         ValueError: as `plan_compression`.
     """
+    return requested_scores(model, CutRequest(config, calibration, processes=processes))
+
+
+def requested_scores(model: nn.Module, request: CutRequest) -> Scores:
+    """Measure every state as `state_scores` does, with the arguments in a request."""
 
     def scores(choices: list[LayerChoice], measurements: list[Measurement]) -> Scores:
         return {
@@ -47,7 +52,7 @@ def state_scores(
             if not measurement.problem
         }
 
-    return from_measurements(scores, model, CutRequest(config, calibration, processes=processes))
+    return from_measurements(scores, model, request)
 
 
 def rank_stability(before: Scores, after: Scores) -> dict[str, float]:

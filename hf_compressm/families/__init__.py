@@ -18,7 +18,7 @@ from hf_compressm.families.mamba import MambaFamily
 from hf_compressm.families.mamba2 import Mamba2Family
 from hf_compressm.families.registry import find_layers, register, registered_families, size_fields
 from hf_compressm.families.s5 import S5Family
-from hf_compressm.families.statistics import collect_statistics
+from hf_compressm.families.statistics import collect_statistics, refuse_single_batch, run_batch
 from hf_compressm.families.zamba import ZambaFamily
 
 
@@ -41,7 +41,9 @@ __all__ = [
     "ZambaFamily",
     "collect_statistics",
     "find_layers",
+    "refuse_single_batch",
     "register",
     "registered_families",
+    "run_batch",
     "size_fields",
 ]

@@ -169,29 +169,63 @@ class Statistics(ABC):
     """What calibration batches show about a layer; sums from other processes can be added.
 
     Attributes:
-        sums: tensors summed over batches, by name, float64.
-        tokens: number of tokens seen.
+        sums: tensors summed over batches, by name, float64 on the CPU; `calls` and `tokens` are among them.
         samples: rows of signals by name, one tensor per batch.
     """
 
     def __init__(self) -> None:
         """Start with nothing seen."""
         self.sums: dict[str, Tensor] = {}
-        self.tokens = 0
         self.samples: dict[str, list[Tensor]] = {}
+        self._call: dict[str, Tensor] = {}  # sums of the present call, on the layer's device
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens seen, without padding."""
+        return int(self.sums["tokens"]) if "tokens" in self.sums else 0
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add a tensor to the sum of that name, on the CPU in float64."""
-        value = value.detach().to("cpu", torch.float64)
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        """Add a tensor to the sum of that name; inside `update` only."""
+        value = value.detach().to(summing_dtype(value.device))
+        self._call[name] = self._call[name] + value if name in self._call else value
 
     def mean(self, name: str) -> Tensor:
         """The sum of that name, divided by the number of tokens."""
         return self.sums[name] / max(self.tokens, 1)
 
+    def problem(self, needed: int) -> str:
+        """Why too little was seen to measure `needed` states, or ""."""
+        if "calls" not in self.sums:
+            return "the calibration did not run through it"
+        if not self.tokens:
+            return "the calibration holds nothing but padding"
+        if self.tokens < needed:
+            return (
+                f"{self.tokens} calibration token(s) cannot rank {needed} states; take at least as many tokens as "
+                "states (more or longer batches, or a larger calibration_batches)"
+            )
+        return ""
+
+    def observe(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take in one forward call of the layer, and move its sums to the CPU in one copy."""
+        self._call = {}
+        self.update(module, args, kwargs)
+        call, self._call = self._call, {}
+        call["calls"] = torch.ones_like(call["tokens"])
+        flat = torch.cat([value.flatten() for value in call.values()]).to("cpu", torch.float64)
+        pieces = flat.split([value.numel() for value in call.values()])
+        for (name, value), piece in zip(call.items(), pieces, strict=True):
+            total = piece.view(value.shape)
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+
     @abstractmethod
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take in one forward call of the layer."""
+        """Add up what one forward call of the layer shows; `tokens` must be among the sums."""
+
+
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """Float64 where the device has it."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
 @dataclass(frozen=True)
@@ -205,6 +239,7 @@ class Family(ABC):
         per_layer: whether all of the family's model classes hold a size per layer.
         criteria: supported criteria; the default is the first one, or without data the first that needs none.
         data_criteria: criteria that are measured on data.
+        separates_texts: whether a layer starts anew where its argument `seq_idx` changes.
     """
 
     name: str
@@ -213,6 +248,7 @@ class Family(ABC):
     per_layer: bool
     criteria: tuple[str, ...]
     data_criteria: frozenset[str] = field(default=frozenset({"empirical", "surrogate", "interpolative"}))
+    separates_texts: bool = False
 
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
         """The criterion to use for `wanted`, which may be `"auto"`.

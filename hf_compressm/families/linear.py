@@ -31,6 +31,7 @@ from hf_compressm.families.family import (
     Statistics,
     has_finite_parameters,
     kept_order,
+    summing_dtype,
 )
 from hf_compressm.numerics import BalancedTruncation, Balancing, DiagonalSystem, balance, relative_h2_error, truncate
 from hf_compressm.numerics.balancing import NUMERICAL_RANK
@@ -53,16 +54,21 @@ class StateCovariance(Statistics):
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take in one forward call of the layer."""
         u = args[0] if args else kwargs["u"]
-        u = u.to(torch.promote_types(u.dtype, torch.float32))
-        system = self.family.system(module)
+        mask = kwargs.get("mask")
+        mask = u.new_ones(u.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        u = u.masked_fill(~mask[..., None], 0.0).to(torch.promote_types(u.dtype, torch.float32))
         dtype = torch.complex128 if u.dtype == torch.float64 else torch.complex64
-        eigenvalues, B = (x.to(u.device, dtype) for x in (system.eigenvalues, system.B))
-        self.tokens += u.shape[0] * u.shape[1]
+        eigenvalues, B = (x.detach().to(dtype) for x in module.system(summing_dtype(u.device))[:2])
+        self.add("tokens", mask.sum())
         with maybe_autocast(device_type=u.device.type, enabled=False):
             for reverse in self.family.directions(module):
+                places = (mask.flip(1) if reverse else mask).to(u.dtype).unsqueeze(-1)
+                start = 0
                 for states in diagonal_states(u, eigenvalues, B, reverse=reverse):  # (batch, chunk, slots)
-                    flat = torch.cat([states.real, states.imag], dim=-1).flatten(0, 1)
+                    real = torch.cat([states.real, states.imag], dim=-1) * places[:, start : start + states.shape[1]]
+                    flat = real.flatten(0, 1)
                     self.add("covariance", 2 * flat.mT @ flat)
+                    start += states.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +154,8 @@ class LinearFamily(Family):
             return Measurement(nothing, free, f"unstable, max |eigenvalue| {largest:.6g}; {way_out}")
         if not has_finite_parameters(layer.module):
             return Measurement(nothing, free, "non-finite parameters")
+        if statistics is not None and (problem := statistics.problem(layer.state_size)):
+            return Measurement(nothing, free, problem)
         covariance = None if statistics is None else statistics.mean("covariance")
         if covariance is not None and not bool(torch.isfinite(covariance).all()):
             return Measurement(nothing, free, "non-finite states on the calibration data")

@@ -81,17 +81,17 @@ class SurrogateStatistics(Statistics):
         self.family = family
 
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take in one forward call of the layer."""
-        hidden_states = args[0] if args else kwargs[self.family.input_name]
-        inputs = self.family.scan_inputs(module, hidden_states, kwargs.get("attention_mask"))
-        self.tokens += int(inputs.mask.sum())
-        with maybe_autocast(device_type=inputs.u.device.type, enabled=False):
-            for step in range(inputs.u.shape[-1]):
-                delta = inputs.delta[..., step]  # (batch, groups, channels)
-                decay = torch.exp(delta[..., None] * inputs.A)  # (batch, groups, channels, N)
-                self.add("a", (decay * inputs.mask[:, step, None, None, None]).sum(dim=0))
-                self.add("b", torch.einsum("bgd,bgn->gdn", delta, inputs.B[..., step]))
-            self.add("c", inputs.C.sum(dim=(0, 3)))
+        """Add up the three averages."""
+        for hidden_states, mask in self.family.texts(args, kwargs):
+            inputs = self.family.scan_inputs(module, hidden_states, mask)
+            self.add("tokens", inputs.mask.sum())
+            with maybe_autocast(device_type=inputs.u.device.type, enabled=False):
+                for step in range(inputs.u.shape[-1]):
+                    delta = inputs.delta[..., step]  # (batch, groups, channels)
+                    decay = torch.exp(delta[..., None] * inputs.A)  # (batch, groups, channels, N)
+                    self.add("a", (decay * inputs.mask[:, step, None, None, None]).sum(dim=0))
+                    self.add("b", torch.einsum("bgd,bgn->gdn", delta, inputs.B[..., step]))
+                self.add("c", inputs.C.sum(dim=(0, 3)))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ their k-th values, so that its first r entries are the energy that r states per 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,10 +69,12 @@ class CovarianceStatistics(Statistics):
         self.family = family
 
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take in one forward call of the layer."""
-        hidden_states = args[0] if args else kwargs[self.family.input_name]
-        signals = self.family.signals(module, hidden_states, kwargs.get("attention_mask"))
-        self.tokens += int(signals.mask.sum())
+        """Add up P, Q and, where a read-out cannot be folded in, M."""
+        for hidden_states, mask in self.family.texts(args, kwargs):
+            self._add_up(self.family.signals(module, hidden_states, mask))
+
+    def _add_up(self, signals: Signals) -> None:
+        self.add("tokens", signals.mask.sum())
         with maybe_autocast(device_type=signals.B.device.type, enabled=False):
             start = 0
             for states in signals.states:
@@ -112,6 +115,20 @@ class SelectiveFamily(Family):
     input_name: str = "hidden_states"
     reads_out: bool = True
     sampled_tokens: int = 0
+
+    def texts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The inputs of one call, `(batch, length, hidden)`, with their masks; packed texts one by one."""
+        hidden_states = args[0] if args else kwargs[self.input_name]
+        mask, seq_idx = kwargs.get("attention_mask"), kwargs.get("seq_idx")
+        if seq_idx is None or not self.separates_texts:
+            yield hidden_states, mask
+            return
+        begins = torch.ones_like(seq_idx, dtype=torch.bool)
+        begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+        bounds = [*begins.flatten().nonzero().flatten().tolist(), seq_idx.numel()]
+        tokens = hidden_states.flatten(0, 1)
+        for start, end in pairwise(bounds):
+            yield tokens[None, start:end], None if mask is None else mask.flatten()[None, start:end]
 
     @abstractmethod
     def signals(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
@@ -164,8 +181,8 @@ class SelectiveFamily(Family):
         """Why a layer cannot be measured, or ""."""
         if statistics is None:
             raise ValueError(f"{layer.name}: {self.name} layers are measured on calibration data.")
-        if not statistics.tokens:
-            return "the calibration did not run through it"
+        if problem := statistics.problem(layer.state_size):
+            return problem
         if not has_finite_parameters(layer.module):
             return "non-finite parameters"
         finite = all(bool(torch.isfinite(total).all()) for total in statistics.sums.values())

@@ -1,21 +1,58 @@
 """Statistics of SSM layers, collected while calibration batches run through the model."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_compressm.families.family import SSMLayer, Statistics
+from hf_compressm.peft import underlying
 from hf_compressm.utils.randomness import undisturbed
+
+
+logger = logging.get_logger(__name__)
+
+Forward = Callable[[nn.Module, Any], Any]
+"""Runs a model on one batch; its result is not used."""
+
+
+def run_batch(model: nn.Module, batch: Any) -> None:
+    """Run a model on a batch as a data loader gives it, on the model's device.
+
+    Entries of a dict that the model's forward does not take are left out, as `Trainer` leaves out unused columns.
+
+    Args:
+        model: any module.
+        batch: a dict of model inputs, or a list or tuple of positional ones; nested ones too.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(batch, str | bytes) or not isinstance(batch, Mapping | Sequence | Tensor):
+        raise ValueError(f"it is a {type(batch).__name__}; a dict of model inputs is needed")
+    if isinstance(batch, Sequence) and any(isinstance(part, Mapping | str) for part in batch):
+        raise ValueError(
+            f"it is a {type(batch).__name__} of examples that are not collated, each a {type(batch[0]).__name__}; "
+            "pass batches as the model takes them, dicts of tensors"
+        )
+    inputs = send_to_device(batch, _device(model))
+    if isinstance(inputs, Mapping):
+        model(**_accepted(model, inputs))
+    else:
+        model(*([inputs] if isinstance(inputs, Tensor) else inputs))
 
 
 def collect_statistics(
     model: nn.Module,
     layers: Sequence[SSMLayer],
     criteria: Sequence[str],
-    calibration: Iterable[Mapping[str, Any]] | None,
+    calibration: Iterable[Any] | None,
+    forward: Forward = run_batch,
     may_be_empty: bool = False,
 ) -> list[Statistics | None]:
     """Run the calibration batches and return each layer's statistics, None where its criterion needs no data.
@@ -23,41 +60,73 @@ def collect_statistics(
     The model's mode, config, buffers and gradients and the random number generators are left as they were.
 
     Args:
-        model: the model; it is not moved, and batches go to its device.
+        model: the model; it is not moved.
         layers: layers to watch.
         criteria: one per layer.
-        calibration: dicts of model inputs.
+        calibration: batches.
+        forward: runs the model on one of them.
         may_be_empty: whether there may be no batch, since other processes have them.
 
     Raises:
-        ValueError: if a batch is not a dict or the model rejects it, or if there was no batch.
+        ValueError: if a batch cannot be run, or if there was no batch.
     """
     collected = [layer.family.statistics(layer.module, name) for layer, name in zip(layers, criteria, strict=True)]
     watched = [(layer, item) for layer, item in zip(layers, collected, strict=True) if item is not None]
     if not watched:
         return collected
+    refuse_single_batch(calibration)
     count = 0
     with _watching(watched), undisturbed(model), torch.no_grad():
         for count, batch in enumerate(calibration or (), start=1):
-            _run(model, batch, count)
+            try:
+                forward(model, batch)
+            except torch.OutOfMemoryError:  # a Trainer may try again with smaller batches
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"Calibration batch {count}{_shapes(batch)} cannot be used: {type(error).__name__}: {error}"
+                ) from error
     if count == 0 and not may_be_empty:
         raise ValueError("calibration gave no batch. Pass a list or a DataLoader; a used-up generator is empty.")
     return collected
 
 
-def _run(model: nn.Module, batch: Any, number: int) -> None:
-    """Run one forward pass; an error names the batch."""
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"Calibration batch {number} is a {type(batch).__name__}; a dict of model inputs is needed.")
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    try:
-        model(**inputs)
-    except Exception as error:
-        shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
+def refuse_single_batch(calibration: Any) -> None:
+    """Raise `ValueError` for one batch in place of a list of batches."""
+    if isinstance(calibration, Mapping):
         raise ValueError(
-            f"The model rejected calibration batch {number} with {shapes}: {type(error).__name__}: {error}"
-        ) from error
+            f"calibration is a single {type(calibration).__name__} (with {', '.join(map(str, calibration))}); it must "
+            "be a list or another iterable of batches. Pass [batch]."
+        )
+    if isinstance(calibration, Tensor | str):
+        raise ValueError(
+            f"calibration is a {type(calibration).__name__}; it must be an iterable of dicts of model inputs, such as "
+            "[{'input_ids': tokens}]."
+        )
+
+
+def _device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter that is in memory."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that a model's forward takes."""
+    parameters = inspect.signature(underlying(model).forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(inputs)
+    unused = [name for name in inputs if name not in parameters]
+    if unused:
+        logger.info_once(f"Calibration leaves out {', '.join(unused)}, which {type(model).__name__} does not take.")
+    return {name: value for name, value in inputs.items() if name in parameters}
+
+
+def _shapes(batch: Any) -> str:
+    """The shapes of a dict's tensors, in words."""
+    if not isinstance(batch, Mapping):
+        return ""
+    return f" with { ({key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}) }"
 
 
 @contextmanager
@@ -67,7 +136,7 @@ def _watching(watched: Sequence[tuple[SSMLayer, Statistics]]) -> Iterator[None]:
     for layer, item in watched:
 
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], item: Statistics = item) -> None:
-            item.update(module, args, kwargs)
+            item.observe(module, args, kwargs)
 
         handles.append(layer.module.register_forward_pre_hook(observe, with_kwargs=True))
     try:

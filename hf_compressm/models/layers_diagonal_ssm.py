@@ -85,7 +85,11 @@ class DiagonalSSMLayer(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, u: torch.Tensor, initial_state: torch.Tensor | None = None, return_last_state: bool = False
+        self,
+        u: torch.Tensor,
+        initial_state: torch.Tensor | None = None,
+        return_last_state: bool = False,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Run the layer in float32 at least, whatever the parameters' type and autocast are.
 
@@ -93,6 +97,7 @@ class DiagonalSSMLayer(nn.Module):
             u: Input `(batch, length, H)`.
             initial_state: Complex state `(batch, slots)` before the first step; zero if omitted.
             return_last_state: Whether to return the state after the last step too.
+            mask: `(batch, length)`, True where there is no padding; padding is zero input, and leaves no trace.
 
         Returns:
             Output `(batch, length, H)` in the type of `u`; with `return_last_state` also the complex `(batch, slots)`.
@@ -104,6 +109,8 @@ class DiagonalSSMLayer(nn.Module):
         if self.bidirectional and stateful:
             raise ValueError("A bidirectional layer has no state to continue from; call it on whole sequences only.")
         dtype = torch.promote_types(torch.promote_types(u.dtype, self.D.dtype), torch.float32)
+        if mask is not None:
+            u = u.masked_fill(~mask[..., None], 0.0)
         with maybe_autocast(device_type=u.device.type, enabled=False):
             inputs = u.to(dtype)
             outputs: Any

@@ -65,13 +65,11 @@ class DiagonalSSMBlock(GradientCheckpointingLayer):
         residual = hidden_states
         if self.prenorm:
             hidden_states = self._normalise(hidden_states, mask)
-        if mask is not None:  # zero input leaves no trace of padding in the states
-            hidden_states = hidden_states.masked_fill(~mask[..., None], 0.0)
         if cache is None:
-            hidden_states = self.ssm(hidden_states)
+            hidden_states = self.ssm(hidden_states, mask=mask)
         else:
             state = read_state(cache, self.layer_idx, hidden_states.shape[0], self.ssm.slots)
-            hidden_states, state = self.ssm(hidden_states, state, return_last_state=True)
+            hidden_states, state = self.ssm(hidden_states, state, return_last_state=True, mask=mask)
             write_state(cache, self.layer_idx, state)
         hidden_states = residual + self.activation(hidden_states)
         return hidden_states if self.prenorm else self._normalise(hidden_states, mask)

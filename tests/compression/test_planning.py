@@ -345,12 +345,15 @@ def test_closed_form_layers_need_no_calibration_and_take_no_batch() -> None:
 @pytest.mark.parametrize(
     ("batches", "match"),
     [
-        ([torch.zeros(2, 3, dtype=torch.long)], "batch 1 is a Tensor"),
-        ([MAMBA.batch(), (1, 2)], "batch 2 is a tuple"),
-        ([{"input_ids": torch.zeros(2, 3)}], r"rejected calibration batch 1 with \{'input_ids': \(2, 3\)\}"),
-        ([{"input_ids": torch.full((2, 3), 99)}], "rejected calibration batch 1"),
-        ([{"nonsense": torch.zeros(2, 3)}], "rejected calibration batch 1"),
-        ([{}], "rejected calibration batch 1"),
+        ([MAMBA.batch(), (1, 2)], "batch 2 cannot be used: "),
+        ([[{"prompt": "a"}, {"prompt": "b"}]], "batch 1 cannot be used: .* a list of examples that are not collated"),
+        (["words"], "batch 1 cannot be used: .* a str; a dict of model inputs is needed"),
+        ([{"input_ids": torch.zeros(2, 3)}], r"batch 1 with \{'input_ids': \(2, 3\)\} cannot be used: "),
+        ([{"input_ids": torch.full((2, 3), 99)}], "batch 1 with .* cannot be used: "),
+        ([{"nonsense": torch.zeros(2, 3)}], "batch 1 with .* cannot be used: "),
+        ([{}], "batch 1 with .* cannot be used: "),
+        (MAMBA.batch(), r"calibration is a single dict \(with input_ids.*Pass \[batch\]"),
+        (torch.zeros(2, 3, dtype=torch.long), "calibration is a Tensor; it must be an iterable of dicts"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused(batches: list, match: str) -> None:

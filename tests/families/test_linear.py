@@ -97,7 +97,7 @@ def test_under_autocast_the_measured_covariance_keeps_its_precision(family: Fami
     layer._forward_pre_hooks.clear()
     adapter = find_layers(model)[0].family
     statistics = adapter.statistics(layer, "empirical")
-    statistics.update(layer, (inputs[0],), {})
+    statistics.observe(layer, (inputs[0],), {})
     expected = balance(system(layer), "real", statistics.mean("covariance")).hankel_singular_values
     torch.testing.assert_close(plan.layers[0].hankel_singular_values, expected, rtol=1e-6, atol=1e-9)
 

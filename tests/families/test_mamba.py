@@ -44,7 +44,7 @@ def plain_states(mixer: torch.nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor
 def streamed(mixer: torch.nn.Module, hidden: Tensor, mask: Tensor | None = None, criterion: str = "interpolative"):
     statistics = find_layers(mixer)[0].family.statistics(mixer, criterion)
     with torch.no_grad():
-        statistics.update(mixer, (hidden,), {"attention_mask": mask})
+        statistics.observe(mixer, (hidden,), {"attention_mask": mask})
     return statistics
 
 
@@ -115,7 +115,7 @@ def test_under_autocast_the_statistics_keep_their_precision() -> None:
     statistics = find_layers(mixer)[0].family.statistics(mixer, "interpolative")
     with torch.autocast("cpu", torch.bfloat16):
         inputs = find_layers(mixer)[0].family.scan_inputs(mixer, hidden)
-        statistics.update(mixer, (hidden,), {})
+        statistics.observe(mixer, (hidden,), {})
     C = inputs.C[:, 0].double().transpose(0, 1).reshape(8, -1)
     torch.testing.assert_close(statistics.sums["Q"][0], C @ C.T, rtol=1e-5, atol=1e-6)
 
