@@ -24,6 +24,8 @@ def verify(
     """
     from hf_compressm.checkpoints import read_saved
     from hf_compressm.cli.inputs import local_directory
+    from hf_compressm.compression.history import read_history
+    from hf_compressm.utils.checks import is_count
 
     directory = Path(local_directory(checkpoint))
     console = Console(stderr=True, quiet=quiet)
@@ -31,7 +33,8 @@ def verify(
         saved = read_saved(directory)
     found: dict[str, Any] = {"sealed": saved.is_sealed}
     if saved.trainer_state is not None:
-        found["step"] = saved.trainer_state.get("global_step")
+        best = read_history(directory).get("model_step")
+        found["step"] = best if is_count(best) else saved.trainer_state.get("global_step")
     model = saved if saved.values is not None else saved.base
     found |= {"model": None} if model is None else _verified(model, console)
     if as_json and not quiet:

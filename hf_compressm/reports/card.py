@@ -94,12 +94,26 @@ def card_of(directory: str | Path, repo_id: str | None = None) -> str | None:
     directory = Path(directory)
     path = directory / CARD_FILE
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
-    run = find_run(directory)
-    if run is None:
-        return existing
+    found = find_run(directory)
+    run = None if found is None else found.of_the_model()
+    if run is None or not (run.cuts or run.record):
+        return None if existing is None else without_section(existing)
     name = repo_id.split("/")[-1] if repo_id else directory.resolve().name
     facts = CardFacts(name, repo_id, pictures=present_pictures(directory / FIGURES_FOLDER))
     return write_card(run, facts, existing)
+
+
+def without_section(card: str) -> str:
+    """A card without what was written here about cuts, for a model that has none."""
+    if not _SECTION.search(card):
+        return card
+    metadata = _read_metadata(card) or {}
+    if isinstance(tags := metadata.get("tags"), list):
+        metadata["tags"] = [tag for tag in tags if tag not in TAGS]
+    if _may_be_replaced(metadata.get("model-index")):
+        del metadata["model-index"]
+    rest = _SECTION.sub("", _HEAD.sub("", card, count=1), count=1).rstrip()
+    return f"---\n{_dump(metadata)}---\n{rest}\n" if metadata else f"{rest.lstrip()}\n"
 
 
 def is_by_hand(card: str) -> bool:

@@ -57,7 +57,12 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> Pat
     with tempfile.TemporaryDirectory() as folder:
         pictures = draw_pictures(run, folder)
         embedded = [(picture, base64.b64encode(picture.path.read_bytes()).decode()) for picture in pictures]
-    values = {"run": run, "headline": tables.headline(run), "sections": sections(run), "version": own_version()}
+    values = {
+        "run": run,
+        "headline": tables.headline(run.of_the_model()),
+        "sections": sections(run),
+        "version": own_version(),
+    }
     page = output / REPORT_FILE
     write_text(page, render("report.html.jinja", pictures=embedded, **values))
     return page
@@ -66,7 +71,7 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> Pat
 def sections(run: Run) -> list[Section]:
     """The parts of a report that a run's traces allow."""
     found = [
-        Section("Summary", tables.summary(run)),
+        Section("Summary", tables.summary(run.of_the_model())),
         Section("Cuts", tables.cuts(run), ERRORS_IN_WORDS),
         Section("Layers", tables.layers(run)),
     ]

@@ -35,11 +35,14 @@ class Table:
 def headline(run: Run) -> str:
     """One sentence: the model, its sizes before and after, and the number of cuts."""
     before, after = _sizes(run)
-    cuts = sum(event.outcome == "cut" for event in run.events) or len(run.record.get("cuts", []))
+    undone = 2 * sum(event.outcome == "rolled back" for event in run.cuts)  # a cut and its rollback
+    cuts = (len(run.cuts) - undone) or len(run.record.get("cuts", []))
     many = f"{cuts} cut{'' if cuts == 1 else 's'}"
+    best = "" if run.model_step is None else f" It is the best model of the run, that of step {run.model_step}."
     if not before:
-        return f"{run.model_class}: no layer was cut."
-    return f"{run.model_class}: {_range(before.values())} states per layer became {_range(after.values())} in {many}."
+        return f"{run.model_class}: no layer was cut.{best}"
+    sizes = f"{_range(before.values())} states per layer became {_range(after.values())}"
+    return f"{run.model_class}: {sizes} in {many}.{best}"
 
 
 def summary(run: Run) -> Table:

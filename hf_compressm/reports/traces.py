@@ -34,6 +34,7 @@ class Run:
         settings: of the callback; empty if they are not known.
         steps: optimizer steps done when the log was written.
         machine: the machine that it ran on, in words; empty if not known.
+        model_step: the step of the model that is there, if the run went on after it and then loaded its best model.
     """
 
     name: str
@@ -43,6 +44,16 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 0
     machine: str = ""
+    model_step: int | None = None
+
+    def of_the_model(self) -> "Run":
+        """The part of the run that made the model that is there: up to its step, with the cuts before it."""
+        step = self.model_step
+        if step is None:
+            return self
+        events = tuple(event for event in self.events if event.step < step)
+        log = tuple(entry for entry in self.log if entry["step"] <= step)
+        return replace(self, events=events, log=log, steps=step)
 
     @property
     def cuts(self) -> list[CutEvent]:
@@ -128,7 +139,7 @@ def find_run(directory: Path) -> Run | None:
     check_record(config.get("compressm"))
     history = read_history(directory, state)
     events = _events(directory / HISTORY_FILE, history)
-    ran_on = history.get("machine")
+    ran_on, model_step = history.get("machine"), history.get("model_step")
     if not events and not config.get("compressm"):
         return None
     steps: Any = state.get("global_step")
@@ -141,6 +152,7 @@ def find_run(directory: Path) -> Run | None:
         settings=_settings(state),
         steps=max(steps if is_count(steps) else 0, last),
         machine=ran_on if isinstance(ran_on, str) and len(ran_on) <= LONGEST_NAME else "",
+        model_step=model_step if is_count(model_step) else None,
     )
 
 

@@ -39,10 +39,12 @@ class CheckpointLoader:
     Args:
         trainer: the Trainer whose methods are wrapped.
         allow_optimizer_reset: whether optimizer state that is missing or does not fit is dropped instead of refused.
+        best_loaded: called with the checkpoint's directory when the Trainer has loaded its best model.
     """
 
-    def __init__(self, trainer: Trainer, allow_optimizer_reset: bool) -> None:
+    def __init__(self, trainer: Trainer, allow_optimizer_reset: bool, best_loaded: Callable[[Path], None]) -> None:
         self._trainer = trainer
+        self._best_loaded = best_loaded
         self._allow_optimizer_reset = allow_optimizer_reset
         wrap_methods(
             trainer,
@@ -91,6 +93,8 @@ class CheckpointLoader:
         if best is None or not self._fit(self._trainer.model, best):
             method()
         rebuild_reducers(self._trainer.model_wrapped)
+        if best is not None:
+            self._best_loaded(Path(best))
 
     def _load_optimizer_and_scheduler(self, method: Callable[[str | None], None], checkpoint: str | None) -> None:
         """Load optimizer and scheduler of a checkpoint.

@@ -18,7 +18,7 @@ from hf_compressm.config import CompreSSMConfig
 from hf_compressm.files.atomic import write_text
 from hf_compressm.files.names import CARD_FILE, FIGURES_FOLDER
 from hf_compressm.peft import underlying
-from hf_compressm.reports.card import CardFacts, is_by_hand, with_metadata_of, write_card
+from hf_compressm.reports.card import CardFacts, is_by_hand, with_metadata_of, without_section, write_card
 from hf_compressm.reports.pictures import Picture, draw_pictures
 from hf_compressm.reports.traces import Run, finite_entries
 from hf_compressm.training.clock import machine
@@ -36,12 +36,15 @@ class Publisher:
 
     Args:
         trainer: the Trainer whose methods are wrapped.
-        events: returns the run's attempts to cut.
+        events: returns the run's attempts to cut, and the step of the best model if that is the present one.
         write_traces: writes history and log into a directory.
     """
 
     def __init__(
-        self, trainer: Trainer, events: Callable[[], list[CutEvent]], write_traces: Callable[[Path], None]
+        self,
+        trainer: Trainer,
+        events: Callable[[], tuple[list[CutEvent], int | None]],
+        write_traces: Callable[[Path], None],
     ) -> None:
         self._trainer = trainer
         self._events = events
@@ -63,7 +66,10 @@ class Publisher:
         before = _read(path)
         method(*args, **kwargs)
         card = _read(path)
-        if card is None or not self._has_something_to_tell():
+        if card is None:
+            return
+        if not self._has_something_to_tell():
+            _without_failing(lambda: write_text(path, without_section(card or "")))
             return
         by_hand = before is not None and is_by_hand(before)
         if before is not None and by_hand:
@@ -77,6 +83,8 @@ class Publisher:
         """
         if self._has_something_to_tell():
             _without_failing(lambda: self._write(folder))
+        elif self._trainer.args.should_save and (card := _read(folder / CARD_FILE)) is not None:
+            _without_failing(lambda: write_text(folder / CARD_FILE, without_section(card)))
 
     def _write(self, folder: Path) -> None:
         """Write everything that explains the model."""
@@ -89,21 +97,24 @@ class Publisher:
         write_text(path, write_card(self._run(), self._facts(folder), _read(path)))
 
     def _has_something_to_tell(self) -> bool:
-        cut = any(event.outcome == "cut" for event in self._events())
-        return self._trainer.args.should_save and bool(cut or self._run().record)
+        run = self._run()
+        return self._trainer.args.should_save and bool(run.cuts or run.record)
 
     def _run(self) -> Run:
-        """The run so far."""
+        """The run so far, as far as it made the present model."""
         trainer, model = self._trainer, underlying(self._trainer.model)
+        events, model_step = self._events()
         config = model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
-        return Run(
+        run = Run(
             name=output_folder(self._trainer).resolve().name,
-            events=tuple(self._events()),
+            events=tuple(events),
             log=tuple(finite_entries(trainer.state.log_history)),
             config=config | {"architectures": [type(model).__name__]},
             steps=trainer.state.global_step,
             machine=machine(),
+            model_step=model_step,
         )
+        return run.of_the_model()
 
     def _facts(self, folder: Path) -> CardFacts:
         """What the card says besides the run; its pictures are drawn on the way."""
@@ -119,7 +130,8 @@ class Publisher:
 
     def _draw(self, folder: Path) -> list[Picture]:
         """The pictures of the run, drawn again if something is new; none without matplotlib."""
-        of_now = (folder.resolve(), self._trainer.state.global_step, len(self._events()))
+        events, model_step = self._events()
+        of_now = (folder.resolve(), self._trainer.state.global_step, len(events), model_step)
         if self._drawn[0] != of_now:
             try:
                 self._drawn = (of_now, draw_pictures(self._run(), folder))

@@ -254,7 +254,7 @@ def test_a_trainer_without_the_methods_that_load_is_refused_by_name(tmp_path: Pa
         _load_best_model = None
 
     with pytest.raises(ValueError, match="_load_best_model"):
-        CheckpointLoader(Renamed(model=LRU.build(), args=trainer_of(LRU, tmp_path).args), False)
+        CheckpointLoader(Renamed(model=LRU.build(), args=trainer_of(LRU, tmp_path).args), False, print)
 
 
 def test_batches_that_do_not_fit_into_memory_start_over_with_smaller_ones(tmp_path: Path) -> None:

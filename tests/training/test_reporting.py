@@ -15,11 +15,13 @@ from transformers.utils import logging as transformers_logging
 from hf_compressm import CompreSSMConfig, compress_checkpoint
 from hf_compressm.files.names import FIGURES_FOLDER, HISTORY_FILE, TRAINER_STATE_FILE
 from hf_compressm.reports import read_run, write_report
-from hf_compressm.reports.card import TAGS, CardFacts, is_by_hand, write_card
+from hf_compressm.reports.card import TAGS, CardFacts, card_of, is_by_hand, write_card
+from hf_compressm.reports.tables import headline
+from tests.cli.running import run as run_command
 from tests.family_table import LRU, MAMBA, Family, family_id
 from tests.reports.plots.test_spectra import assert_is_picture
 from tests.reports.test_report import EVIL
-from tests.trainers import Examples, trainer_of
+from tests.trainers import HALVE, Examples, keeping_best, trainer_of
 
 
 OWN_TEXT = "Made for the *tide tables* of Brest.\n"
@@ -247,3 +249,59 @@ def test_a_cut_on_disk_renews_the_card_and_leaves_the_report_behind(tmp_path: Pa
     (tmp_path / "run" / "README.md").write_bytes(b"\xff\xfe")
     compress_checkpoint(tmp_path / "run", tmp_path / "again", CompreSSMConfig(target_state_size=2))
     assert (tmp_path / "again" / "README.md").read_bytes() == b"\xff\xfe"
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_what_is_told_of_a_best_model_from_before_the_cut_is_told_of_that_model(
+    best: int, tmp_path: Path, undrawn: None
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(MAMBA, tmp_path / "run", HALVE, **saving, **keeping_best(MAMBA, best))
+    warnings = warnings_of(trainer.train)
+    assert f"The best model is that of step {best}, from before the cut after step 2" in " ".join(warnings)
+    trainer.save_model(str(tmp_path / "saved"))
+    names = sorted(path.name for path in (tmp_path / "saved").iterdir() if path.suffix in (".md", ".json"))
+    assert names == ["config.json", "generation_config.json"]
+    run = read_run(tmp_path / "run")
+    assert [event.step for event in run.events] == [2]
+    assert run.model_step == best
+    assert f"no layer was cut. It is the best model of the run, that of step {best}." in headline(run.of_the_model())
+    trainer.save_model()
+    assert card_of(tmp_path / "run") is None
+    report = write_report(tmp_path / "run").read_text()
+    assert f"the best model of the run, that of step {best}" in report
+
+
+def test_what_is_told_of_a_best_model_from_between_two_cuts_ends_there(
+    tmp_path: Path, undrawn: None, capsys: pytest.CaptureFixture
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    settings = {"fraction": 0.5, "end": 4, "num_cuts": 2}
+    trainer = trainer_of(MAMBA, tmp_path / "run", settings, **saving, **keeping_best(MAMBA, 3))
+    trainer.train()
+    folder = tmp_path / "saved"
+    trainer.save_model(str(folder))
+    size, parameters = MAMBA.build().config.state_size, trainer.model.num_parameters()
+    card = (folder / "README.md").read_text()
+    told = f"{size} states per layer became {size // 2} in 1 cut. It is the best model of the run, that of step 3."
+    assert told in card
+    assert f"{parameters:,} |" in card
+    assert f"became {size // 4}" not in card
+    assert "(step 3) |" in next(line for line in card.splitlines() if line.startswith("| validation loss"))
+    assert card_of(folder) == card
+    capsys.readouterr()
+    _, found, _ = run_command(capsys, "verify", folder, "--json")
+    assert json.loads(found)["step"] == 3
+
+
+def test_a_section_of_an_earlier_save_goes_when_the_model_has_no_cut(tmp_path: Path, undrawn: None) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trained(tmp_path / "other")
+    mine = f"---\nlicense: mit\ntags:\n- tides\n---\n{OWN_TEXT}"
+    path = tmp_path / "run" / "README.md"
+    path.parent.mkdir()
+    path.write_text(write_card(read_run(tmp_path / "other"), CardFacts("tides"), mine))
+    trainer = trainer_of(MAMBA, tmp_path / "run", HALVE, **saving, **keeping_best(MAMBA, 1))
+    trainer.train()
+    trainer.save_model()
+    assert path.read_text().replace("library_name: transformers\n", "") == mine
