@@ -1,6 +1,6 @@
 """The Trainer callback: each of its hooks passes an event of the Trainer on to the run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_compressm.compression.history import CutEvent
 from hf_compressm.config import CompreSSMConfig
+from hf_compressm.families import refuse_single_batch
 from hf_compressm.training import CompressedRun, calling_trainer, refuse_copies
 
 
@@ -27,23 +28,49 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     Args:
         config: settings, as an object, a mapping, or the path of a YAML or JSON file.
+        calibration: batches of model inputs on which layers are measured, such as a DataLoader; the first
+            `calibration_batches` of them are used at each cut. By default the run's own: the batches of the steps just
+            before a cut, run through the Trainer's `compute_loss` again.
 
     Raises:
-        ValueError: at the start of training, if a setting does not fit the model, no cut could ever happen, a guard
-            could not work, or the run cannot be cut in place.
+        ValueError: for a `calibration` that is no list or loader of batches; at the start of training, if a setting
+            does not fit the model, no cut could ever happen, a guard could not work, or the run cannot be cut in
+            place; after the first step, if its batch cannot be measured on.
     """
 
-    def __init__(self, config: CompreSSMConfig | Mapping[str, Any] | str | Path | None = None) -> None:
+    def __init__(
+        self,
+        config: CompreSSMConfig | Mapping[str, Any] | str | Path | None = None,
+        calibration: Iterable[Any] | None = None,
+    ) -> None:
         if isinstance(config, str | Path):
             config = CompreSSMConfig.from_file(config)
         elif isinstance(config, Mapping):
             config = CompreSSMConfig.from_dict(config)
         self.config = config or CompreSSMConfig()
-        self._run = CompressedRun(self.config)
+        refuse_single_batch(calibration)
+        if isinstance(calibration, Iterator):
+            raise ValueError(
+                f"calibration is a {type(calibration).__name__}, which is used up by the first cut. Pass a list or a "
+                "DataLoader."
+            )
+        self._calibration = calibration
+        self._last = CompressedRun(self.config, calibration)
+
+    @property
+    def _run(self) -> CompressedRun:
+        """The run of the Trainer whose event is being handled; each Trainer has one of its own."""
+        trainer = calling_trainer()
+        if trainer is not None:
+            runs: dict[CompreSSMCallback, CompressedRun] = vars(trainer).setdefault("_compressm_runs", {})
+            if self not in runs:
+                runs[self] = CompressedRun(self.config, self._calibration) if self._last.is_attached else self._last
+            self._last = runs[self]
+        return self._last
 
     @property
     def events(self) -> list[CutEvent]:
-        """Attempts to cut, oldest first."""
+        """Attempts to cut, oldest first; with several Trainers, those of the last one that called."""
         return self._run.events
 
     def state(self) -> dict[str, Any]:
@@ -69,7 +96,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Before the first step, refuse a run that cannot work, and resume from a checkpoint."""
         self._run.attach(calling_trainer())
-        self._run.begin(kwargs["model"], kwargs.get("optimizer"), kwargs.get("train_dataloader"))
+        self._run.begin(kwargs["model"], kwargs.get("optimizer"))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -81,7 +108,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cut if a cut is due, or roll back a cut from which the metric did not recover."""
-        self._run.step_begins(kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"])
+        self._run.step_begins(kwargs["model"], kwargs["optimizer"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,7 +126,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Measure the ranking, and request the evaluations and checkpoints that guards and settings need."""
-        self._run.step_ends(control)
+        self._run.step_ends(kwargs["model"], control)
         return control
 
     def on_evaluate(

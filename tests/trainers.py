@@ -72,7 +72,8 @@ def keeping_best(family: Family, best: int) -> dict[str, Any]:
 def trainer_of(family: Family, folder: Path, settings: Any = HALVE, model: Any = None, **kwargs: Any) -> Trainer:
     own = {name: kwargs.pop(name) for name in TRAINER_ARGUMENTS if name in kwargs}
     extra = kwargs.pop("callbacks", [])
-    callbacks = [*([] if settings is None else [CompreSSMCallback(settings)]), *extra]
+    calibration = kwargs.pop("calibration", None)
+    callbacks = [*([] if settings is None else [CompreSSMCallback(settings, calibration)]), *extra]
     own.setdefault("train_dataset", Examples(family))
     trainer_class = kwargs.pop("trainer_class", Trainer)
     return trainer_class(model=model or family.build(), args=arguments(folder, **kwargs), callbacks=callbacks, **own)

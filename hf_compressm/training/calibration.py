@@ -1,45 +1,176 @@
-"""Calibration batches drawn from the Trainer's own data, leaving its order and every generator untouched."""
+"""What a run is measured on: the batches of its own last steps, or those of a loader that its user gave."""
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import IterableDatasetShard
-from torch.utils.data import DataLoader, IterableDataset
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.utils import logging
 
-from hf_compressm.utils.processes import ALONE, Processes
-from hf_compressm.utils.randomness import undisturbed
+from hf_compressm.compression import CutRequest, check_settings, try_calibration
+from hf_compressm.config import CompreSSMConfig
+from hf_compressm.families import find_layers
+from hf_compressm.training.recent import RecentBatches
+from hf_compressm.utils.processes import Processes
 
 
-def sample_batches(
-    dataloader: DataLoader, batch_size: int, count: int, seed: int, processes: Processes = ALONE
-) -> list[Mapping[str, Any]]:
-    """Collate `count` batches from a data loader's dataset.
+logger = logging.get_logger(__name__)
 
-    A map-style dataset is sampled without replacement, by a separate generator that depends only on the seed. From an
-    iterable dataset, the first examples of a fresh iteration are taken.
+
+class Calibration:
+    """The calibration of one run.
 
     Args:
-        dataloader: its `dataset` and `collate_fn` are used; no iterator of it is made.
-        batch_size: examples per batch.
-        count: number of batches; fewer if the dataset is smaller.
-        seed: seed of the sample.
-        processes: the processes that sample together; each gets its share of the same batches, perhaps none.
+        trainer: the Trainer that makes it.
+        config: settings.
+        loader: batches of model inputs to use instead of those of the run, or None.
+
+    Attributes:
+        recent: the batches of the run's last steps.
     """
-    dataset: Any = dataloader.dataset
-    while isinstance(dataset, IterableDatasetShard):  # this process's view of the same data
-        dataset = dataset.dataset
-    with undisturbed():
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            examples = list(itertools.islice(iter(dataset), batch_size * count))
-            groups = processes.share(_grouped(examples, batch_size))
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randperm(len(dataset), generator=generator)[: batch_size * count].tolist()
-            groups = [[dataset[index] for index in group] for group in processes.share(_grouped(chosen, batch_size))]
-        return [dataloader.collate_fn(group) for group in groups]
+
+    def __init__(self, trainer: Trainer, config: CompreSSMConfig, loader: Iterable[Any] | None) -> None:
+        """Watch the Trainer's steps."""
+        self.recent = RecentBatches(trainer)
+        self._trainer = trainer
+        self._config = config
+        self._loader = loader
+        self._measures = self._judges = self._untried = self._near = False
+
+    def begin(self, model: nn.Module, processes: Processes) -> None:
+        """Start a run afresh; a loader of the user's own is tried at once, on its first batch.
+
+        Raises:
+            ValueError: if the settings do not fit the model, or if that batch cannot be used.
+        """
+        choices = check_settings(model, self._config, calibrated=True)
+        self._measures = any(choice.needs_data for choice in choices)
+        self._judges = self._config.max_loss_increase is not None and self._trainer.eval_dataset is None
+        self._untried = self._needs_steps
+        self.recent.begin(math.ceil(self._config.calibration_batches / processes.size))
+        if self._measures and self._loader is not None:
+            first = list(itertools.islice(self._loader, 1))
+            try_calibration(model, CutRequest(self._config, first, processes=processes))
+
+    @property
+    def lacks_batches(self) -> bool:
+        """Whether a cut needs batches of the run's steps, and there is none yet."""
+        return self._needs_steps and not len(self.recent)
+
+    def request(self, processes: Processes, **others: Any) -> CutRequest:
+        """A request for a cut, or a measurement, on what there is now."""
+        if not self._measures:
+            return CutRequest(self._config, processes=processes, **others)
+        if self._loader is not None:
+            batches = itertools.islice(self._loader, self._config.calibration_batches)
+            own = itertools.islice(batches, processes.rank, None, processes.size)
+            return CutRequest(self._config, own, processes=processes, **others)
+        return CutRequest(self._config, list(self.recent), processes=processes, forward=self.recent.run, **others)
+
+    def ranking_request(self, processes: Processes) -> CutRequest:
+        """A request to measure the ranking, always on the batches of the first time: only the model may differ."""
+        if not self.recent.reference and self._measures and self._loader is None:
+            self.recent.reference = list(self.recent)
+        request = self.request(processes)
+        return replace(request, calibration=self.recent.reference) if self.recent.reference else request
+
+    def step_begins(self, step: int, following: int | None) -> None:
+        """Keep the batches of the step that begins if a measurement is near, and forget old ones otherwise.
+
+        Args:
+            step: optimizer steps done.
+            following: the step after which the next measurement comes, if any does.
+        """
+        if following is None:
+            self._untried = False
+        self._near = following is not None and following - step <= self.recent.count
+        self.recent.wanted = self._needs_steps and (self._near or self._untried)
+        if not self._near:
+            self.recent.clear()
+
+    def step_ends(self, model: nn.Module, processes: Processes) -> None:
+        """After the first step, make sure that its batch can be measured on.
+
+        Raises:
+            ValueError: if the step called no `compute_loss`, or its batch cannot be run a second time.
+        """
+        if not self._untried:
+            return
+        self._untried = False
+        batches = list(self.recent)[-1:]
+        if not self._near:
+            self.recent.clear()
+        if not batches:
+            raise ValueError(
+                f"{type(self._trainer).__name__} made a step without calling its compute_loss, where the batches for "
+                "calibration are taken. Pass batches of model inputs: CompreSSMCallback(config, calibration=loader)."
+            )
+        if self._measures and self._loader is None:
+            warn_of_packed_texts(model, batches[0].inputs)
+            try:
+                try_calibration(model, CutRequest(self._config, batches, processes=processes, forward=self.recent.run))
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} (It is the batch of the first step, run again by {type(self._trainer).__name__}."
+                    "compute_loss in evaluation mode and without gradients. If that cannot work, pass batches of "
+                    "model inputs: CompreSSMCallback(config, calibration=loader).)"
+                ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write the batches of this process that a run needs if it resumes from this checkpoint."""
+        self.recent.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Start with the batches of a checkpoint, if it has any.
+
+        Raises:
+            ValueError: naming the file, if it cannot be read.
+        """
+        self.recent.load(folder)
+
+    @property
+    def _needs_steps(self) -> bool:
+        """Whether batches of the run's own steps are used."""
+        return self._judges or (self._measures and self._loader is None)
 
 
-def _grouped(items: list[Any], size: int) -> list[list[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def warn_of_packed_texts(model: nn.Module, inputs: Any) -> None:
+    """Warn if a batch has several texts in one row, and states run from one into the next."""
+    found = dict(_packings(inputs))
+    blind = sorted({layer.family.name for layer in find_layers(model) if not layer.family.separates_texts})
+    if not found or ("seq_idx" in found and not blind):
+        return
+    logger.warning(
+        f"The batches are packed, several texts in one row ({next(iter(found.values()))}), and the state of "
+        f"{', '.join(blind) or 'the'} layers runs from one text into the next, in training and therefore in "
+        "calibration. Pad instead of packing, or give Mamba-2 layers `seq_idx` "
+        "(DataCollatorWithFlattening(return_seq_idx=True))."
+    )
+
+
+def _packings(inputs: Any) -> Iterator[tuple[str, str]]:
+    """The entries of a batch that tell of several texts in a row, with how they show it."""
+    entries = inputs if hasattr(inputs, "items") else {}
+    mask = entries.get("attention_mask")
+    for name, value in entries.items():
+        if not isinstance(value, Tensor):
+            continue
+        if name == "position_ids" and value.dim() == 2 and _restarts(value, mask):
+            yield name, "position_ids restart"
+        elif name == "seq_idx" and bool((value != value[..., :1]).any()):
+            yield name, "seq_idx changes"
+        elif name.startswith("cu_seq") and value.numel() > 2:
+            yield name, f"{name} has {value.numel() - 1} parts"
+
+
+def _restarts(positions: Tensor, mask: Tensor | None) -> bool:
+    """Whether positions go back to 0 after a token that is no padding."""
+    back = (positions[:, 1:] == 0) & (positions[:, :-1] > 0)
+    if isinstance(mask, Tensor) and mask.shape == positions.shape:
+        back = back & (mask[:, :-1] > 0)
+    return bool(torch.any(back))

@@ -1,13 +1,11 @@
 """Refusing, before the first step, what cannot work: engines, optimizers, other callbacks, and guards."""
 
-import itertools
 import re
 from typing import Any, cast
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import Subset
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
@@ -15,7 +13,7 @@ from transformers.utils import logging
 from hf_compressm.compression.history import CALLBACK
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.surgery import check_optimizer, find_wrappers, unsupported_feature, unwrap
-from hf_compressm.training.guard import held_out_batches, held_out_loss
+from hf_compressm.training.guard import aside, check_held_out_loss, few_examples
 from hf_compressm.training.recovery import metric_name, recovery_length
 from hf_compressm.training.schedule import Scheduled, Trigger
 from hf_compressm.utils.randomness import undisturbed
@@ -120,7 +118,8 @@ def check_guards(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger, ma
                 "There is no eval_dataset: max_loss_increase is measured on batches of the training data, on which "
                 "the model may have been trained."
             )
-        held_out_loss(trainer, _model(trainer), held_out_batches(trainer, config, config.sampling_seed)[:1])
+        else:
+            check_held_out_loss(trainer, _model(trainer))
     if config.save_around_cuts and trainer.args.save_strategy == SaveStrategy.BEST:
         raise ValueError("save_around_cuts does not go with save_strategy='best', which alone decides what is saved.")
     if config.recovery_steps is not None:
@@ -180,15 +179,8 @@ def _check_metric(trainer: Trainer) -> None:
 
 def _computed_metrics(trainer: Trainer) -> set[str]:
     """Names of the metrics of the first examples; this evaluation is not logged, and `on_evaluate` is not called."""
-    data: Any = trainer.eval_dataset
-    size = trainer.args.per_device_eval_batch_size
-    if hasattr(data, "select"):
-        few = data.select(range(min(size, len(data))))
-    elif hasattr(data, "__len__"):
-        few = Subset(data, range(min(size, len(data))))
-    else:
-        few = cast(Any, list(itertools.islice(iter(data), size)))
-    with undisturbed(_model(trainer)):
+    few = few_examples(trainer.eval_dataset, trainer.args.per_device_eval_batch_size, seed=0)
+    with undisturbed(_model(trainer)), aside(trainer):
         output = trainer.evaluation_loop(trainer.get_eval_dataloader(few), "Evaluation", metric_key_prefix="eval")
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ProgressCallback):  # closes the bar that it opened for this evaluation

@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerControl
 from transformers.utils import logging
 
 from hf_compressm.checkpoints import seal_checkpoint
-from hf_compressm.compression import CutRequest, Scores, check_settings, recorded_cuts, state_scores
+from hf_compressm.compression import Scores, recorded_cuts, requested_scores
 from hf_compressm.compression.history import CALLBACK, CutEvent, from_record, read_history, rollback_event, to_record
 from hf_compressm.compression.log import scalars
 from hf_compressm.config import CompreSSMConfig
@@ -20,9 +20,9 @@ from hf_compressm.peft import is_wrapped
 from hf_compressm.peft.saved_base import check_base, keeps_base_beside, save_base
 from hf_compressm.scans import enable_fast_selective_scan
 from hf_compressm.surgery import rebuild_reducers
-from hf_compressm.training.calibration import sample_batches
+from hf_compressm.training.calibration import Calibration
 from hf_compressm.training.clock import StepClock, machine
-from hf_compressm.training.guard import guarded_cut, held_out_batches, held_out_loss
+from hf_compressm.training.guard import guarded_cut, held_out_loss
 from hf_compressm.training.loading import CheckpointLoader
 from hf_compressm.training.recovery import RecoveryGuard, metric_name
 from hf_compressm.training.refusals import check_guards, refuse_engines, refuse_optimizer
@@ -43,6 +43,7 @@ class CompressedRun:
 
     Args:
         config: settings.
+        loader: calibration batches of the user's own, or None for those of the run.
 
     Attributes:
         events: attempts to cut, oldest first, including those from before a resume and those that were undone.
@@ -50,8 +51,9 @@ class CompressedRun:
         clock: the pace between two lines of the log.
     """
 
-    def __init__(self, config: CompreSSMConfig) -> None:
+    def __init__(self, config: CompreSSMConfig, loader: Iterable[Any] | None = None) -> None:
         self.config = config
+        self._loader_of_batches = loader
         self.events: list[CutEvent] = []
         self.rewarmup = Rewarmup(config.rewarmup_steps)
         self.clock = StepClock()
@@ -59,11 +61,13 @@ class CompressedRun:
         self._loader: CheckpointLoader | None = None
         self._publisher: Publisher | None = None
         self._processes = ALONE
-        self._needs_data = True
+        self._calibration: Calibration | None = None
+        self._waits = False  # whether a cut that was due waits for the first batch
         self._trigger: Trigger | None = None
         self._recovery = RecoveryGuard(config)
         self._reduction_share = 1.0  # halved by every rollback
         self._measured: int | None = None  # the step after which the ranking was measured last
+        self._model_step: int | None = None  # the step of the model, where the Trainer has loaded its best one
 
     @property
     def trainer(self) -> Trainer:
@@ -73,31 +77,42 @@ class CompressedRun:
             raise ValueError("CompreSSMCallback works inside a Trainer; pass it as Trainer(..., callbacks=[...]).")
         return trainer
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the run is that of a Trainer already."""
+        return self._trainer is not None
+
+    @property
+    def calibration(self) -> Calibration:
+        """What the run is measured on."""
+        assert self._calibration is not None  # `attach` comes first
+        return self._calibration
+
     def attach(self, trainer: Trainer | None) -> None:
         """Wrap the methods by which a Trainer loads, saves, logs and publishes; does nothing a second time."""
         if trainer is None or (self._trainer is not None and self._trainer() is trainer):
             return
         self._trainer = weakref.ref(trainer)
-        self._loader = CheckpointLoader(trainer, self.config.allow_optimizer_reset)
-        CheckpointSaver(trainer, self._measure, self._begin_checkpoint, self._finish_checkpoint)
-        self._publisher = Publisher(trainer, lambda: self.events, self.write_traces)
+        self._loader = CheckpointLoader(trainer, self.config.allow_optimizer_reset, self._best_loaded)
+        self._calibration = calibration = Calibration(trainer, self.config, self._loader_of_batches)
+        CheckpointSaver(trainer, self._measure, self._begin_checkpoint, calibration.save, self._finish_checkpoint)
+        self._publisher = Publisher(trainer, self.events_and_step, self.write_traces)
         wrap_methods(trainer, {"log": self._log})
 
-    def begin(self, model: Any, optimizer: Any, dataloader: Any) -> None:
+    def begin(self, model: Any, optimizer: Any) -> None:
         """Before the first step, refuse a run that cannot work, resume from a checkpoint, and enable the fast scan."""
         trainer, state = self.trainer, self.trainer.state
         self._processes = Processes.current()
         refuse_engines(trainer)
         check_base(model)
         refuse_optimizer(optimizer, model)
-        self._needs_data = any(choice.needs_data for choice in check_settings(model, self.config, calibrated=True))
+        enable_fast_selective_scan()
+        self.calibration.begin(model, self._processes)
 
         def measure() -> Scores:
-            sample = self._sample(dataloader, self.config.sampling_seed)
-            return state_scores(model, self.config, sample, self._processes)
+            return requested_scores(model, self.calibration.ranking_request(self._processes))
 
         self._trigger = trigger_for(self.config, state.max_steps, measure)
-        enable_fast_selective_scan()
         self._restore()
         cut_on_disk = any(event.step == state.global_step and event.outcome == "cut" for event in self.events)
         self.rewarmup.last_cut = state.global_step if cut_on_disk else _last_cut_before(model, state.global_step)
@@ -109,9 +124,9 @@ class CompressedRun:
     def cut_follows(self, step: int) -> bool:
         """Whether a cut comes after this step and was not tried yet; a checkpoint of this step may hold it already."""
         tried = any(event.step == step and event.outcome != "rolled back" for event in self.events)
-        return self._trigger is not None and self._trigger.is_due(step) and not tried
+        return self._trigger is not None and (self._trigger.is_due(step) or self._waits) and not tried
 
-    def step_begins(self, model: Any, optimizer: Any, dataloader: Any) -> None:
+    def step_begins(self, model: Any, optimizer: Any) -> None:
         """Cut if a cut is due, or roll back a cut from which the metric did not recover."""
         step = self.trainer.state.global_step
         if self._recovery.lacks_metric(step, self.cut_follows(step)):  # the checkpoint was saved before the evaluation
@@ -119,13 +134,16 @@ class CompressedRun:
         if self._recovery.pending is not None and self._recovery.pending.worse:
             self._roll_back(step, model)
         elif self.cut_follows(step):
-            self._cut(model, optimizer, dataloader)
+            self._cut_or_wait(model, optimizer)
+        following = self._trigger.next_look(step) if self._trigger is not None else None
+        self.calibration.step_begins(step, step + 1 if self._waits else following)
         self.clock.step_begins()
 
-    def step_ends(self, control: TrainerControl) -> None:
+    def step_ends(self, model: Any, control: TrainerControl) -> None:
         """Measure the ranking, and request the evaluations and checkpoints that guards and settings need."""
         self.clock.step_ends()
         step = self.trainer.state.global_step
+        self.calibration.step_ends(model, self._processes)
         self._measure()
         follows = self.cut_follows(step)
         after_a_cut = any(event.step == step - 1 and event.outcome == "cut" for event in self.events)
@@ -215,21 +233,29 @@ class CompressedRun:
                 self.clock.interrupt()
                 self.trainer.log(logged)
 
-    def _cut(self, model: Any, optimizer: Any, dataloader: Any) -> None:
+    def _cut_or_wait(self, model: Any, optimizer: Any) -> None:
+        """Cut; without any batch, after a resume from a checkpoint that kept none, first take a step."""
+        self._waits = self.calibration.lacks_batches
+        if self._waits:
+            logger.warning(
+                f"The cut after step {self.trainer.state.global_step} waits for one step: the checkpoint that the run "
+                "resumed from has no batches to measure on."
+            )
+        else:
+            self._cut(model, optimizer)
+
+    def _cut(self, model: Any, optimizer: Any) -> None:
         """Cut under the guard, and begin a recovery if the metric is to decide later."""
         trainer, step, pace = self.trainer, self.trainer.state.global_step, self.clock.take()
         self.clock.restart()
-        seed = self.config.sampling_seed + step
-        sample = self._sample(dataloader, seed)
         loss = None
         if self.config.max_loss_increase is not None:
-            held_out = held_out_batches(trainer, self.config, seed)
-
-            def loss() -> float:
-                return held_out_loss(trainer, model, held_out, self._processes)
-
+            seed = self.config.sampling_seed + step
+            loss = held_out_loss(trainer, model, self.calibration.recent, seed, self._processes)
         kept = self._processes.first(lambda: self._recovery.keep(run_folder(trainer), step))
-        request = CutRequest(self.config, sample, optimizer, step, self._reduction_share, self._processes)
+        request = self.calibration.request(
+            self._processes, optimizer=optimizer, step=step, reduction_share=self._reduction_share
+        )
         events = guarded_cut(model, request, loss)
         self.events += events
         self._recovery.begin(events[-1], kept, trainer.state.max_steps)
@@ -260,13 +286,6 @@ class CompressedRun:
             )
         self._report(event, pace)
 
-    def _sample(self, dataloader: Any, seed: int) -> list[Mapping[str, Any]] | None:
-        """Calibration batches of the run's own data, the same in a resumed run; None if none are needed."""
-        if not self._needs_data:
-            return None
-        size = self.trainer.state.train_batch_size or self.trainer.args.per_device_train_batch_size
-        return sample_batches(dataloader, size, self.config.calibration_batches, seed, self._processes)
-
     def _report(self, event: CutEvent, pace: dict[str, float]) -> None:
         """Log an event, and the pace of the steps before it, through the Trainer."""
         self.trainer.log(scalars(event) | pace)
@@ -276,25 +295,51 @@ class CompressedRun:
 
     def _record(self) -> dict[str, Any]:
         """The history of the run and all that is needed to resume it, JSON-ready."""
-        return to_record(self.events) | {
-            "reduction_share": self._reduction_share,
-            "recovery": self._recovery.state(),
-            "trigger": self._trigger.state() if self._trigger else {},
-            "machine": machine(),
-        }
+        best = {} if self._model_step is None else {"model_step": self._model_step}
+        return (
+            to_record(self.events)
+            | best
+            | {
+                "reduction_share": self._reduction_share,
+                "recovery": self._recovery.state(),
+                "waits": self._waits,
+                "trigger": self._trigger.state() if self._trigger else {},
+                "machine": machine(),
+            }
+        )
 
     def _restore(self) -> None:
         """Start afresh, or resume from the history of the checkpoint that the Trainer has loaded."""
         trainer = self.trainer
+        self._model_step = None
         state: Any = trainer.state
-        self.events, self._reduction_share, self._recovery = [], 1.0, RecoveryGuard(self.config)
+        self.events, self._reduction_share, self._recovery, self._waits = [], 1.0, RecoveryGuard(self.config), False
         if state.global_step:
             loaded = self._loader.directory if self._loader is not None else None
             folder = loaded or run_folder(trainer) / f"checkpoint-{state.global_step}"
             record = read_history(folder, {"stateful_callbacks": state.stateful_callbacks})
             if record:  # empty where the run began without the callback
                 self.restore(record)
+            self.calibration.load(folder)
         state.stateful_callbacks[CALLBACK] = self.exported()
+
+    def events_and_step(self) -> tuple[list[CutEvent], int | None]:
+        """The attempts of the run, and the step of its best model if that is the present one."""
+        return self.events, self._model_step
+
+    def _best_loaded(self, folder: Path) -> None:
+        """Note the step of the best model, and warn if cuts of the run are not part of it."""
+        number = folder.name.rpartition("-")[2]
+        if not number.isdigit():
+            return
+        self._model_step = step = int(number)
+        lost = [event.step for event in self.events if event.outcome == "cut" and event.step >= step]
+        if lost and self._processes.is_first:
+            logger.warning(
+                f"The best model is that of step {step}, from before the cut after step "
+                f"{', '.join(map(str, lost))}: it has the states that were cut there. Train longer after the cut, or "
+                "compare only evaluations after it (load_best_model_at_end=False keeps the last model)."
+            )
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Resume from a history.
@@ -308,6 +353,7 @@ class CompressedRun:
         if not (is_number(share) and 0 < share <= 1 and isinstance(recovery, dict) and isinstance(trigger, dict)):
             raise ValueError(f"The history in the checkpoint cannot be read: {quoted(record)}.")
         self._reduction_share = float(share)
+        self._waits = record.get("waits") is True
         self._recovery.restore(recovery, run_folder(self.trainer))
         if self._trigger is not None:
             self._trigger.restore(trigger)

@@ -30,7 +30,8 @@ class CheckpointSaver:
         trainer: the Trainer whose methods are wrapped.
         prepare: called first, in every process.
         begin: called in the process that writes, with the checkpoint's directory, before the Trainer writes to it.
-        finish: likewise, when the Trainer has written all its files.
+        add: called in every process, with the directory, when the Trainer has written the files of that process.
+        finish: called in the process that writes, when all files are written.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class CheckpointSaver:
         trainer: Trainer,
         prepare: Callable[[], None],
         begin: Callable[[Path], None],
+        add: Callable[[Path], None],
         finish: Callable[[Path], None],
     ) -> None:
         self._trainer = trainer
         self._prepare = prepare
         self._begin = begin
+        self._add = add
         self._finish = finish
         self._held: list[str] | None = None
         wrap_methods(trainer, {"_save_checkpoint": self._save, "_push_from_checkpoint": self._push})
@@ -65,6 +68,7 @@ class CheckpointSaver:
             with processes.together():  # each process writes a file of its own, and all are needed
                 try:
                     method(model, trial)
+                    self._add(folder)
                 except Exception as error:
                     _raise_if_full(folder, error)
                     raise

@@ -35,6 +35,10 @@ class Trigger(ABC):
         """Whether a cut comes after this step."""
 
     @abstractmethod
+    def next_look(self, step: int) -> int | None:
+        """The next step after which the model will be measured, for a cut or to see its ranking; None if none is."""
+
+    @abstractmethod
     def describe(self) -> str:
         """When cuts come, in words."""
 
@@ -61,6 +65,10 @@ class Scheduled(Trigger):
     def is_due(self, step: int) -> bool:
         """Whether the step is one of them."""
         return step in self.steps
+
+    def next_look(self, step: int) -> int | None:
+        """The next of the steps."""
+        return next((one for one in self.steps if one > step), None)
 
     def describe(self) -> str:
         """The steps."""
@@ -119,6 +127,12 @@ class StableRanking(Trigger):
     def is_due(self, step: int) -> bool:
         """Whether the ranking was found stable after this step."""
         return step == self._due_after
+
+    def next_look(self, step: int) -> int | None:
+        """The next measurement, unless all cuts are made."""
+        if self._cuts >= self._config.num_cuts:
+            return None
+        return next((one for one in self._steps if one > step), None)
 
     def describe(self) -> str:
         """The rule, and the last correlations measured."""

@@ -19,7 +19,6 @@ from hf_compressm import (
     verify_checkpoint,
 )
 from hf_compressm.checkpoints import read_saved
-from hf_compressm.training.calibration import sample_batches
 from tests.family_table import JAMBA, LRU, MAMBA, MAMBA2, S5, S5_CLASSIFIER, Family, family_id, same
 from tests.trainers import HALVE, callback_of, trainer_of
 
@@ -60,7 +59,8 @@ def train(
     family: Family, folder: Path, settings: Any, model: Any = None, resume: Path | None = None, **kwargs: Any
 ) -> Trainer:
     torch.manual_seed(0)
-    trainer = trainer_of(family, folder, settings, model, callbacks=[Began()], **{**SAVING, **kwargs})
+    more = {"callbacks": [Began()], "calibration": family.calibration()}
+    trainer = trainer_of(family, folder, settings, model, **{**SAVING, **more, **kwargs})
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
@@ -73,17 +73,12 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] > CUT]
 
 
-def calibration(trainer: Trainer, config: CompreSSMConfig) -> list[Any]:
-    batches = (trainer.get_train_dataloader(), 2, config.calibration_batches, config.sampling_seed + CUT)
-    return sample_batches(*batches)
-
-
 def cut_on_disk(family: Family, folder: Path, settings: Any = SETTINGS, **kwargs: Any) -> tuple[Path, Trainer]:
     """A run without the callback, and its checkpoint of step CUT cut."""
     trainer = train(family, folder / "plain", None, **kwargs)
     config = CompreSSMConfig.from_dict(settings)
     output = folder / "cut" / f"checkpoint-{CUT}"
-    result = compress_checkpoint(folder / "plain" / f"checkpoint-{CUT}", output, config, calibration(trainer, config))
+    result = compress_checkpoint(folder / "plain" / f"checkpoint-{CUT}", output, config, family.calibration())
     assert result.changed
     verify_checkpoint(output)
     return output, trainer

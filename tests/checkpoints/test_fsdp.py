@@ -16,7 +16,6 @@ from hf_compressm import CompreSSMConfig, compress_checkpoint, verify_checkpoint
 from hf_compressm.checkpoints import read_saved
 from hf_compressm.checkpoints.fsdp import FULL, SHARDED, read_state, write_state
 from hf_compressm.checkpoints.optimizer_state import restore_saved
-from hf_compressm.training.calibration import sample_batches
 from tests.family_table import LRU, MAMBA, Family, family_id, same
 from tests.fsdp_run import BLOCKS, RUN
 from tests.trainers import callback_of, trainer_of
@@ -120,19 +119,20 @@ def launch(folder: Path, *words: str) -> None:
 def test_two_processes_of_fsdp2_go_on_as_a_run_that_was_cut_in_place(name: str, kind: str, tmp_path: Path) -> None:
     family = BLOCKS[name][0]
     torch.manual_seed(0)
-    whole = trainer_of(family, tmp_path / "whole", SETTINGS, **RUN, gradient_accumulation_steps=2)
+    whole = trainer_of(
+        family, tmp_path / "whole", SETTINGS, **RUN, gradient_accumulation_steps=2, calibration=family.calibration()
+    )
     whole.train()
     assert [event.outcome for event in callback_of(whole).events] == ["cut"]
     losses = {entry["step"]: entry["loss"] for entry in whole.state.log_history if "loss" in entry}
 
     launch(tmp_path / "before", name, kind)
     config = CompreSSMConfig.from_dict(SETTINGS)
-    batches = sample_batches(whole.get_train_dataloader(), 2, config.calibration_batches, config.sampling_seed + CUT)
     checkpoint = tmp_path / "before" / f"checkpoint-{CUT}"
     if kind == "SHARDED_STATE_DICT":
         family.build().save_pretrained(tmp_path / "original")
         shutil.copy(tmp_path / "original" / "config.json", checkpoint)
-    compress_checkpoint(checkpoint, tmp_path / "cut", config, batches)
+    compress_checkpoint(checkpoint, tmp_path / "cut", config, family.calibration())
     launch(tmp_path / "after", name, kind, str(tmp_path / "cut"))
 
     after = {int(step): loss for step, loss in json.loads((tmp_path / "after" / "losses.json").read_text()).items()}

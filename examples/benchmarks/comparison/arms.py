@@ -22,11 +22,11 @@ from hankel import HankelRegularisedTrainer
 from rankings import RankingRecorder
 from refinement import Refinement
 from runs import Run
+from sampling import fixed_batches
 from transformers import PreTrainedModel
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress
 from hf_compressm.families import find_layers
-from hf_compressm.training.calibration import sample_batches
 
 
 Outcome = dict[str, Any]
@@ -131,7 +131,7 @@ def _cut_at_the_end(run: Run, trainer: Any, model: PreTrainedModel) -> None:
         size = trainer.args.per_device_train_batch_size
         settings = CompreSSMConfig(sampling_seed=run.row.seed)
         loader = trainer.get_train_dataloader()
-        batches = sample_batches(loader, size, settings.calibration_batches, settings.sampling_seed)
+        batches = fixed_batches(loader, size, settings.calibration_batches, settings.sampling_seed)
         if len(set(run.sizes)) == 1:
             compress(model, CompreSSMConfig(target_state_size=run.sizes[0], sampling_seed=run.row.seed), batches)
         else:

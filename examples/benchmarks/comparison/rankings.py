@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sampling import fixed_batches
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.compression import Scores, rank_stability, state_scores
 from hf_compressm.files.atomic import read_json, write_json
-from hf_compressm.training.calibration import sample_batches
 
 
 RANKING_FILE = "ranking.json"
@@ -46,7 +46,7 @@ class RankingRecorder(TrainerCallback):
         if state.global_step not in self.steps:
             return
         loader = kwargs["train_dataloader"]
-        batches = sample_batches(loader, args.per_device_train_batch_size, self.settings.calibration_batches, seed=0)
+        batches = fixed_batches(loader, args.per_device_train_batch_size, self.settings.calibration_batches, seed=0)
         self.scores[state.global_step] = state_scores(kwargs["model"], self.settings, batches)
         write_json(self.path, {str(step): scores for step, scores in self.scores.items()})
 

@@ -1,0 +1,89 @@
+"""Batches of model inputs on the disk: tensors in a safetensors file, their places in dicts in its header."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import BatchEncoding
+
+
+STRUCTURE = "batches"
+"""The entry of the header that describes the structure."""
+
+
+class UnsavableBatchError(TypeError):
+    """A batch that holds something besides tensors, plain values, lists and dicts."""
+
+
+def write_batches(path: Path, batches: list[Any]) -> None:
+    """Write batches: tensors, numbers, texts and None, in lists, tuples and dicts of any depth.
+
+    Args:
+        path: a file that is written anew.
+        batches: the batches.
+
+    Raises:
+        UnsavableBatchError: naming what cannot be written; there is then no file.
+    """
+    tensors: dict[int, Tensor] = {}
+    metadata = {STRUCTURE: json.dumps(_encoded(batches, tensors))}
+    # copies, since safetensors refuses tensors that share memory
+    copies = {str(key): value.cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    save_file(copies, path, metadata=metadata)
+
+
+def read_batches(path: Path, device: torch.device) -> list[Any]:
+    """Read the batches that `write_batches` wrote.
+
+    Args:
+        path: the file.
+        device: where tensors go; those that were on the CPU stay there.
+
+    Raises:
+        ValueError: naming the file, if it is not of that form.
+    """
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            structure = json.loads(file.metadata()[STRUCTURE])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return _decoded(structure, tensors, device)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read as batches: {type(error).__name__}: {error}") from error
+
+
+def _encoded(value: Any, tensors: dict[int, Tensor]) -> Any:
+    """A value as JSON, `[kind, content]`, with its tensors in a table by their `id`."""
+    if isinstance(value, Tensor):
+        if type(value) is not Tensor or value.layout != torch.strided:
+            raise UnsavableBatchError(f"a {type(value).__name__} in them has no plain layout in memory")
+        tensors[id(value)] = value.detach()
+        return ["tensor", str(id(value)), value.device.type != "cpu"]
+    if value is None or isinstance(value, bool | int | float | str):
+        return ["value", value]
+    if isinstance(value, Mapping):
+        kind = "encoding" if isinstance(value, BatchEncoding) else "dict"
+        if not all(isinstance(key, str) for key in value):
+            raise UnsavableBatchError(f"a {type(value).__name__} in them has keys that are not texts")
+        return [kind, [[key, _encoded(part, tensors)] for key, part in value.items()]]
+    if type(value) in (list, tuple):
+        return [type(value).__name__, [_encoded(part, tensors) for part in value]]
+    raise UnsavableBatchError(f"they hold a {type(value).__name__}, which is no tensor, number or text")
+
+
+def _decoded(structure: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """The inverse of `_encoded`."""
+    kind, content = structure[0], structure[1]
+    if kind == "tensor":
+        return tensors[content].to(device) if structure[2] else tensors[content]
+    if kind == "value":
+        return content
+    if kind in ("list", "tuple"):
+        parts = [_decoded(part, tensors, device) for part in content]
+        return parts if kind == "list" else tuple(parts)
+    items = {key: _decoded(part, tensors, device) for key, part in content}
+    return BatchEncoding(items) if kind == "encoding" else items
