@@ -32,6 +32,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
 
 from .configuration_compressm_mamba2 import CompreSSMamba2Config
 from .exporting_compressm_mamba import ExportedWithCode
+from .guarding_compressm_mamba import ReadsWeights
 
 
 def project_groups(signal: Tensor, weight: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def project_groups(signal: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("blgm,gnm->blgn", signal.unflatten(-1, (groups, channels)), weight)
 
 
-class CompreSSMamba2Mixer(Mamba2Mixer):
+class CompreSSMamba2Mixer(ReadsWeights, Mamba2Mixer):
     """The stock mixer, or with `conv_state_size` the one that projects B and C after the convolution.
 
     `B_proj` and `C_proj` are None, or parameters `(G, N, M)`; `ssm_state_size` is N, `conv_state_size` is M, and
