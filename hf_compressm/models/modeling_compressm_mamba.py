@@ -4,6 +4,7 @@ With one size for all layers it is the stock model, parameter names included.
 """
 
 from torch import nn
+from transformers.generation import GenerationMixin
 from transformers.models.mamba.modeling_mamba import (
     MambaBlock,
     MambaForCausalLM,
@@ -68,7 +69,7 @@ class CompreSSMambaModel(ExportedWithCode, MambaModel):
         self.post_init()
 
 
-class CompreSSMambaForCausalLM(ExportedWithCode, MambaForCausalLM):
+class CompreSSMambaForCausalLM(ExportedWithCode, MambaForCausalLM, GenerationMixin):
     """Backbone of [`CompreSSMambaModel`] and language-modelling head."""
 
     config_class = CompreSSMambaConfig

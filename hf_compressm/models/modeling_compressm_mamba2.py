@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.mamba2.modeling_mamba2 import (
@@ -240,7 +241,7 @@ class CompreSSMamba2Model(CompreSSMamba2PreTrainedModel, Mamba2Model):
         self.post_init()
 
 
-class CompreSSMamba2ForCausalLM(CompreSSMamba2PreTrainedModel, Mamba2ForCausalLM):
+class CompreSSMamba2ForCausalLM(CompreSSMamba2PreTrainedModel, Mamba2ForCausalLM, GenerationMixin):
     """Backbone of [`CompreSSMamba2Model`] and language-modelling head."""
 
     def __init__(self, config: CompreSSMamba2Config):

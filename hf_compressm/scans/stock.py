@@ -305,7 +305,7 @@ def _enable_family(name: str, jobs: tuple[_Job, ...], devices: dict[_Job, frozen
     except ImportError as error:
         logger.info(f"{path} cannot be imported, so there is no scan to replace in it: {error}")
         return False
-    missing = [job.name for job in jobs if job.kernel is not None and not callable(getattr(module, job.name, None))]
+    missing = [job.name for job in jobs if not callable(getattr(module, job.name, None))]
     if missing:
         logger.warning(
             f"{path} has no {', '.join(missing)}: the fast scan is not enabled for it. This version of transformers "
@@ -314,9 +314,7 @@ def _enable_family(name: str, jobs: tuple[_Job, ...], devices: dict[_Job, frozen
         return False
     patch = _Patch(module)
     for job in jobs:
-        stock = getattr(module, job.name, None)
-        if stock is None:  # the convolution, which earlier versions of transformers call in another way
-            continue
+        stock = getattr(module, job.name)
         replacement = job.dispatcher(stock, devices[job])
         if replacement is not stock:
             patch.originals[job.name], patch.replacements[job.name] = stock, replacement
