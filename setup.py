@@ -45,9 +45,9 @@ TEST = [
     *EXPORT,
 ]
 
-# Slow tests need lm-eval and torchao, which is in no other extra: beside a torch that it does not fit, transformers
-# cannot be imported.
-TOOLS = ["lm-eval", "mypy", "pre-commit", "ruff", "torchao", "types-PyYAML"]
+# Slow tests need lm-eval, parameterized (for transformers' own tests) and torchao, which is in no other extra: beside
+# a torch that it does not fit, transformers cannot be imported.
+TOOLS = ["lm-eval", "mypy", "parameterized", "pre-commit", "ruff", "torchao", "types-PyYAML"]
 
 EXTRAS_REQUIRE = {
     "examples": EXAMPLES,

@@ -3,6 +3,10 @@
 import importlib
 import os
 import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,3 +29,18 @@ def browser() -> str:
         assert not NEEDS_ALL, "this run is to have Chromium (Debian: apt install chromium)"
         pytest.skip("there is no Chromium on this machine")
     return found
+
+
+def source_of(package: str, version: str, folder: Path) -> Path:
+    """The unpacked source distribution of a package on PyPI, in a folder; skips the test where pip cannot fetch it."""
+    name = f"{package}-{version}"
+    download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", f"{package}=={version}"]
+    result = subprocess.run([*download, "--dest", folder], capture_output=True, text=True, timeout=600)
+    archive = folder / f"{name}.tar.gz"
+    if result.returncode or not archive.exists():
+        reason = f"pip could not fetch the source distribution of {name}: {result.stderr.strip()[-300:]}"
+        assert not NEEDS_ALL, reason
+        pytest.skip(reason)
+    with tarfile.open(archive) as contents:
+        contents.extractall(folder, filter="data")
+    return folder / name

@@ -13,7 +13,12 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Block, Mamba2Mixer
 
 from .configuration_compressm_mamba import CompreSSMambaConfig
 from .configuration_compressm_mamba2 import CompreSSMamba2Config
-from .modeling_compressm_mamba import CompreSSMambaForCausalLM, CompreSSMambaModel
+from .modeling_compressm_mamba import (
+    CompreSSMambaBlock,
+    CompreSSMambaForCausalLM,
+    CompreSSMambaMixer,
+    CompreSSMambaModel,
+)
 from .modeling_compressm_mamba2 import (
     CompreSSMamba2Block,
     CompreSSMamba2ForCausalLM,
@@ -29,8 +34,8 @@ _MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     Mamba2ForCausalLM: CompreSSMamba2ForCausalLM,
 }
 _PARTS: dict[type, type] = {
-    MambaBlock: MambaBlock,  # the own Mamba is made of stock blocks
-    MambaMixer: MambaMixer,
+    MambaBlock: CompreSSMambaBlock,
+    MambaMixer: CompreSSMambaMixer,
     Mamba2Block: CompreSSMamba2Block,
     Mamba2Mixer: CompreSSMamba2Mixer,
 }
@@ -58,7 +63,7 @@ def own_config_class(stock_class: type) -> type | None:
 def adopt(model: nn.Module) -> None:
     """Turn a stock Mamba or Mamba-2, live and perhaps in training, into this package's class, in place.
 
-    The model, its backbone and its Mamba-2 blocks and mixers change their class, and so does the one configuration
+    The model, its backbone, blocks and mixers change their class, and so does the one configuration
     that they share. No tensor moves; hooks, buffers, mode and generation configuration stay. The sizes stay
     those of the stock model, until the caller changes them layer by layer. A model of an own class is left as it is.
     Everything is checked before anything changes.
@@ -146,7 +151,7 @@ def _check_parts(model: nn.Module, parts: dict[str, nn.Module]) -> None:
                     "none. Undo what wraps or replaces parts of the layer before the cut."
                 )
     for name, part in parts.items():
-        if _CLASSES[type(part)] is type(part):
+        if isinstance(part, MambaBlock | MambaMixer):  # whose own classes add no name and no `forward`
             continue
         if isinstance(part, Mamba2Mixer) and "forward" in vars(part):
             raise ValueError(

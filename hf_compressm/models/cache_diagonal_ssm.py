@@ -31,12 +31,14 @@ class CachedOutput(ModelOutput):
         return super().__getitem__("cache" if key == "cache_params" else key)
 
 
-def one_cache(cache: Cache | None, cache_params: Cache | None) -> Cache | None:
+def one_cache(cache: Cache | None, cache_params: Cache | None, past_key_values: object = None) -> Cache | None:
     """The cache that was passed under either name.
 
     Raises:
-        ValueError: When two different caches were passed.
+        ValueError: When two different caches were passed, or one of keys and values.
     """
+    if past_key_values is not None:
+        raise ValueError("Got `past_key_values`; this model has no keys or values, pass its cache as `cache`.")
     if cache is not None and cache_params is not None and cache is not cache_params:
         raise ValueError("Got two caches, as `cache` and as `cache_params`, its older name; pass one, as `cache`.")
     return cache_params if cache is None else cache

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .cache_diagonal_ssm import CachedOutput, one_cache
+from .cache_diagonal_ssm import CachedOutput
 from .configuration_diagonal_ssm import DiagonalSSMConfig
 from .modeling_diagonal_ssm import DiagonalSSMModel, DiagonalSSMPreTrainedModel
 
@@ -59,6 +59,8 @@ class DiagonalSSMForSequenceClassification(DiagonalSSMPreTrainedModel):
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...] | SequenceClassifierOutput:
         """Classify sequences; arguments as in [`DiagonalSSMModel`].
 
@@ -72,6 +74,8 @@ class DiagonalSSMForSequenceClassification(DiagonalSSMPreTrainedModel):
                 `num_labels` and the type of `labels`.
             output_hidden_states: Whether to return the encoded input and every block's output.
             return_dict: Whether to return a `SequenceClassifierOutput` rather than a tuple.
+            use_cache: Accepted and not used: a classifier returns no states.
+            **kwargs: As in [`DiagonalSSMModel`]. Packed texts are kept apart, and pooled over their row.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.backbone(
@@ -82,6 +86,7 @@ class DiagonalSSMForSequenceClassification(DiagonalSSMPreTrainedModel):
             use_cache=False,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            **kwargs,
         )
         logits = self.score(self._pool(outputs.last_hidden_state, attention_mask))
         loss = None
@@ -166,19 +171,19 @@ class DiagonalSSMForCausalLM(DiagonalSSMPreTrainedModel, GenerationMixin):
             return_dict: Whether to return a [`DiagonalSSMCausalLMOutput`] rather than a tuple.
             logits_to_keep: Compute the logits of this many last positions only (0: all), or of these positions.
             cache_params: An older name of `cache`, under which `generate()` passes it before transformers 5.24.
-            **kwargs: Passed to the loss, `num_items_in_batch` among them.
+            **kwargs: As in [`DiagonalSSMModel`], and passed to the loss, which reads `num_items_in_batch`.
         """
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("Got `past_key_values`; this model has no keys or values, pass its cache as `cache`.")
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            cache=one_cache(cache, cache_params),
+            cache=cache,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            cache_params=cache_params,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()

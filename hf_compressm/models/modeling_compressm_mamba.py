@@ -1,19 +1,43 @@
-"""Mamba with a state size per layer: transformers' own blocks, each built from its own layer's configuration.
+"""Mamba with a state size per layer: blocks that compute as transformers' own, each built from its own configuration.
 
 With one size for all layers it is the stock model, parameter names included.
 """
 
 from torch import nn
-from transformers.models.mamba.modeling_mamba import MambaBlock, MambaForCausalLM, MambaModel, MambaRMSNorm
+from transformers.generation import GenerationMixin
+from transformers.models.mamba.modeling_mamba import (
+    MambaBlock,
+    MambaForCausalLM,
+    MambaMixer,
+    MambaModel,
+    MambaRMSNorm,
+)
 
 from .configuration_compressm_mamba import CompreSSMambaConfig
 from .exporting_compressm_mamba import ExportedWithCode
+from .guarding_compressm_mamba import ReadsWeights
 
 
 _EXPORTED_CLASSES = {
     "AutoModel": "modeling_compressm_mamba.CompreSSMambaModel",
     "AutoModelForCausalLM": "modeling_compressm_mamba.CompreSSMambaForCausalLM",
 }
+
+
+class CompreSSMambaMixer(ReadsWeights, MambaMixer):
+    """The stock mixer, in which LoRA is refused where it is refused in stock models."""
+
+
+class CompreSSMambaBlock(MambaBlock):
+    """The stock block around a [`CompreSSMambaMixer`]."""
+
+    def __init__(self, config: CompreSSMambaConfig, layer_idx: int):
+        super(MambaBlock, self).__init__()  # skips the stock one, which would build the stock mixer
+        self.config = config
+        self.layer_idx = layer_idx
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = CompreSSMambaMixer(config, layer_idx=layer_idx, initialize_mixer_weights=False)
 
 
 class CompreSSMambaModel(ExportedWithCode, MambaModel):
@@ -27,6 +51,7 @@ class CompreSSMambaModel(ExportedWithCode, MambaModel):
     """
 
     config_class = CompreSSMambaConfig
+    _no_split_modules = ["CompreSSMambaBlock", "CompreSSMambaMixer"]
     _exported_classes = _EXPORTED_CLASSES
 
     def __init__(self, config: CompreSSMambaConfig):
@@ -35,7 +60,7 @@ class CompreSSMambaModel(ExportedWithCode, MambaModel):
         super(MambaModel, self).__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            MambaBlock(layer_config, layer_idx=layer_idx)
+            CompreSSMambaBlock(layer_config, layer_idx=layer_idx)
             for layer_idx, layer_config in enumerate(config.per_layer_config)
         )
         self.gradient_checkpointing = False
@@ -44,10 +69,11 @@ class CompreSSMambaModel(ExportedWithCode, MambaModel):
         self.post_init()
 
 
-class CompreSSMambaForCausalLM(ExportedWithCode, MambaForCausalLM):
+class CompreSSMambaForCausalLM(ExportedWithCode, MambaForCausalLM, GenerationMixin):
     """Backbone of [`CompreSSMambaModel`] and language-modelling head."""
 
     config_class = CompreSSMambaConfig
+    _no_split_modules = ["CompreSSMambaBlock", "CompreSSMambaMixer"]
     _exported_classes = _EXPORTED_CLASSES
 
     def __init__(self, config: CompreSSMambaConfig):

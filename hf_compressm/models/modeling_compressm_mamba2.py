@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.mamba2.modeling_mamba2 import (
@@ -32,6 +33,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
 
 from .configuration_compressm_mamba2 import CompreSSMamba2Config
 from .exporting_compressm_mamba import ExportedWithCode
+from .guarding_compressm_mamba import ReadsWeights
 
 
 def project_groups(signal: Tensor, weight: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ def project_groups(signal: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("blgm,gnm->blgn", signal.unflatten(-1, (groups, channels)), weight)
 
 
-class CompreSSMamba2Mixer(Mamba2Mixer):
+class CompreSSMamba2Mixer(ReadsWeights, Mamba2Mixer):
     """The stock mixer, or with `conv_state_size` the one that projects B and C after the convolution.
 
     `B_proj` and `C_proj` are None, or parameters `(G, N, M)`; `ssm_state_size` is N, `conv_state_size` is M, and
@@ -239,7 +241,7 @@ class CompreSSMamba2Model(CompreSSMamba2PreTrainedModel, Mamba2Model):
         self.post_init()
 
 
-class CompreSSMamba2ForCausalLM(CompreSSMamba2PreTrainedModel, Mamba2ForCausalLM):
+class CompreSSMamba2ForCausalLM(CompreSSMamba2PreTrainedModel, Mamba2ForCausalLM, GenerationMixin):
     """Backbone of [`CompreSSMamba2Model`] and language-modelling head."""
 
     def __init__(self, config: CompreSSMamba2Config):

@@ -19,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .cache_diagonal_ssm import CachedOutput, one_cache, read_state, write_state
 from .configuration_diagonal_ssm import DiagonalSSMConfig
 from .layers_diagonal_ssm import BATCH_NORM_MOMENTUM, DiagonalSSMLayer, GatedActivation, MaskedBatchNorm
+from .packing_diagonal_ssm import find_packed_texts
 
 
 @dataclass
@@ -143,6 +144,7 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_params: Cache | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...] | DiagonalSSMOutput:
         """Run encoder and blocks on exactly one of `input_ids`, `input_values` and `inputs_embeds`.
 
@@ -159,24 +161,35 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
             output_hidden_states: Whether to return the encoded input and every block's output.
             return_dict: Whether to return a [`DiagonalSSMOutput`] rather than a tuple.
             cache_params: An older name of `cache`.
+            **kwargs: `seq_idx`, `cu_seq_lens_q` or `position_ids` that restart: rows of several texts, which are kept
+                apart, without a cache (`packing_diagonal_ssm.py`). Everything else that clients pass to any model
+                (`token_type_ids`, `output_attentions`, `cache_position`) has no meaning here and no effect.
 
         Raises:
-            ValueError: When the input is not exactly one of the three, or mask, cache and model do not fit it.
+            ValueError: When the input is not exactly one of the three, or mask, cache, texts and model do not fit it.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return_dict = self.config.return_dict if return_dict is None else return_dict
         hidden_states = self._encode(input_ids, input_values, inputs_embeds)
-        cache = one_cache(cache, cache_params)
+        cache = one_cache(cache, cache_params, kwargs.get("past_key_values"))
         mask = self._padding_mask(attention_mask, hidden_states, cache)
+        texts = find_packed_texts(hidden_states.shape[:2], mask, hidden_states.device, kwargs)
+        if texts is not None:
+            if cache is not None:
+                raise ValueError("Got `cache` and rows of several texts; a cache continues one text in each row.")
+            rows = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool) if mask is None else mask
+            hidden_states, mask, use_cache = texts.apart(hidden_states), texts.apart(rows), False
         cache = self._prepare_cache(cache, use_cache)
 
         all_hidden_states: tuple[torch.Tensor, ...] = (hidden_states,)
         for block in self.layers:
             hidden_states = block(hidden_states, mask=mask, cache=cache)
             all_hidden_states += (hidden_states,)
+        if texts is not None:
+            all_hidden_states = tuple(texts.together(states) for states in all_hidden_states)
         output = DiagonalSSMOutput(
-            last_hidden_state=hidden_states,
+            last_hidden_state=all_hidden_states[-1],
             cache=cache,
             hidden_states=all_hidden_states if output_hidden_states else None,
         )

@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .transforms import is_transformed
+
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ TRIAL_ROUND_OFF = 1000  # units in the last place of the largest entry: 20 steps
 def boundary_scan(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
     """The states s_0 = initial_state, s_{j+1} = decay * s_j + v_j; differentiable once in every argument.
 
+    Inside a transform of `torch.func` the loop runs in operations that autograd records, which can be transformed.
+
     Args:
         decay: Complex, (N,).
         inputs: v, complex, (batch, chunks, N).
@@ -49,12 +53,17 @@ def boundary_scan(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tenso
     Returns:
         States, complex, (batch, chunks + 1, N).
     """
-    return _BoundaryScan.apply(decay, inputs, initial_state)
+    if not is_transformed():
+        return _BoundaryScan.apply(decay, inputs, initial_state)
+    states = [initial_state]
+    for added in inputs.unbind(1):
+        states.append(decay * states[-1] + added)
+    return torch.stack(states, dim=1)
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `boundary_scan` runs in one launch on a device, in a complex dtype; the first call tries it out."""
-    return _find_kernel(device, dtype) is not None
+    """Whether `boundary_scan` runs in one launch on a device, in a complex dtype, here; the first call tries it."""
+    return not is_transformed() and _find_kernel(device, dtype) is not None
 
 
 class _BoundaryScan(torch.autograd.Function):

@@ -9,7 +9,7 @@ Glossary (A in continuous time, discretised by delta):
 | u         | input sequence                                                              | (batch, channels, length)|
 | delta     | step size per channel and time, before bias and softplus                    | (batch, channels, length)|
 | A         | diagonal of the continuous state matrix, real                               | (channels, N)            |
-| B, C      | input and read-out vectors, shared by all channels                          | (batch, N, length)       |
+| B, C      | input and read-out vectors, shared by all channels; others in `vectors.py`  | (batch, N, length)       |
 | D         | feed-through                                                                | (channels,)              |
 | z         | gate                                                                        | (batch, channels, length)|
 | h         | state                                                                       | (batch, channels, N)     |
@@ -31,6 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .transforms import is_transformed
+from .vectors import by_channel, expected_shape, groups, is_constant
 
 
 CHUNK_SIZE = 16  # steps between two stored states
@@ -112,14 +115,16 @@ def selective_scan(
     h_t = exp(delta_t A) * h_{t-1} + delta_t u_t B_t, y_t = C_t . h_t, out_t = (y_t + D u_t) * silu(z_t), h_0 = 0,
     where delta is first shifted by `delta_bias` and passed through softplus if asked. Computed in float32 (float64 if
     an input is float64). Time O(batch * channels * length * N); memory beyond the arguments O(batch * channels *
-    length / 16 * N). Differentiable once with respect to every tensor argument.
+    length / 16 * N). Differentiable once with respect to every tensor argument. With a constant B or C, and inside a
+    transform of `torch.func`, it runs one step at a time. Complex A and mamba-ssm's `cu_seqlens` are not supported.
 
     Args:
         u: Input, (batch, channels, length), length at least 1.
         delta: Step sizes, (batch, channels, length).
         A: Continuous-time diagonal, real, (channels, N); negative entries decay.
-        B: Input vectors, (batch, N, length).
-        C: Read-out vectors, (batch, N, length).
+        B: Input vectors, (batch, N, length), or one for each group of channels side by side, (batch, groups, N,
+            length), or constant ones, (channels, N).
+        C: Read-out vectors, in one of the forms of B, which need not be the same.
         D: Feed-through, (channels,).
         z: Gate, (batch, channels, length).
         delta_bias: Added to delta, (channels,).
@@ -135,7 +140,14 @@ def selective_scan(
 
     Source: Gu and Dao, *Mamba* (arXiv 2312.00752), algorithm 2; recomputation as in its section 3.3.2.
     """
+    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    if is_transformed():
+        return selective_scan_reference(*arguments)
     _check_tensors(u, A, delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    if is_constant(B) or is_constant(C):
+        return selective_scan_reference(*arguments)
+    if B.dim() == 4 or C.dim() == 4:
+        return _scan_by_group(*arguments)
     dtype = compute_dtype(u, delta, A, B, C)
     with torch.autocast(device_type=u.device.type, enabled=False):
         steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
@@ -174,8 +186,8 @@ def selective_scan_reference(
         u: Input, (batch, channels, length).
         delta: Step sizes, (batch, channels, length).
         A: Continuous-time diagonal, real, (channels, N).
-        B: Input vectors, (batch, N, length).
-        C: Read-out vectors, (batch, N, length).
+        B: Input vectors, (batch, N, length), (batch, groups, N, length) or (channels, N).
+        C: Read-out vectors, in one of the forms of B.
         D: Feed-through, (channels,).
         z: Gate, (batch, channels, length).
         delta_bias: Added to delta, (channels,).
@@ -190,14 +202,15 @@ def selective_scan_reference(
     """
     _check_tensors(u, A, delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     dtype = compute_dtype(u, delta, A, B, C)
-    inputs, A, B, C = u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
+    inputs, A = u.to(dtype), A.to(dtype)
+    B, C = (by_channel(vectors.to(dtype), *u.shape[1:]) for vectors in (B, C))
     steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
     h = inputs.new_zeros(u.shape[0], *A.shape)  # (batch, channels, N)
     outputs = []
     for t in range(u.shape[2]):
         step = steps[:, :, t, None]  # (batch, channels, 1)
-        h = torch.exp(step * A) * h + step * inputs[:, :, t, None] * B[:, None, :, t]
-        outputs.append((h * C[:, None, :, t]).sum(-1))
+        h = torch.exp(step * A) * h + step * inputs[:, :, t, None] * B[..., t]
+        outputs.append((h * C[..., t]).sum(-1))
     out = feed_through_and_gate(torch.stack(outputs, dim=-1), inputs, D, z).to(u.dtype)
     return (out, h) if return_last_state else out
 
@@ -234,6 +247,8 @@ def selective_states(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it is a number of steps and must be at least 1.")
+    if B.dim() != 3:
+        raise ValueError(f"B has shape {tuple(B.shape)}; expected (batch, N, length), shared by all channels.")
     _check_tensors(u, A, delta=delta, B=B, delta_bias=delta_bias)
     dtype = compute_dtype(u, delta, A, B)
     A = A.to(dtype).T.contiguous()  # (N, channels)
@@ -246,6 +261,31 @@ def selective_states(
         _fill_chunk(decay[:count], states[: count + 1], steps[chunk], drive[chunk], A, B[chunk])
         states[0] = states[count]
         yield states[1 : count + 1].transpose(2, 3)
+
+
+def _scan_by_group(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    return_last_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`selective_scan` of one group of channels after the other."""
+    outputs, last_states = [], []
+    for channels, group_B, group_C in groups(B, C, u.shape[1]):
+        group_D, group_bias = (None if tensor is None else tensor[channels] for tensor in (D, delta_bias))
+        gate = None if z is None else z[:, channels]
+        sequences = u[:, channels], delta[:, channels], A[channels], group_B, group_C
+        out, last_state = selective_scan(*sequences, group_D, gate, group_bias, delta_softplus, True)
+        outputs.append(out)
+        last_states.append(last_state)
+    out = torch.cat(outputs, dim=1)
+    return (out, torch.cat(last_states, dim=1)) if return_last_state else out
 
 
 def _blocks(batch: int, A: Tensor) -> list[slice]:
@@ -332,13 +372,13 @@ def _check_tensors(u: Tensor, A: Tensor, **others: Tensor | None) -> None:
     batch, channels, length = u.shape
     if A.dim() != 2 or A.shape[0] != channels:
         raise ValueError(f"A has shape {tuple(A.shape)}; expected (channels, N) with {channels} channels as in u.")
-    vectors = (batch, A.shape[1], length)
+    vectors = {name: expected_shape(others.get(name), batch, channels, A.shape[1], length) for name in ("B", "C")}
     expected = {
         "u": (u, u.shape),
         "delta": (others.get("delta"), u.shape),
         "A": (A, A.shape),
-        "B": (others.get("B"), vectors),
-        "C": (others.get("C"), vectors),
+        "B": (others.get("B"), vectors["B"]),
+        "C": (others.get("C"), vectors["C"]),
         "D": (others.get("D"), (channels,)),
         "z": (others.get("z"), u.shape),
         "delta_bias": (others.get("delta_bias"), (channels,)),

@@ -13,6 +13,7 @@ Glossary (A in continuous time, discretised by dt):
 | D          | feed-through                                                         | (heads,) or (heads, head_dim)   |
 | z          | gate                                                                 | as x                            |
 | h          | state                                                                | (batch, heads, head_dim, N)     |
+| seq_idx    | which text of its row a step belongs to; h is zero before each text  | (batch, length)                 |
 | drive      | dt_t x_t, the factor of the input vector B_t                         | as x                            |
 | T          | steps per chunk                                                      |                                 |
 
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ssd_chunks import chunked_scan
+from .transforms import is_transformed
 
 
 STATES_CHUNK_SIZE = 16  # steps per chunk of `ssd_states`, which keeps the states of a whole chunk
@@ -42,20 +44,23 @@ def ssd_scan(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    chunk_size: int | None = None,
     D: Tensor | None = None,
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = NO_LIMIT,
-    initial_states: Tensor | None = None,
     return_final_states: bool = False,
-    chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Run the recurrence of Mamba-2, as mamba-ssm's `mamba_chunk_scan_combined` does.
+    """Run the recurrence of Mamba-2, as mamba-ssm's `mamba_chunk_scan_combined` does, with its arguments by position.
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t, out_t = y_t * silu(z_t), where dt is first
     shifted by `dt_bias`, passed through softplus if asked, and clamped to `dt_limit`. Head j reads B and C of group
-    j // (heads / groups). Computed in float32 (float64 if an input is float64). Time
+    j // (heads / groups). With `seq_idx`, a state starts from zero where the index changes. Computed in float32
+    (float64 if an input is float64); inside a transform of `torch.func` one step at a time. Time
     O(batch * length * heads * head_dim * (N + T)), memory beyond the arguments O(batch * length * heads *
     head_dim * (1 + N / T)) with T steps per chunk. Differentiable once with respect to every tensor argument.
 
@@ -65,33 +70,53 @@ def ssd_scan(
         A: Continuous-time decay, real, (heads,); negative entries decay.
         B: Input vectors, (batch, length, groups, N); heads is a multiple of groups.
         C: Read-out vectors, (batch, length, groups, N).
+        chunk_size: T, at least 1; changes the speed and nothing else. None chooses by N.
         D: Feed-through, (heads,) or (heads, head_dim).
         z: Gate, (batch, length, heads, head_dim).
         dt_bias: Added to dt, (heads,).
+        initial_states: State before the first step, (batch, heads, head_dim, N); zero if None.
+        seq_idx: Index of the text that a step belongs to, integers, (batch, length); one text per row if None.
+        cu_seqlens: Not supported, as are mamba-ssm's `return_varlen_states`, which it is for; pass `seq_idx`.
         dt_softplus: Pass dt through softplus, after the bias.
         dt_limit: Smallest and largest step size, applied last.
-        initial_states: State before the first step, (batch, heads, head_dim, N); zero if None.
-        return_final_states: Also return the state after the last step.
-        chunk_size: T, at least 1; changes the speed and nothing else. None chooses by N.
+        return_final_states: Also return the state after the last step, which is that of the last text of a row.
 
     Returns:
         out (batch, length, heads, head_dim) in the dtype of x; with `return_final_states` also the last state (batch,
         heads, head_dim, N) in float32 (or float64).
 
     Raises:
-        ValueError: If a shape, a dtype, `dt_limit` or `chunk_size` is not as above.
+        ValueError: If a shape, a dtype, `dt_limit` or `chunk_size` is not as above, or `cu_seqlens` is given.
 
     Source: Dao and Gu, *Transformers are SSMs* (arXiv 2405.21060), section 6 and listing 1; here C B^T is computed
     once per group instead of once per head.
     """
-    _check_options(dt_limit, chunk_size)
-    _check_tensors(x, B, dt=dt, A=A, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states)
+    if is_transformed():
+        return ssd_scan_reference(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size,
+            D,
+            z,
+            dt_bias,
+            initial_states,
+            seq_idx,
+            cu_seqlens,
+            dt_softplus,
+            dt_limit,
+            return_final_states,
+        )
+    _check_options(dt_limit, chunk_size, cu_seqlens)
+    _check_tensors(x, B, dt=dt, A=A, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states, seq_idx=seq_idx)
     dtype = _compute_dtype(x, dt, A, B, C, initial_states)
     with torch.autocast(device_type=x.device.type, enabled=False):
         steps = _step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
         inputs = x.to(dtype)
         state = _initial_state(inputs, B, initial_states)
-        drive, log_decay = inputs * steps[..., None], steps * A.to(dtype)
+        drive, log_decay = inputs * steps[..., None], _log_decay(steps, A, seq_idx)
         chunk_size = min(chunk_size or _choose_chunk_size(B.shape[-1]), x.shape[1])
         y, last_state = chunked_scan(drive, log_decay, B.to(dtype), C.to(dtype), state, chunk_size)
         out = _feed_through_and_gate(y, inputs, D, z).to(x.dtype).contiguous()
@@ -104,12 +129,15 @@ def ssd_scan_reference(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    chunk_size: int | None = None,
     D: Tensor | None = None,
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = NO_LIMIT,
-    initial_states: Tensor | None = None,
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The recurrence as it is written, one step at a time; arguments and results of `ssd_scan`.
@@ -123,32 +151,36 @@ def ssd_scan_reference(
         A: Continuous-time decay, real, (heads,).
         B: Input vectors, (batch, length, groups, N).
         C: Read-out vectors, (batch, length, groups, N).
+        chunk_size: Accepted and not used.
         D: Feed-through, (heads,) or (heads, head_dim).
         z: Gate, (batch, length, heads, head_dim).
         dt_bias: Added to dt, (heads,).
+        initial_states: State before the first step, (batch, heads, head_dim, N); zero if None.
+        seq_idx: Index of the text that a step belongs to, integers, (batch, length); one text per row if None.
+        cu_seqlens: Not supported, as are mamba-ssm's `return_varlen_states`, which it is for; pass `seq_idx`.
         dt_softplus: Pass dt through softplus, after the bias.
         dt_limit: Smallest and largest step size, applied last.
-        initial_states: State before the first step, (batch, heads, head_dim, N); zero if None.
-        return_final_states: Also return the state after the last step.
+        return_final_states: Also return the state after the last step, which is that of the last text of a row.
 
     Returns:
         out (batch, length, heads, head_dim), or (out, last state (batch, heads, head_dim, N)).
 
     Raises:
-        ValueError: If a shape, a dtype or `dt_limit` is not as above.
+        ValueError: If a shape, a dtype, `dt_limit` or `chunk_size` is not as above, or `cu_seqlens` is given.
     """
-    _check_options(dt_limit)
-    _check_tensors(x, B, dt=dt, A=A, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states)
+    _check_options(dt_limit, chunk_size, cu_seqlens)
+    _check_tensors(x, B, dt=dt, A=A, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states, seq_idx=seq_idx)
     dtype = _compute_dtype(x, dt, A, B, C, initial_states)
-    inputs, A = x.to(dtype), A.to(dtype)
+    inputs = x.to(dtype)
     steps = _step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+    decay = torch.exp(_log_decay(steps, A, seq_idx))  # (batch, length, heads)
     repeats = x.shape[2] // B.shape[2]
     B, C = (vectors.to(dtype).repeat_interleave(repeats, dim=2) for vectors in (B, C))  # (batch, length, heads, N)
     h = _initial_state(inputs, B, initial_states)
     outputs = []
     for t in range(x.shape[1]):
         step = steps[:, t, :, None, None]  # (batch, heads, 1, 1)
-        h = torch.exp(step * A[:, None, None]) * h + step * inputs[:, t, :, :, None] * B[:, t, :, None, :]
+        h = decay[:, t, :, None, None] * h + step * inputs[:, t, :, :, None] * B[:, t, :, None, :]
         outputs.append((h * C[:, t, :, None, :]).sum(-1))
     out = _feed_through_and_gate(torch.stack(outputs, dim=1), inputs, D, z).to(x.dtype)
     return (out, h) if return_final_states else out
@@ -165,6 +197,7 @@ def ssd_states(
     dt_limit: tuple[float, float] = NO_LIMIT,
     initial_states: Tensor | None = None,
     chunk_size: int = STATES_CHUNK_SIZE,
+    seq_idx: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the states h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, chunk by chunk, without gradients.
 
@@ -180,6 +213,7 @@ def ssd_states(
         dt_limit: Smallest and largest step size, applied last.
         initial_states: State before the first step, (batch, heads, head_dim, N); zero if None.
         chunk_size: Steps per chunk, at least 1; the last chunk may be shorter.
+        seq_idx: Index of the text that a step belongs to, integers, (batch, length); one text per row if None.
 
     Yields:
         States (chunk, batch, heads, head_dim, N) in float32 (or float64). The next chunk uses the buffer again: clone
@@ -189,13 +223,13 @@ def ssd_states(
         ValueError: If a shape, a dtype, `dt_limit` or `chunk_size` is not as above.
     """
     _check_options(dt_limit, chunk_size)
-    _check_tensors(x, B, dt=dt, A=A, dt_bias=dt_bias, initial_states=initial_states)
+    _check_tensors(x, B, dt=dt, A=A, dt_bias=dt_bias, initial_states=initial_states, seq_idx=seq_idx)
     dtype = _compute_dtype(x, dt, A, B, initial_states)
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
     steps = _step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
     drive = (x.to(dtype) * steps[..., None]).transpose(0, 1)  # (length, batch, heads, head_dim)
-    decay = torch.exp(steps * A.to(dtype)).transpose(0, 1)[..., None, None]  # (length, batch, heads, 1, 1)
+    decay = torch.exp(_log_decay(steps, A, seq_idx)).transpose(0, 1)[..., None, None]  # (length, batch, heads, 1, 1)
     B = B.to(dtype).transpose(0, 1)
     states = drive.new_empty(min(chunk_size, length), batch, heads, head_dim, state_size)
     before = _initial_state(drive.transpose(0, 1), B, initial_states)
@@ -239,6 +273,22 @@ def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit:
     return dt if tuple(dt_limit) == (-math.inf, math.inf) else dt.clamp(*dt_limit)
 
 
+def _log_decay(steps: Tensor, A: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """The exponents dt_t A, (batch, length, heads); minus infinity at the first step of every text but a row's first.
+
+    The exponential of that is 0: nothing of the text before is left.
+    """
+    log_decay = steps * A.to(steps.dtype)
+    if seq_idx is None:
+        return log_decay
+    return log_decay.masked_fill(text_starts(seq_idx)[..., None], -math.inf)
+
+
+def text_starts(seq_idx: Tensor) -> Tensor:
+    """Whether a step is the first of a text, but for the first of its row, (batch, length)."""
+    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+
+
 def _feed_through_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     """(y + D x) * silu(z), in the dtype of y, (batch, length, heads, head_dim)."""
     if D is not None:
@@ -252,10 +302,19 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if doubles else torch.float32
 
 
-def _check_options(dt_limit: tuple[float, float], chunk_size: int | None = None) -> None:
+def _check_options(
+    dt_limit: tuple[float, float], chunk_size: int | None = None, cu_seqlens: Tensor | None = None
+) -> None:
     """Raise a ValueError that names the offending value and what is expected."""
+    if isinstance(chunk_size, Tensor):
+        raise ValueError(
+            f"chunk_size is a tensor {tuple(chunk_size.shape)}; it is the sixth argument and a number of steps, "
+            "and D comes after it, as in mamba-ssm."
+        )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it is a number of steps and must be at least 1.")
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens is not supported; pass the texts of a row as seq_idx, (batch, length).")
     if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit is {dt_limit}; expected the smallest and the largest step size.")
 
@@ -284,6 +343,7 @@ def _check_tensors(x: Tensor, B: Tensor, **others: Tensor | None) -> None:
         "z": (others.get("z"), x.shape),
         "dt_bias": (others.get("dt_bias"), (heads,)),
         "initial_states": (others.get("initial_states"), (batch, heads, head_dim, B.shape[3])),
+        "seq_idx": (others.get("seq_idx"), (batch, length)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is None:
@@ -293,5 +353,8 @@ def _check_tensors(x: Tensor, B: Tensor, **others: Tensor | None) -> None:
                 f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)} with x {tuple(x.shape)} and "
                 f"B {tuple(B.shape)}."
             )
-        if not tensor.is_floating_point():
+        if name == "seq_idx":
+            if tensor.is_floating_point() or tensor.is_complex():
+                raise ValueError(f"seq_idx is {tensor.dtype}; expected an integer dtype.")
+        elif not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; expected a real floating point dtype.")

@@ -10,6 +10,7 @@ from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from hf_compressm.models import CompreSSMamba2Mixer, adopt, own_class, own_config_class
+from hf_compressm.models.modeling_compressm_mamba import CompreSSMambaBlock, CompreSSMambaMixer
 from tests.models.cases import LRU, VOCAB_SIZE, enable_checkpointing, tokens
 from tests.models.cases_mamba import MAMBA, MAMBA2, MAMBA_FAMILIES
 
@@ -35,8 +36,8 @@ def test_the_classes_of_a_family(family):
         assert own_class(stock) is own_class(own) is own
     assert own_config_class(family.stock_config) is own_config_class(family.config_class) is family.config_class
     assert own_class(Mamba2Mixer) is own_class(CompreSSMamba2Mixer) is CompreSSMamba2Mixer
-    assert own_class(MambaMixer) is MambaMixer
-    assert own_class(MambaBlock) is MambaBlock
+    assert own_class(MambaMixer) is own_class(CompreSSMambaMixer) is CompreSSMambaMixer
+    assert own_class(MambaBlock) is own_class(CompreSSMambaBlock) is CompreSSMambaBlock
     assert own_class(nn.Linear) is None
     assert own_class(type("Sub", (family.stock_causal,), {})) is None
     assert own_config_class(LlamaConfig) is None

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
 from tests.caches import as_cache, cache_of
 from tests.models.cases import perturbed, tokens
 from tests.models.cases_mamba import MAMBA2, left_padded
@@ -228,3 +229,21 @@ def test_autocast_trains_a_projected_model_as_it_does_the_stock_one():
 
 def test_the_printed_model_shows_its_sizes():
     assert "state_size=3, conv_state_size=5" in str(MAMBA2.causal_model())
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_packed_texts_stay_apart_with_the_fast_scan(projected):
+    texts = (4, 1, 7)
+    model = MAMBA2.causal_model(**(PROJECTED if projected else {})).backbone
+    row = tokens(1, sum(texts))
+    seq_idx = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), torch.tensor(texts))[None]
+    enable_fast_selective_scan()
+    try:
+        parts = [model(text, use_cache=False).last_hidden_state for text in row.split(texts, dim=1)]
+        actual = model(row, seq_idx=seq_idx, use_cache=False).last_hidden_state
+        together = model(row, use_cache=False).last_hidden_state
+    finally:
+        disable_fast_selective_scan()
+    expected = torch.cat(parts, dim=1)
+    assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert (together - expected).abs().max() > 100 * TOLERANCE

@@ -3,16 +3,24 @@ import copy
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 
 from tests.caches import cache_of
 from tests.models.cases import FAMILIES, LRU, enable_checkpointing, tokens
+from tests.models.cases_mamba import MAMBA_FAMILIES
 
 
 TOLERANCE = 1e-5  # float32: a recurrence step by step against the scan of the whole sequence
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 PER_LAYER = {"per_layer_config": {"0": {"state_size": 4}}}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MAMBA_FAMILIES], ids=lambda family: family.name)
+def test_the_class_itself_names_the_mixin_of_generation(family):
+    """transformers looks among the direct bases, in its common tests and where a class becomes custom code."""
+    assert GenerationMixin in family.causal_class.__bases__
+    assert family.causal_class.can_generate()
 
 
 @families

@@ -84,6 +84,61 @@ def test_equals_reference(case, block_entries, poisoned_empty, monkeypatch):
     assert_all_close(actual, outputs_and_gradients(selective_scan_reference, arguments))
 
 
+FORMS = ("shared", "constant", "1 group", "2 groups", "3 groups", "a group per channel")
+
+
+def vectors(form, batch=2, channels=6, N=4, length=19):
+    """B or C in one of the forms that mamba-ssm takes."""
+    groups = {"1 group": 1, "2 groups": 2, "3 groups": 3, "a group per channel": channels}
+    shapes = {"shared": (batch, N, length), "constant": (channels, N)}
+    shape = shapes.get(form) or (batch, groups[form], N, length)
+    return torch.randn(shape, dtype=torch.float64).requires_grad_()
+
+
+def of_channel(tensor, channel, channels=6, length=19):
+    """What one channel reads of B or C, in the shared form."""
+    if tensor.dim() == 2:
+        return tensor[channel, None, :, None].expand(2, -1, length)
+    return tensor if tensor.dim() == 3 else tensor[:, channel * tensor.shape[1] // channels]
+
+
+@pytest.mark.parametrize("C_form", FORMS)
+@pytest.mark.parametrize("B_form", FORMS)
+@pytest.mark.parametrize("scan", [selective_scan, selective_scan_reference])
+def test_forms_of_B_and_C(scan, B_form, C_form):
+    arguments = make(2, 6, 4, 19)
+    arguments[3:5] = vectors(B_form), vectors(C_form)
+    u, delta, A, B, C, D, z, delta_bias = arguments
+    one_by_one = [
+        selective_scan_reference(
+            u[:, c : c + 1],
+            delta[:, c : c + 1],
+            A[c : c + 1],
+            of_channel(B, c),
+            of_channel(C, c),
+            *(D[c : c + 1], z[:, c : c + 1], delta_bias[c : c + 1]),
+            delta_softplus=True,
+            return_last_state=True,
+        )
+        for c in range(6)
+    ]
+    together = [torch.cat(parts, dim=1) for parts in zip(*one_by_one, strict=True)]
+    expected = outputs_and_gradients(lambda *given, **options: together, arguments)
+    assert_all_close(outputs_and_gradients(scan, arguments), expected)
+
+
+def test_groups_run_fast(monkeypatch):
+    arguments = make(2, 6, 4, 19, requires_grad=False)
+    arguments[3:5] = vectors("2 groups").detach(), vectors("3 groups").detach()
+    expected = selective_scan_reference(*arguments, delta_softplus=True)
+    bare = [*arguments[:5], None, None, None]
+    bare_expected = selective_scan_reference(*bare, delta_softplus=True)
+    monkeypatch.setattr(selective, "selective_scan_reference", None)
+    assert (selective_scan(*arguments, delta_softplus=True) - expected).abs().max() <= ROUND_OFF * expected.abs().max()
+    out = selective_scan(*bare, delta_softplus=True)
+    assert (out - bare_expected).abs().max() <= ROUND_OFF * bare_expected.abs().max()
+
+
 @pytest.mark.parametrize("missing", ["D", "z", "delta_bias"])
 @pytest.mark.parametrize("softplus", [False, True])
 def test_optional_arguments(missing, softplus):
@@ -185,6 +240,10 @@ def test_states_read_out_to_the_outputs(chunk_size, poisoned_empty):
         ("A", torch.zeros(3, 5, dtype=torch.complex64), "A is torch.complex64; expected a real"),
         ("B", torch.zeros(2, 4, 7), r"B has shape \(2, 4, 7\); expected \(2, 5, 7\)"),
         ("C", torch.zeros(2, 7, 5), r"C has shape \(2, 7, 5\); expected \(2, 5, 7\)"),
+        ("B", torch.zeros(3, 4), r"B has shape \(3, 4\); expected \(3, 5\)"),
+        ("B", torch.zeros(2, 2, 5, 7), r"B has shape \(2, 2, 5, 7\); expected \(2, 5, 7\)"),  # 2 groups, 3 channels
+        ("C", torch.zeros(2, 3, 5, 6), r"C has shape \(2, 3, 5, 6\); expected \(2, 3, 5, 7\)"),
+        ("C", torch.zeros(5), r"C has shape \(5,\); expected \(2, 5, 7\)"),
         ("D", torch.zeros(3, 1), r"D has shape \(3, 1\); expected \(3,\)"),
         ("z", torch.zeros(2, 4, 7), r"z has shape \(2, 4, 7\)"),
         ("delta_bias", torch.zeros(4), r"delta_bias has shape \(4,\)"),
@@ -195,6 +254,13 @@ def test_bad_arguments(scan, name, value, message):
     arguments = dict(zip(NAMES, make(2, 3, 5, 7, requires_grad=False), strict=True))
     with pytest.raises(ValueError, match=message):
         scan(**{**arguments, name: value})
+
+
+@pytest.mark.parametrize("B", [torch.zeros(3, 5), torch.zeros(2, 3, 5, 7)])
+def test_states_need_shared_vectors(B):
+    u, delta, A, *_ = make(2, 3, 5, 7, requires_grad=False)
+    with pytest.raises(ValueError, match=r"B has shape .*; expected \(batch, N, length\), shared by all channels"):
+        next(selective_states(u, delta, A, B))
 
 
 def test_bad_chunk_size():

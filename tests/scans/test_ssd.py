@@ -66,6 +66,14 @@ def outputs_and_gradients(scan, arguments, **options):
     return {"out": out, "last": last, **dict(zip(arguments, gradients, strict=True))}
 
 
+def packed(arguments, texts):
+    """An index that changes from text to text, the same pattern shifted by one step in every further row."""
+    batch, length = arguments["x"].shape[:2]
+    row = torch.repeat_interleave(torch.arange(len(texts)) % 2, torch.tensor(texts))  # 0 1 0: an index may come back
+    assert len(row) == length
+    return torch.stack([torch.roll(row, shift) for shift in range(batch)])
+
+
 def assert_all_close(actual, expected, tolerance=ROUND_OFF):
     for name, right in expected.items():
         left, scale = actual[name], max(1.0, right.abs().max().item())
@@ -100,6 +108,57 @@ def test_chunk_size_does_not_matter(chunk_size):
     arguments = make(2, 40, 4, 3, 2, 5)
     actual = outputs_and_gradients(ssd_scan, arguments, chunk_size=chunk_size)
     assert_all_close(actual, outputs_and_gradients(ssd_scan_reference, arguments))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 32, 1000])
+@pytest.mark.parametrize("texts", [(70,), (1, 69), (69, 1), (32, 32, 6), (5, 1, 1, 40, 23)])
+def test_packed_texts_equal_the_reference(texts, chunk_size, poisoned_empty):
+    arguments = make(3, 70, 4, 3, 2, 5)
+    options = {"seq_idx": packed(arguments, texts), "chunk_size": chunk_size}
+    actual = outputs_and_gradients(ssd_scan, arguments, **options)
+    assert_all_close(actual, outputs_and_gradients(ssd_scan_reference, arguments, **options))
+
+
+@pytest.mark.parametrize("scan", [ssd_scan, ssd_scan_reference])
+def test_packed_texts_run_as_if_apart(scan):
+    texts = (5, 1, 40, 24)
+    arguments = make(1, 70, 4, 3, 2, 5, requires_grad=False)
+    seq_idx = torch.repeat_interleave(torch.tensor([3, 0, 7, 3]), torch.tensor(texts))[None]
+    out, last = scan(**arguments, seq_idx=seq_idx, dt_softplus=True, return_final_states=True)
+    state, start = arguments.pop("initial_states"), 0  # which belongs to the first text
+    for length in texts:
+        text = slice(start, start + length)
+        parts = {
+            name: tensor[:, text] if name in ("x", "dt", "B", "C", "z") else tensor
+            for name, tensor in arguments.items()
+        }
+        alone, last_alone = scan(**parts, initial_states=state, dt_softplus=True, return_final_states=True)
+        assert (out[:, text] - alone).abs().max() <= ROUND_OFF * alone.abs().max()
+        state, start = None, start + length
+    assert (last - last_alone).abs().max() <= ROUND_OFF * last_alone.abs().max()
+
+
+def test_nothing_of_a_text_reaches_the_next_in_float32():
+    arguments = make(2, 40, 4, 3, 2, 5, dtype=torch.float32, requires_grad=False)
+    arguments["A"].zero_()  # no decay: a state lives for ever
+    arguments["z"] = None
+    loud = {**arguments, "x": arguments["x"].clone(), "initial_states": arguments["initial_states"] * 1e6}
+    loud["x"][:, :13] *= 1e6
+    seq_idx = (torch.arange(40) >= 13).long().expand(2, -1)
+    quiet, loud = (ssd_scan(**given, seq_idx=seq_idx, dt_softplus=True) for given in (arguments, loud))
+    assert torch.equal(quiet[:, 13:], loud[:, 13:])
+
+
+def test_arguments_by_position_are_those_of_mamba_ssm():
+    arguments = make(2, 40, 4, 3, 2, 5, requires_grad=False)
+    x, dt, A, B, C, D, z, dt_bias, initial_states = (arguments[name] for name in NAMES)
+    seq_idx = packed(arguments, (15, 25))
+    options = {"seq_idx": seq_idx, "dt_softplus": True, "dt_limit": (0.1, 2.0), "return_final_states": True}
+    expected = ssd_scan(**arguments, **options)
+    for scan in (ssd_scan, ssd_scan_reference):
+        in_order = scan(x, dt, A, B, C, 16, D, z, dt_bias, initial_states, seq_idx, None, True, (0.1, 2.0), True)
+        for left, right in zip(in_order, expected, strict=True):
+            assert (left - right).abs().max() <= ROUND_OFF * right.abs().max()
 
 
 @pytest.mark.parametrize("missing", ["D", "z", "dt_bias", "initial_states"])
@@ -263,6 +322,17 @@ def test_states_read_out_to_the_outputs(chunk_size, poisoned_empty):
     assert (states[-1] - last).abs().max() <= ROUND_OFF * last.abs().max()
 
 
+@pytest.mark.parametrize("chunk_size", [1, 16, 64])
+def test_states_of_packed_texts(chunk_size):
+    arguments = make(2, 50, 4, 3, 2, 5, requires_grad=False)
+    seq_idx = packed(arguments, (16, 3, 31))
+    named = {name: arguments[name] for name in STATES_NAMES}
+    states = torch.cat([chunk.clone() for chunk in ssd_states(**named, seq_idx=seq_idx, chunk_size=chunk_size)])
+    expected = ssd_scan_reference(**{**arguments, "D": None, "z": None}, seq_idx=seq_idx)
+    C = arguments["C"].repeat_interleave(2, dim=2)
+    assert (torch.einsum("lbhpn,blhn->blhp", states, C) - expected).abs().max() <= ROUND_OFF * expected.abs().max()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -281,6 +351,10 @@ def test_states_read_out_to_the_outputs(chunk_size, poisoned_empty):
         ("z", torch.zeros(2, 7, 4, 4), r"z has shape \(2, 7, 4, 4\)"),
         ("dt_bias", torch.zeros(3), r"dt_bias has shape \(3,\)"),
         ("initial_states", torch.zeros(2, 4, 5, 3), r"initial_states has shape \(2, 4, 5, 3\)"),
+        ("seq_idx", torch.zeros(2, 6, dtype=torch.int32), r"seq_idx has shape \(2, 6\); expected \(2, 7\)"),
+        ("seq_idx", torch.zeros(2, 7), "seq_idx is torch.float32; expected an integer"),
+        ("cu_seqlens", torch.tensor([0, 3, 7]), "cu_seqlens is not supported; pass .* as seq_idx"),
+        ("chunk_size", torch.zeros(4), "chunk_size is a tensor .* D comes after it, as in mamba-ssm"),
         ("dt_limit", (1.0, 0.0), r"dt_limit is \(1.0, 0.0\)"),
         ("dt_limit", (math.nan, 1.0), r"dt_limit is \(nan, 1.0\)"),
     ],

@@ -274,23 +274,58 @@ def test_explicit_mambapy_is_obeyed(fast_calls, monkeypatch):
     assert len(fast_calls) == 2
 
 
-@pytest.mark.parametrize("kind", ["selective", "ssd"])
-def test_packed_sequences_are_left_to_stock(kind, fast_calls):
-    cube, four = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, 4)
-    options = {"seq_idx": torch.zeros(1, 4)}
+def test_packed_sequences_of_mamba_1_are_left_to_stock(fast_calls):
+    cube, options = torch.zeros(1, 4, 4), {"seq_idx": torch.zeros(1, 4, dtype=torch.int32)}
     answers = []
     for _ in range(2):  # an error in some versions of transformers, the plain code in others
         try:
-            if kind == "selective":
-                result = modeling.mamba_selective_scan(cube, cube, torch.zeros(4, 4), cube, cube, **options)
-            else:
-                result = modeling2.mamba2_chunk_scan(four, cube, torch.zeros(4), four, four, chunk_size=4, **options)
-            answers.append(str(result.shape))
+            answers.append(modeling.mamba_selective_scan(cube, cube, torch.zeros(4, 4), cube, cube, **options).shape)
         except ValueError as error:
             answers.append(str(error))
         enable_fast_selective_scan()
     assert answers[0] == answers[1]
     assert not fast_calls
+
+
+MAMBA_2 = [family for family, jobs in stock._FAMILIES.items() if jobs is stock._MAMBA2]
+
+
+# The head of Mamba-2 does not pass `seq_idx` on, and the attention of GraniteMoeHybrid knows no packed texts.
+@pytest.mark.parametrize("family", [family for family in MAMBA_2 if family != "granitemoehybrid"])
+def test_packed_texts_of_mamba_2_stay_apart(family, fast_calls):
+    texts = (9, 1, 2, 25)
+    model, tokens = make_model(family).base_model, make_tokens(sum(texts))[:1]
+    enable_fast_selective_scan()
+    parts = [model(part, use_cache=False).last_hidden_state for part in tokens.split(texts, dim=1)]
+    expected = torch.cat(parts, dim=1)
+    packed = {
+        "seq_idx": torch.repeat_interleave(torch.arange(4, dtype=torch.int32), torch.tensor(texts))[None],
+        "position_ids": torch.cat([torch.arange(length) for length in texts])[None],
+    }
+    fast_calls.clear()
+    actual = model(tokens, use_cache=False, **packed).last_hidden_state
+    assert len(fast_calls) == SCANS[family]
+    assert (actual - expected).abs().max() <= SINGLE_ROUND_OFF * expected.abs().max()
+    together = model(tokens, use_cache=False).last_hidden_state
+    assert (together - expected).abs().max() > 100 * SINGLE_ROUND_OFF * expected.abs().max()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_packed_convolution_equals_that_of_each_text(bias, activation):
+    texts = (1, 2, 7, 1)
+    x, weight = torch.randn(2, 6, sum(texts)), torch.randn(6, 4)
+    given = weight, torch.randn(6) if bias else None, activation
+    expected = torch.cat([modeling2.causal_conv1d_fn(part, *given) for part in x.split(texts, dim=-1)], dim=-1)
+    enable_fast_selective_scan()
+    seq_idx = torch.repeat_interleave(torch.tensor([0, 1, 0, 1]), torch.tensor(texts)).expand(2, -1)
+    actual = modeling2.causal_conv1d_fn(x, *given, seq_idx=seq_idx)
+    assert (actual - expected).abs().max() <= SINGLE_ROUND_OFF * expected.abs().max()
+    earlier = torch.randn(2, 6, 3)  # what a cache holds
+    actual = modeling2.causal_conv1d_fn(torch.cat([earlier, x], dim=-1), *given, seq_idx=seq_idx)[..., 3:]
+    first = modeling2.causal_conv1d_fn(torch.cat([earlier, x[..., :1]], dim=-1), *given)[..., 3:]
+    expected = torch.cat([first, expected[..., 1:]], dim=-1)
+    assert (actual - expected).abs().max() <= SINGLE_ROUND_OFF * expected.abs().max()
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
