@@ -239,7 +239,7 @@ class Family(ABC):
         per_layer: whether all of the family's model classes hold a size per layer.
         criteria: supported criteria; the default is the first one, or without data the first that needs none.
         data_criteria: criteria that are measured on data.
-        separates_texts: whether a layer starts anew where its argument `seq_idx` changes.
+        tells_texts_apart_by: arguments of packed rows by which its models let no state pass from one text to the next.
     """
 
     name: str
@@ -248,7 +248,7 @@ class Family(ABC):
     per_layer: bool
     criteria: tuple[str, ...]
     data_criteria: frozenset[str] = field(default=frozenset({"empirical", "surrogate", "interpolative"}))
-    separates_texts: bool = False
+    tells_texts_apart_by: frozenset[str] = frozenset()
 
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
         """The criterion to use for `wanted`, which may be `"auto"`.

@@ -98,8 +98,11 @@ class Reduction:
     from_reduced: Tensor  # (2 slots, 2r)
 
 
+@dataclass(frozen=True)
 class LinearFamily(Family):
     """Family of layers with a diagonal linear time-invariant system."""
+
+    tells_texts_apart_by: frozenset[str] = frozenset({"cu_seq_lens_q", "position_ids", "seq_idx"})
 
     @abstractmethod
     def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:

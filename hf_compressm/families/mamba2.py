@@ -78,7 +78,7 @@ class Mamba2Family(SelectiveFamily):
     """Family of `Mamba2Mixer`, the Mamba-2 mixers of hybrids, and `mamba_ssm.Mamba2`."""
 
     reads_out: bool = False
-    separates_texts: bool = True
+    tells_texts_apart_by: frozenset[str] = frozenset({"seq_idx"})
 
     def state_entries(self, module: Any) -> int:
         """One number for each channel and state."""

@@ -120,7 +120,7 @@ class SelectiveFamily(Family):
         """The inputs of one call, `(batch, length, hidden)`, with their masks; packed texts one by one."""
         hidden_states = args[0] if args else kwargs[self.input_name]
         mask, seq_idx = kwargs.get("attention_mask"), kwargs.get("seq_idx")
-        if seq_idx is None or not self.separates_texts:
+        if seq_idx is None or "seq_idx" not in self.tells_texts_apart_by:
             yield hidden_states, mask
             return
         begins = torch.ones_like(seq_idx, dtype=torch.bool)

@@ -142,12 +142,13 @@ class Calibration:
 def warn_of_packed_texts(model: nn.Module, inputs: Any) -> None:
     """Warn if a batch has several texts in one row, and states run from one into the next."""
     found = dict(_packings(inputs))
-    blind = sorted({layer.family.name for layer in find_layers(model) if not layer.family.separates_texts})
-    if not found or ("seq_idx" in found and not blind):
+    families = {layer.family for layer in find_layers(model)}
+    blind = sorted(family.name for family in families if not family.tells_texts_apart_by & found.keys())
+    if not found or not blind:
         return
     logger.warning(
         f"The batches are packed, several texts in one row ({next(iter(found.values()))}), and the state of "
-        f"{', '.join(blind) or 'the'} layers runs from one text into the next, in training and therefore in "
+        f"{', '.join(blind)} layers runs from one text into the next, in training and therefore in "
         "calibration. Pad instead of packing, or give Mamba-2 layers `seq_idx` "
         "(DataCollatorWithFlattening(return_seq_idx=True))."
     )
