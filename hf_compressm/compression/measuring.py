@@ -9,7 +9,7 @@ from transformers.utils import logging
 from hf_compressm.compression.choices import LayerChoice, check_settings
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.families import Measurement, Statistics, collect_statistics
+from hf_compressm.families import Measurement, SSMLayer, Statistics, collect_statistics
 from hf_compressm.utils.processes import Processes
 from hf_compressm.utils.threads import for_each
 
@@ -47,14 +47,19 @@ def from_measurements(
     return processes.first(measured, model)
 
 
-def try_calibration(model: nn.Module, request: CutRequest) -> None:
-    """Run the calibration batches as a cut would, and forget what they show.
+def try_calibration(model: nn.Module, request: CutRequest) -> list[tuple[SSMLayer, Statistics | None]]:
+    """Run the calibration batches as a cut would.
+
+    Returns:
+        The layers, each with what the batches show of it in this process.
 
     Raises:
         ValueError: if one of them cannot be used.
     """
     with request.processes.together():
-        _collect(model, check_settings(model, request.config, calibrated=True), request)
+        choices = check_settings(model, request.config, calibrated=True)
+        seen = _collect(model, choices, request)
+    return [(choice.layer, item) for choice, item in zip(choices, seen, strict=True)]
 
 
 def _collect(model: nn.Module, choices: Sequence[LayerChoice], request: CutRequest) -> list[Statistics | None]:

@@ -171,12 +171,14 @@ class Statistics(ABC):
     Attributes:
         sums: tensors summed over batches, by name, float64 on the CPU; `calls` and `tokens` are among them.
         samples: rows of signals by name, one tensor per batch.
+        told_apart: whether the layer was told which texts of a packed row are apart, if its family listens to that.
     """
 
     def __init__(self) -> None:
         """Start with nothing seen."""
         self.sums: dict[str, Tensor] = {}
         self.samples: dict[str, list[Tensor]] = {}
+        self.told_apart = True
         self._call: dict[str, Tensor] = {}  # sums of the present call, on the layer's device
 
     @property
@@ -221,6 +223,24 @@ class Statistics(ABC):
     @abstractmethod
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Add up what one forward call of the layer shows; `tokens` must be among the sums."""
+
+
+SAMPLES_PER_STATE = 4
+"""Tokens of a batch, for each state, on which covariances are measured at least, if there are as many."""
+LARGEST_STRIDE = 16
+
+
+def sampling_stride(signal: Tensor, mask: Tensor | None, size: int) -> int:
+    """A power of two: of the states of a long batch, those after every so many steps suffice for their covariance.
+
+    Args:
+        signal: any signal of the layer, `(batch, length, ...)`.
+        mask: `(batch, length)`, 1 for real tokens, or None if all are. It is counted, so that padding changes nothing.
+        size: states of a channel.
+    """
+    tokens = signal.shape[0] * signal.shape[1] if mask is None else int(mask.sum())
+    enough = min(tokens // (SAMPLES_PER_STATE * size), signal.shape[1], LARGEST_STRIDE)
+    return 1 << max(enough.bit_length() - 1, 0)
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:

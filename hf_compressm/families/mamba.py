@@ -29,6 +29,7 @@ from hf_compressm.families.family import (
     SSMLayer,
     Statistics,
     kept_order,
+    sampling_stride,
 )
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import (
@@ -57,19 +58,26 @@ class ScanInputs:
     z: Tensor  # (batch, groups, channels, length)
     mask: Tensor  # (batch, length), 1 for real tokens and 0 for padding
 
-    def states(self) -> Iterator[Tensor]:
-        """States in chunks of time, (steps, batch, groups, channels, N)."""
+    def states(self, every: int) -> Iterator[Tensor]:
+        """States after every so many steps, in chunks of time, (steps, batch, groups, channels, N)."""
         groups = range(self.A.shape[0])
         streams = [selective_states(self.u[:, g], self.delta[:, g], self.A[g], self.B[:, g]) for g in groups]
+        kept = slice(every - 1, None, every)  # chunks have a multiple of `every` steps, but for the last
         if len(streams) == 1:  # most layouts: no copy
-            return (chunk.unsqueeze(2) for chunk in streams[0])
-        return (torch.stack(chunks, dim=2) for chunks in zip(*streams, strict=True))
+            return (chunk[kept].unsqueeze(2) for chunk in streams[0])
+        return (torch.stack([chunk[kept] for chunk in chunks], dim=2) for chunks in zip(*streams, strict=True))
 
-    def signals(self, out_weight: Tensor) -> Signals:
-        """The signals to measure; `out_weight` `(hidden, groups * channels)` is that of the output projection."""
+    def signals(self, out_weight: Tensor, every: int) -> Signals:
+        """The signals to measure, with the states after every so many steps.
+
+        Args:
+            out_weight: weight of the output projection, `(hidden, groups * channels)`.
+            every: a power of two.
+        """
         gain = F.silu(self.z).abs() * out_weight.to(self.z.dtype).norm(dim=0).view(*self.z.shape[1:3], 1)
         gain = (gain * self.mask[:, None, None]).permute(3, 0, 1, 2)
-        return Signals(self.states(), gain, self.B.permute(0, 3, 1, 2), self.C.permute(0, 3, 1, 2), self.mask)
+        B, C = self.B.permute(0, 3, 1, 2), self.C.permute(0, 3, 1, 2)
+        return Signals(self.states(every), every, gain, B, C, self.mask)
 
 
 class SurrogateStatistics(Statistics):
@@ -132,7 +140,8 @@ class MambaFamily(SelectiveFamily):
     def signals(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
         """The signals of the layer's scan."""
         inputs = self.scan_inputs(module, hidden_states, attention_mask)
-        return inputs.signals(effective_weight(module.out_proj))
+        every = sampling_stride(hidden_states, attention_mask, self.state_size(module))
+        return inputs.signals(effective_weight(module.out_proj), every)
 
     def statistics(self, module: Any, criterion: str) -> Statistics | None:
         """An empty accumulator; all criteria need data."""

@@ -31,6 +31,7 @@ from hf_compressm.families.family import (
     SSMLayer,
     Statistics,
     kept_order,
+    sampling_stride,
 )
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import Selection, SelectiveFamily, Signals, float64, parameter_name
@@ -107,9 +108,11 @@ class Mamba2Family(SelectiveFamily):
         real = dt.new_ones(dt.shape[:2]) if attention_mask is None else attention_mask.to(dtype)
         y = cast(Tensor, ssd_scan(x, dt, A, B, C, D=_feed_through(module, shape)))
         gain = _loudness(module, y, z) * real[..., None, None]
-        states = (chunk.unflatten(2, (shape.groups, -1)).flatten(3, 4) for chunk in ssd_states(x, dt, A, B))
+        every = sampling_stride(x, attention_mask, B.shape[-1])
+        chunks = ssd_states(x, dt, A, B, every=every)
+        states = (chunk.unflatten(2, (shape.groups, -1)).flatten(3, 4) for chunk in chunks)
         gain = gain.transpose(0, 1).unflatten(2, (shape.groups, -1)).flatten(3, 4)
-        return Signals(states, gain, B, C, real)
+        return Signals(states, every, gain, B, C, real)
 
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
         """Empirical HSVs, and the order in which states, or balanced states, are kept."""

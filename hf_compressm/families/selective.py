@@ -43,6 +43,7 @@ class Signals:
     """What a layer's scan computes in one forward call, in float32 at least."""
 
     states: Iterator[Tensor]  # chunks in time, (steps, batch, groups, channels, N), which may be overwritten
+    every: int  # the states are those after every so many steps
     gain: Tensor  # (length, batch, groups, channels), 0 at padding
     B: Tensor  # (batch, length, groups, N)
     C: Tensor  # (batch, length, groups, N)
@@ -70,19 +71,23 @@ class CovarianceStatistics(Statistics):
 
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Add up P, Q and, where a read-out cannot be folded in, M."""
+        self.told_apart = kwargs.get("seq_idx") is not None
         for hidden_states, mask in self.family.texts(args, kwargs):
             self._add_up(self.family.signals(module, hidden_states, mask))
 
     def _add_up(self, signals: Signals) -> None:
-        self.add("tokens", signals.mask.sum())
+        tokens, every = signals.mask.sum(), signals.every
+        self.add("tokens", tokens)
+        gains, reads = signals.gain[every - 1 :: every], signals.C[:, every - 1 :: every].transpose(0, 1)
+        share = tokens / signals.mask[:, every - 1 :: every].sum().clamp_min(1)
         with maybe_autocast(device_type=signals.B.device.type, enabled=False):
             start = 0
             for states in signals.states:
-                weighted = states.mul_(signals.gain[start : start + states.shape[0], ..., None])
-                self.add("P", _second_moment(weighted.movedim(2, 0)))
+                weighted = states.mul_(gains[start : start + states.shape[0], ..., None])
+                self.add("P", share * _second_moment(weighted.movedim(2, 0)))
                 if not self.family.reads_out:
-                    read = signals.C[:, start : start + states.shape[0]].transpose(0, 1).unsqueeze(3)
-                    self.add("M", _second_moment((weighted * read).movedim(2, 0)))
+                    read = reads[start : start + states.shape[0]].unsqueeze(3)
+                    self.add("M", share * _second_moment((weighted * read).movedim(2, 0)))
                 start += states.shape[0]
             self.add("Q", _second_moment((signals.C * signals.mask[..., None, None]).movedim(2, 0)))
         if self.family.sampled_tokens:

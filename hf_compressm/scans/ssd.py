@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ssd_chunks import chunked_scan
+from .ssd_chunks import chunked_scan, states_after_chunks
 from .transforms import is_transformed
 
 
@@ -198,6 +198,7 @@ def ssd_states(
     initial_states: Tensor | None = None,
     chunk_size: int = STATES_CHUNK_SIZE,
     seq_idx: Tensor | None = None,
+    every: int = 1,
 ) -> Iterator[Tensor]:
     """Yield the states h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, chunk by chunk, without gradients.
 
@@ -214,6 +215,7 @@ def ssd_states(
         initial_states: State before the first step, (batch, heads, head_dim, N); zero if None.
         chunk_size: Steps per chunk, at least 1; the last chunk may be shorter.
         seq_idx: Index of the text that a step belongs to, integers, (batch, length); one text per row if None.
+        every: Yield only the states after every `every`-th step, one in each chunk; those between are not computed.
 
     Yields:
         States (chunk, batch, heads, head_dim, N) in float32 (or float64). The next chunk uses the buffer again: clone
@@ -231,6 +233,12 @@ def ssd_states(
     drive = (x.to(dtype) * steps[..., None]).transpose(0, 1)  # (length, batch, heads, head_dim)
     decay = torch.exp(_log_decay(steps, A, seq_idx)).transpose(0, 1)[..., None, None]  # (length, batch, heads, 1, 1)
     B = B.to(dtype).transpose(0, 1)
+    if every > 1:
+        rows, vectors = drive.transpose(0, 1), B.transpose(0, 1)
+        before = _initial_state(rows, vectors, initial_states)
+        for state in states_after_chunks(rows, _log_decay(steps, A, seq_idx), vectors, before, every):
+            yield state[None]
+        return
     states = drive.new_empty(min(chunk_size, length), batch, heads, head_dim, state_size)
     before = _initial_state(drive.transpose(0, 1), B, initial_states)
     for start in range(0, length, chunk_size):

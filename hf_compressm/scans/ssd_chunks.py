@@ -23,6 +23,7 @@ whole * S + (to_end * drive)^T B. Backward, the products are the transposes of t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -131,6 +132,29 @@ def chunked_scan(
     chunked = (_into_chunks(tensor, chunk_size) for tensor in (drive, log_decay, B, C))
     y, last_state = _ChunkedScan.apply(*chunked, state)
     return y.flatten(1, 2)[:, :length], last_state
+
+
+def states_after_chunks(
+    drive: Tensor, log_decay: Tensor, B: Tensor, state: Tensor, chunk_size: int
+) -> Iterator[Tensor]:
+    """Yield the states after every whole chunk, (batch, heads, head_dim, N), each a tensor of its own.
+
+    Args:
+        drive: (batch, length, heads, head_dim).
+        log_decay: (batch, length, heads).
+        B: (batch, length, groups, N).
+        state: State before the first step, (batch, heads, head_dim, N).
+        chunk_size: Steps per chunk, T.
+    """
+    groups, head_dim = B.shape[2], drive.shape[3]
+    log_decay = log_decay.clamp(min=_floor(log_decay.dtype))
+    for start in range(0, drive.shape[1] - chunk_size + 1, chunk_size):
+        x, logarithms, b = (tensor[:, None, start : start + chunk_size] for tensor in (drive, log_decay, B))
+        decays = _decays(logarithms, groups, head_dim)
+        written = torch.matmul(_by_group(x * decays.to_end, groups).mT, b.transpose(2, 3))[:, 0]
+        before = state.reshape(written.shape)
+        state = torch.addcmul(written, decays.whole[:, 0], before).view(state.shape)
+        yield state.clone()
 
 
 def _blocks(drive: Tensor) -> list[slice]:

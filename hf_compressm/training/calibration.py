@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_compressm.compression import CutRequest, check_settings, try_calibration
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.families import find_layers
+from hf_compressm.families import SSMLayer, Statistics
 from hf_compressm.training.recent import RecentBatches
 from hf_compressm.utils.processes import Processes
 
@@ -111,15 +111,17 @@ class Calibration:
                 "calibration are taken. Pass batches of model inputs: CompreSSMCallback(config, calibration=loader)."
             )
         if self._measures and self._loader is None:
-            warn_of_packed_texts(model, batches[0].inputs)
             try:
-                try_calibration(model, CutRequest(self._config, batches, processes=processes, forward=self.recent.run))
+                seen = try_calibration(
+                    model, CutRequest(self._config, batches, processes=processes, forward=self.recent.run)
+                )
             except ValueError as error:
                 raise ValueError(
                     f"{error} (It is the batch of the first step, run again by {type(self._trainer).__name__}."
                     "compute_loss in evaluation mode and without gradients. If that cannot work, pass batches of "
                     "model inputs: CompreSSMCallback(config, calibration=loader).)"
                 ) from error
+            warn_of_packed_texts(seen, batches[0].inputs)
 
     def save(self, folder: Path) -> None:
         """Write the batches of this process that a run needs if it resumes from this checkpoint."""
@@ -139,11 +141,17 @@ class Calibration:
         return self._judges or (self._measures and self._loader is None)
 
 
-def warn_of_packed_texts(model: nn.Module, inputs: Any) -> None:
-    """Warn if a batch has several texts in one row, and states run from one into the next."""
+def warn_of_packed_texts(seen: Sequence[tuple[SSMLayer, Statistics | None]], inputs: Any) -> None:
+    """Warn if a batch has several texts in one row, and states run from one into the next.
+
+    Args:
+        seen: the layers, each with what the batch shows of it.
+        inputs: the batch.
+    """
     found = dict(_packings(inputs))
-    families = {layer.family for layer in find_layers(model)}
-    blind = sorted(family.name for family in families if not family.tells_texts_apart_by & found.keys())
+    told = [layer for layer, item in seen if item is None or item.told_apart]
+    apart = [layer for layer in told if layer.family.tells_texts_apart_by & found.keys()]
+    blind = sorted({layer.family.name for layer, _ in seen if layer not in apart})
     if not found or not blind:
         return
     logger.warning(

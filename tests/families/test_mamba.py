@@ -48,19 +48,22 @@ def streamed(mixer: torch.nn.Module, hidden: Tensor, mask: Tensor | None = None,
     return statistics
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "samples", "every"), [(False, 100, 1), (True, 100, 1), (True, 4, 2), (True, 1, 8)])
 @torch.no_grad()
-def test_streamed_covariances_are_those_of_a_plain_loop(bias: bool) -> None:
+def test_streamed_covariances_are_those_of_a_plain_loop(
+    bias: bool, samples: int, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_compressm.families.family.SAMPLES_PER_STATE", samples)  # of 111 tokens, for 8 states
     model = MAMBA.build(use_bias=bias)
     for mixer, hidden in zip(ssm_layers(model).values(), mixer_inputs(model, token_batch(3, 37)), strict=True):
         P, Q = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)
         for sequence in hidden:
             states, C, gate = plain_states(mixer, sequence)
             loud = F.silu(gate).abs() * mixer.out_proj.weight.norm(dim=0)
-            flat = (states * loud[..., None]).reshape(-1, 8).double()
+            flat = (states * loud[..., None])[every - 1 :: every].reshape(-1, 8).double()
             P, Q = P + flat.T @ flat, Q + C.double().T @ C.double()
         statistics = streamed(mixer, hidden)
-        torch.testing.assert_close(statistics.mean("P")[0], P / (3 * 37), rtol=SINGLE, atol=1e-5)
+        torch.testing.assert_close(statistics.mean("P")[0], P / (3 * (37 // every)), rtol=SINGLE, atol=1e-5)
         torch.testing.assert_close(statistics.mean("Q")[0], Q / (3 * 37), rtol=SINGLE, atol=1e-5)
 
 

@@ -372,3 +372,16 @@ def test_bad_chunk_size():
         ssd_scan(**arguments, chunk_size=0)
     with pytest.raises(ValueError, match="chunk_size is 0"):
         next(ssd_states(**{name: arguments[name] for name in STATES_NAMES}, chunk_size=0))
+
+
+@pytest.mark.parametrize("every", [2, 3, 16, 50])
+@pytest.mark.parametrize("packing", [False, True])
+def test_states_after_every_so_many_steps(every, packing):
+    arguments = make(2, 50, 4, 3, 2, 5, requires_grad=False)
+    seq_idx = packed(arguments, (16, 3, 31)) if packing else None
+    named = {name: arguments[name] for name in STATES_NAMES}
+    all_states = torch.cat([chunk.clone() for chunk in ssd_states(**named, seq_idx=seq_idx)])
+    found = torch.cat(list(ssd_states(**named, seq_idx=seq_idx, every=every)))
+    expected = all_states[every - 1 :: every]
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= ROUND_OFF * expected.abs().max()

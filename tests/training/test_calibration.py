@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 from hf_compressm import CompreSSMCallback
+from hf_compressm.families import SSMLayer, Statistics, find_layers
 from hf_compressm.files.batches import read_batches, write_batches
 from hf_compressm.training.calibration import warn_of_packed_texts
 from tests.family_table import BAMBA, LRU, MAMBA, S5, Family, same
@@ -398,15 +399,29 @@ def warnings_told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("family", [MAMBA, BAMBA, S5], ids=lambda family: family.name)
 def test_packed_texts_are_told_where_states_run_on(family: Family, name: str, warnings_told: list[str]) -> None:
-    warn_of_packed_texts(family.build(), PACKED[name])
+    warn_of_packed_texts(seen_layers(family, told=True), PACKED[name])
     knows = family is S5 or (family is BAMBA and name == "text numbers")
     assert len(warnings_told) == (0 if knows else 1)
     assert knows or "runs from one text into the next" in warnings_told[0]
 
 
+def seen_layers(family: Family, told: bool) -> list[tuple[SSMLayer, Statistics | None]]:
+    found = []
+    for layer in find_layers(family.build()):
+        statistics = layer.family.statistics(layer.module, layer.family.criterion("auto", calibrated=True))
+        statistics.told_apart = told or family is S5
+        found.append((layer, statistics))
+    return found
+
+
+def test_layers_whose_model_keeps_the_numbers_of_texts_from_them_are_told(warnings_told: list[str]) -> None:
+    warn_of_packed_texts(seen_layers(BAMBA, told=False), PACKED["text numbers"])
+    assert "bamba" in warnings_told[0]
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_batches_that_are_not_packed_warn_of_nothing(name: str, warnings_told: list[str]) -> None:
-    warn_of_packed_texts(MAMBA.build(), PLAIN[name])
+    warn_of_packed_texts(seen_layers(MAMBA, told=False), PLAIN[name])
     assert warnings_told == []
 
 
