@@ -156,6 +156,8 @@ class DiagonalSSMForCausalLM(DiagonalSSMPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache_params: Cache | None = None,
+        position_ids: torch.LongTensor | None = None,
+        seq_idx: torch.IntTensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | DiagonalSSMCausalLMOutput:
         """Predict next tokens; arguments as in [`DiagonalSSMModel`].
@@ -171,6 +173,8 @@ class DiagonalSSMForCausalLM(DiagonalSSMPreTrainedModel, GenerationMixin):
             return_dict: Whether to return a [`DiagonalSSMCausalLMOutput`] rather than a tuple.
             logits_to_keep: Compute the logits of this many last positions only (0: all), or of these positions.
             cache_params: An older name of `cache`, under which `generate()` passes it before transformers 5.24.
+            position_ids: As in [`DiagonalSSMModel`]; where they restart, another text begins in the row.
+            seq_idx: As in [`DiagonalSSMModel`].
             **kwargs: As in [`DiagonalSSMModel`], and passed to the loss, which reads `num_items_in_batch`.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -183,6 +187,8 @@ class DiagonalSSMForCausalLM(DiagonalSSMPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
             cache_params=cache_params,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -144,6 +144,8 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_params: Cache | None = None,
+        position_ids: torch.LongTensor | None = None,
+        seq_idx: torch.IntTensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | DiagonalSSMOutput:
         """Run encoder and blocks on exactly one of `input_ids`, `input_values` and `inputs_embeds`.
@@ -161,9 +163,11 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
             output_hidden_states: Whether to return the encoded input and every block's output.
             return_dict: Whether to return a [`DiagonalSSMOutput`] rather than a tuple.
             cache_params: An older name of `cache`.
-            **kwargs: `seq_idx`, `cu_seq_lens_q` or `position_ids` that restart: rows of several texts, which are kept
-                apart, without a cache (`packing_diagonal_ssm.py`). Everything else that clients pass to any model
-                (`token_type_ids`, `output_attentions`, `cache_position`) has no meaning here and no effect.
+            position_ids: `(batch, length)` or `(1, length)`. Where they do not increase, another text begins in the
+                row. Texts are kept apart, and no cache is returned. After a `cache`, positions are not looked at.
+            seq_idx: `(batch, length)`, the index of the text that a position belongs to: the same, said outright.
+            **kwargs: `cu_seq_lens_q` says it for a single row (`packing_diagonal_ssm.py`). Everything else that
+                clients pass to any model (`token_type_ids`, `output_attentions`) has no meaning here and no effect.
 
         Raises:
             ValueError: When the input is not exactly one of the three, or mask, cache, texts and model do not fit it.
@@ -174,7 +178,9 @@ class DiagonalSSMModel(DiagonalSSMPreTrainedModel):
         hidden_states = self._encode(input_ids, input_values, inputs_embeds)
         cache = one_cache(cache, cache_params, kwargs.get("past_key_values"))
         mask = self._padding_mask(attention_mask, hidden_states, cache)
-        texts = find_packed_texts(hidden_states.shape[:2], mask, hidden_states.device, kwargs)
+        position_ids = position_ids if cache is None else None  # those of a continuation begin no text
+        packing = {"seq_idx": seq_idx, "cu_seq_lens_q": kwargs.get("cu_seq_lens_q"), "position_ids": position_ids}
+        texts = find_packed_texts(hidden_states.shape[:2], mask, hidden_states.device, packing)
         if texts is not None:
             if cache is not None:
                 raise ValueError("Got `cache` and rows of several texts; a cache continues one text in each row.")

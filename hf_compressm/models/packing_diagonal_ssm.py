@@ -40,7 +40,7 @@ class PackedTexts:
 
 
 def find_packed_texts(
-    shape: torch.Size, mask: torch.Tensor | None, device: torch.device, given: dict[str, Any]
+    shape: torch.Size, mask: torch.Tensor | None, device: torch.device, given: dict[str, torch.Tensor | None]
 ) -> PackedTexts | None:
     """The texts in rows of `shape` `(batch, length)`, or None where every row is one text.
 
@@ -65,7 +65,7 @@ def find_packed_texts(
     return PackedTexts(starts) if starts.any() else None
 
 
-def _find_starts(shape: torch.Size, given: dict[str, Any]) -> torch.Tensor | None:
+def _find_starts(shape: torch.Size, given: dict[str, torch.Tensor | None]) -> torch.Tensor | None:
     seq_idx, boundaries = given.get("seq_idx"), given.get("cu_seq_lens_q")
     position_ids = given.get("position_ids")
     if seq_idx is not None:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.testing import assert_close
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from tests.models.cases import FAMILIES, LRU, S5, VOCAB_SIZE, enable_checkpointing, perturbed, tokens
 
@@ -123,6 +124,22 @@ def test_training_on_packed_texts_is_training_on_padded_ones(family, norm):
     assert_close(results(**only_positions), expected, rtol=TOLERANCE, atol=TOLERANCE)
     enable_checkpointing(model)
     assert_close(results(**flat), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("column", ["position_ids", "seq_idx"])
+def test_a_dataset_that_is_packed_already(column, tmp_path):
+    """The Trainer passes on the columns that `forward` names, and drops the others."""
+    index = position_ids() if column == "position_ids" else seq_idx()
+    labels = tokens(1, LENGTH)
+    labels[:, boundaries()[:-1].long()] = -100
+    row = {"input_ids": tokens(1, LENGTH)[0].tolist(), "labels": labels[0].tolist(), column: index[0].tolist()}
+    model = LRU.causal_model()
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_list([row]))
+    (batch,) = trainer.get_train_dataloader()
+    assert set(batch) == {"input_ids", "labels", column}
+    expected = one_by_one(model.backbone, batch["input_ids"])
+    assert_close(model(**batch).logits, model.lm_head(expected), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_a_batch_of_trl_without_padding():
