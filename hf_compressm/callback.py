@@ -1,14 +1,12 @@
 """The Trainer callback: each of its hooks passes an event of the Trainer on to the run."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hf_compressm.compression.history import CutEvent
-from hf_compressm.config import CompreSSMConfig
+from hf_compressm.config import CompreSSMConfig, Settings, as_config
 from hf_compressm.training import CompressedRun, calling_trainer, refuse_copies
 
 
@@ -33,13 +31,18 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             could not work, or the run cannot be cut in place.
     """
 
-    def __init__(self, config: CompreSSMConfig | Mapping[str, Any] | str | Path | None = None) -> None:
-        if isinstance(config, str | Path):
-            config = CompreSSMConfig.from_file(config)
-        elif isinstance(config, Mapping):
-            config = CompreSSMConfig.from_dict(config)
-        self.config = config or CompreSSMConfig()
+    def __init__(self, config: Settings = None) -> None:
+        self.config = config
         self._run = CompressedRun(self.config)
+
+    @property
+    def config(self) -> CompreSSMConfig:
+        """Settings; new ones, in any form that the callback takes, count from the next training on."""
+        return self._config
+
+    @config.setter
+    def config(self, config: Settings) -> None:
+        self._config = as_config(config)
 
     @property
     def events(self) -> list[CutEvent]:
@@ -69,6 +72,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Before the first step, refuse a run that cannot work, and resume from a checkpoint."""
         self._run.attach(calling_trainer())
+        self._run.configure(self.config)
         self._run.begin(kwargs["model"], kwargs.get("optimizer"), kwargs.get("train_dataloader"))
 
     def on_epoch_begin(

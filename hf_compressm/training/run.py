@@ -83,6 +83,10 @@ class CompressedRun:
         self._publisher = Publisher(trainer, lambda: self.events, self.write_traces)
         wrap_methods(trainer, {"log": self._log})
 
+    def configure(self, config: CompreSSMConfig) -> None:
+        """Take the settings of the run that is about to begin."""
+        self.config, self.rewarmup = config, Rewarmup(config.rewarmup_steps)
+
     def begin(self, model: Any, optimizer: Any, dataloader: Any) -> None:
         """Before the first step, refuse a run that cannot work, resume from a checkpoint, and enable the fast scan."""
         trainer, state = self.trainer, self.trainer.state

@@ -113,6 +113,19 @@ def test_mistakes_are_one_line(model: Path, text: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.parametrize("command", ["compress", "analyze"])
+def test_files_that_are_not_text_are_named(command: str, model: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    words = [command, model, *(["--output", tmp_path / "small"] if command == "compress" else [])]
+    weights = model / "model.safetensors"
+    line = complaint(capsys, *words, "--train-file", text, "--train-file", weights)
+    assert f"{weights} is not text in UTF-8: byte " in line
+    assert "Give a text file, or convert" in line
+    (tmp_path / "cuts.yaml").write_text("fraction: 0.5", encoding="utf-16")
+    line = complaint(capsys, *words, "--train-file", text, "--config", tmp_path / "cuts.yaml")
+    assert f"{tmp_path / 'cuts.yaml'} is not text in UTF-8: byte 0 is 0xff (it looks like UTF-16)" in line
+    assert not (tmp_path / "small").exists()
+
+
 def test_a_mamba_without_data_says_what_it_needs(tmp_path: Path, capsys: Any) -> None:
     MAMBA.build(dtype=torch.float32).save_pretrained(tmp_path / "model")
     assert "--train-file" in complaint(capsys, "compress", tmp_path / "model", "--output", tmp_path / "small")
