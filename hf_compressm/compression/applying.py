@@ -27,6 +27,7 @@ from hf_compressm.surgery import (
     write_sizes_of_mamba_ssm,
     write_sizes_per_layer,
 )
+from hf_compressm.utils.modes import plain_modes
 from hf_compressm.utils.processes import ALONE, Processes, checksum
 
 
@@ -77,6 +78,7 @@ def apply_plan(
     return apply_cut(model, plan, CutRequest(config, optimizer=optimizer, step=step, processes=processes))
 
 
+@plain_modes()
 def apply_cut(model: nn.Module, plan: CompressionPlan, request: CutRequest) -> CompressionResult:
     """Apply a plan as `apply_plan` does, with the arguments in a request."""
     start, processes = time.perf_counter(), request.processes

@@ -11,6 +11,7 @@ from hf_compressm.compression.choices import LayerChoice, check_settings
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.families import Measurement, Statistics, collect_statistics
+from hf_compressm.utils.modes import outside_inference, plain_modes
 from hf_compressm.utils.processes import Processes
 from hf_compressm.utils.threads import for_each
 
@@ -37,16 +38,17 @@ def from_measurements(
         ValueError: as `plan_compression`, except for NaN and Inf; and what `work` raises.
     """
     processes, calibration = request.processes, request.calibration
-    with processes.together():
+    with processes.together(), outside_inference():  # the model itself runs in the other modes of its owner
         choices = check_settings(model, request.config, calibrated=calibration is not None)
         layers, criteria = [choice.layer for choice in choices], [choice.method.criterion for choice in choices]
         statistics = collect_statistics(model, layers, criteria, calibration, not processes.is_first)
-    _add_up([item for item in statistics if item is not None], model, processes)
 
     def measured() -> T:
         return work(choices, for_each(lambda pair: _measure(*pair), zip(choices, statistics, strict=True)))
 
-    return processes.first(measured, model)
+    with plain_modes():
+        _add_up([item for item in statistics if item is not None], model, processes)
+        return processes.first(measured, model)
 
 
 def _measure(choice: LayerChoice, seen: Statistics | None) -> Measurement:

@@ -12,11 +12,13 @@ from hf_compressm.config import Settings, as_config
 from hf_compressm.files.atomic import write_text
 from hf_compressm.files.names import CARD_FILE
 from hf_compressm.reports.card import card_of
+from hf_compressm.utils.modes import plain_modes
 
 
 logger = logging.get_logger(__name__)
 
 
+@plain_modes()  # for loading, too
 def compress_checkpoint(
     checkpoint: str | Path,
     output: str | Path,
