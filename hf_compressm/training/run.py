@@ -12,7 +12,6 @@ from transformers.utils import logging
 from hf_compressm.checkpoints import seal_checkpoint
 from hf_compressm.compression import CutRequest, Scores, check_settings, recorded_cuts, state_scores
 from hf_compressm.compression.history import CALLBACK, CutEvent, from_record, read_history, rollback_event, to_record
-from hf_compressm.compression.log import scalars
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.files.atomic import write_json
 from hf_compressm.files.names import HISTORY_FILE, TRAINER_STATE_FILE
@@ -29,6 +28,7 @@ from hf_compressm.training.refusals import check_guards, refuse_engines, refuse_
 from hf_compressm.training.reporting import Publisher, tell_outcome
 from hf_compressm.training.saving import CheckpointSaver
 from hf_compressm.training.schedule import Trigger, trigger_for
+from hf_compressm.training.telling import tell_cut
 from hf_compressm.training.trainer import output_folder, run_folder, wrap_methods
 from hf_compressm.training.warmup import Rewarmup
 from hf_compressm.utils.checks import is_number, quoted
@@ -241,7 +241,7 @@ class CompressedRun:
             rebuild_reducers(trainer.model_wrapped)
             self.rewarmup.last_cut = step
         for event in events:
-            self._report(event, pace)
+            tell_cut(trainer, event, pace)
 
     def _roll_back(self, step: int, model: Any) -> None:
         """Return to the checkpoint from before the cut, and halve the reduction of the next cut."""
@@ -262,7 +262,7 @@ class CompressedRun:
                 f"{pending.before:.4g} to {pending.after:.4g} in {pending.due - pending.step} steps. The next cut "
                 f"takes {self._reduction_share:g} of what the settings ask for."
             )
-        self._report(event, pace)
+        tell_cut(self.trainer, event, pace)
 
     def _sample(self, dataloader: Any, seed: int) -> list[Mapping[str, Any]] | None:
         """Calibration batches of the run's own data, the same in a resumed run; None if none are needed."""
@@ -270,13 +270,6 @@ class CompressedRun:
             return None
         size = self.trainer.state.train_batch_size or self.trainer.args.per_device_train_batch_size
         return sample_batches(dataloader, size, self.config.calibration_batches, seed, self._processes)
-
-    def _report(self, event: CutEvent, pace: dict[str, float]) -> None:
-        """Log an event, and the pace of the steps before it, through the Trainer."""
-        self.trainer.log(scalars(event) | pace)
-        before = event.result.state_sizes_before
-        sizes = ", ".join(f"{name} {before[name]} -> {size}" for name, size in event.sizes.items())
-        logger.info(f"CompreSSM, {event.outcome} after step {event.step}: {sizes} ({event.result.seconds:.2f} s).")
 
     def _record(self) -> dict[str, Any]:
         """The history of the run and all that is needed to resume it, JSON-ready."""
