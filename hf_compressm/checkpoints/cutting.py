@@ -23,7 +23,7 @@ from hf_compressm.checkpoints.seal import seal_checkpoint
 from hf_compressm.compression import CompressionResult, compress
 from hf_compressm.compression.history import CALLBACK, CutEvent, from_record, read_history, to_record
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.files.atomic import new_directory, read_json, write_json
+from hf_compressm.files.atomic import new_directory, read_json, write_json, write_text
 from hf_compressm.files.names import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -137,7 +137,7 @@ class _Progress:
         own = {name: value for name, value in own.items() if name != "run"}  # where earlier versions kept the history
         trainer = {**self.trainer, "stateful_callbacks": {**callbacks, CALLBACK: own}}
         text = json.dumps(trainer, indent=2, sort_keys=True) + "\n"  # its log may hold NaN, as the Trainer writes it
-        (folder / TRAINER_STATE_FILE).write_text(text, encoding="utf-8")
+        write_text(folder / TRAINER_STATE_FILE, text)
 
 
 @dataclass(frozen=True)

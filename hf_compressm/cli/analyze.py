@@ -50,7 +50,7 @@ def analyze(
     run. The sizes are those after one cut; in a run each further cut may discard that share again.
     """
     from hf_compressm.checkpoints import read_saved
-    from hf_compressm.cli.inputs import calibration_batches, local_directory, names_its_options
+    from hf_compressm.cli.inputs import calibration_batches, local_directory, measuring
     from hf_compressm.compression import compare_tolerances
     from hf_compressm.reports.plots.analysis import plot_alternatives
 
@@ -60,7 +60,7 @@ def analyze(
         directory = local_directory(model)
         loaded = read_saved(directory).load().eval()
         batches = calibration_batches(directory, wanted, {**text, **sequences}, batch_size)
-    with console.status("Measuring ..."), names_its_options(model, batches):
+    with console.status("Measuring ..."), measuring(model, batches):
         found = compare_tolerances(loaded, shares, wanted, batches)
     if plot is not None:
         plot_alternatives(found, plot)

@@ -41,7 +41,7 @@ def compress(
 
     The next launch resumes from there with the smaller model, under FSDP too.
     """
-    from hf_compressm.cli.inputs import calibration_batches, local_directory, names_its_options
+    from hf_compressm.cli.inputs import calibration_batches, local_directory, measuring
     from hf_compressm.reports import compress_checkpoint
 
     wanted = read_settings(config, settings)
@@ -49,7 +49,7 @@ def compress(
     with console.status("Reading the model and the calibration data ..."):
         directory = local_directory(model)
         batches = calibration_batches(directory, wanted, {**text, **sequences}, batch_size)
-    with console.status("Measuring and cutting ..."), names_its_options(model, batches):
+    with console.status("Measuring and cutting ..."), measuring(model, batches):
         result = compress_checkpoint(directory, output, wanted, batches)
     if as_json and not quiet:
         typer.echo(json.dumps(_summary(result, output), indent=2, allow_nan=False))

@@ -15,6 +15,7 @@ from hf_compressm.checkpoints import find_last_complete_checkpoint, read_saved
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.data import ByteTokenizer, SequenceSource, TextSource, read_sequences, read_texts, split_into_blocks
 from hf_compressm.files.names import ADAPTER_CONFIG, CONFIG_FILE
+from hf_compressm.scans import enable_fast_selective_scan
 
 
 OF_A_MODEL = (CONFIG_FILE, ADAPTER_CONFIG, "*.safetensors")
@@ -79,8 +80,9 @@ def calibration_batches(
 
 
 @contextmanager
-def names_its_options(model: str, batches: object) -> Iterator[None]:
-    """Make the error for missing calibration data name the options that give them."""
+def measuring(model: str, batches: object) -> Iterator[None]:
+    """Let stock models run on the fast scan, and make the error for missing data name the options that give them."""
+    enable_fast_selective_scan()
     try:
         yield
     except ValueError as error:

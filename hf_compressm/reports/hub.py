@@ -7,7 +7,7 @@ them the repo would hold a configuration of one size and weights of another, so 
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PureWindowsPath
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
@@ -172,7 +172,8 @@ def _written_anew(directory: Path, files: dict[str, Path], repo_id: str) -> dict
     for name, path in files.items():
         if PurePath(name).name == ADAPTER_CONFIG and (directory / BASE_FOLDER).is_dir():
             values = read_json(path)
-            if PurePath(str(values.get("base_model_name_or_path"))).name == BASE_FOLDER:
+            base = PureWindowsPath(str(values.get("base_model_name_or_path")))  # which knows both separators
+            if base.name == BASE_FOLDER:
                 values["base_model_name_or_path"] = f"{repo_id}/{BASE_FOLDER}"
                 contents[name] = (json.dumps(values, indent=2) + "\n").encode()
     return contents
