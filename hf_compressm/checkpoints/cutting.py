@@ -36,6 +36,7 @@ from hf_compressm.files.names import (
     SEAL,
     TRAINER_STATE_FILE,
 )
+from hf_compressm.files.places import check_new_directory
 from hf_compressm.files.weights import Headers
 from hf_compressm.utils.checks import is_count, quoted
 
@@ -197,10 +198,7 @@ def _check_places(checkpoint: Path, output: Path) -> None:
     """Raise `ValueError` unless the checkpoint exists and the output is free."""
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is not a directory; a checkpoint of a Trainer or a saved model is needed.")
-    if output.resolve().is_relative_to(checkpoint.resolve()):
-        raise ValueError(f"output {output} is {checkpoint} or inside it. Name a directory outside of the checkpoint.")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"output {output} exists and is not empty. Name a new directory.")
+    check_new_directory(output, checkpoint)
 
 
 def _refuse_other_kinds(checkpoint: Path) -> None:
