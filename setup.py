@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "rich",
     "safetensors",
     "scipy",
+    "tqdm",
     "typer",
 ]
 

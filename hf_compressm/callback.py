@@ -1,14 +1,13 @@
 """The Trainer callback: each of its hooks passes an event of the Trainer on to the run."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hf_compressm.compression.history import CutEvent
-from hf_compressm.config import CompreSSMConfig
+from hf_compressm.config import CompreSSMConfig, Settings, as_config
 from hf_compressm.families import refuse_single_batch
 from hf_compressm.training import CompressedRun, calling_trainer, refuse_copies
 
@@ -38,16 +37,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             place; after the first step, if its batch cannot be measured on.
     """
 
-    def __init__(
-        self,
-        config: CompreSSMConfig | Mapping[str, Any] | str | Path | None = None,
-        calibration: Iterable[Any] | None = None,
-    ) -> None:
-        if isinstance(config, str | Path):
-            config = CompreSSMConfig.from_file(config)
-        elif isinstance(config, Mapping):
-            config = CompreSSMConfig.from_dict(config)
-        self.config = config or CompreSSMConfig()
+    def __init__(self, config: Settings = None, calibration: Iterable[Any] | None = None) -> None:
+        self.config = config
         refuse_single_batch(calibration)
         if isinstance(calibration, Iterator):
             raise ValueError(
@@ -67,6 +58,15 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 runs[self] = CompressedRun(self.config, self._calibration) if self._last.is_attached else self._last
             self._last = runs[self]
         return self._last
+
+    @property
+    def config(self) -> CompreSSMConfig:
+        """Settings; new ones, in any form that the callback takes, count from the next training on."""
+        return self._config
+
+    @config.setter
+    def config(self, config: Settings) -> None:
+        self._config = as_config(config)
 
     @property
     def events(self) -> list[CutEvent]:
@@ -96,6 +96,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Before the first step, refuse a run that cannot work, and resume from a checkpoint."""
         self._run.attach(calling_trainer())
+        self._run.configure(self.config)
         self._run.begin(kwargs["model"], kwargs.get("optimizer"))
 
     def on_epoch_begin(

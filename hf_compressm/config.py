@@ -2,14 +2,16 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import InitVar, asdict, dataclass, field, fields
+from dataclasses import FrozenInstanceError, InitVar, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hf_compressm.utils.checks import quoted
+from hf_compressm.utils.text import decoded
 
 
 RANK_RULES = ("tolerance", "max_error", "fraction", "target_state_size")
@@ -26,6 +28,7 @@ _CHOICES = {
 }
 
 _OPTIONAL_NUMBERS = (*RANK_RULES, "interval", "max_loss_increase", "recovery_steps", "metric_tolerance")
+_NUMBERS = (*_OPTIONAL_NUMBERS, "min_reduction", "start", "end", "stability")
 _WHOLE_NUMBERS = {
     "target_state_size": 1,
     "round_to": 1,
@@ -40,6 +43,9 @@ _WHOLE_NUMBERS = {
 """Smallest allowed value of each."""
 
 _SWITCHES = ("allow_optimizer_reset", "save_around_cuts")
+_PATTERNS = ("layers", "ignore_layers")
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+"""Numbers such as `1e-2`, which YAML 1.1 reads as text: it asks for a point and for a sign of the exponent."""
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -55,6 +61,9 @@ class CompreSSMConfig:
     Exactly one of `tolerance`, `max_error`, `fraction` and `target_state_size` decides the sizes. Steps are optimizer
     steps: a whole number, or below 1 a share of the run's steps. `HfArgumentParser` reads this class, also together
     with `TrainingArguments`, which keeps its own `--seed`; in Python `seed=` is short for `sampling_seed=`.
+
+    Settings are checked together, so none can be changed by itself later: `dataclasses.replace(config, num_cuts=2)`
+    makes new ones, and `dataclasses.replace(config, tolerance=None, fraction=0.5)` new ones with another rule.
 
     Raises:
         ValueError: naming the setting, the value and what is allowed.
@@ -133,16 +142,20 @@ class CompreSSMConfig:
     def __post_init__(self, seed: int | None) -> None:
         """Check every value; fill in the default rank rule."""
         if seed is not None:
-            self.sampling_seed = seed
+            self._put("sampling_seed", seed)
+        for item in fields(self):
+            self._put(item.name, _plain(getattr(self, item.name)))
         given = [name for name in RANK_RULES if getattr(self, name) is not None]
         if len(given) > 1:
             values = ", ".join(f"{name}={quoted(getattr(self, name))}" for name in given)
             raise ValueError(f"Exactly one of {', '.join(RANK_RULES)} decides the sizes; got {values}.")
         if not given:
-            self.tolerance = DEFAULT_TOLERANCE
+            self._put("tolerance", DEFAULT_TOLERANCE)
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {list(choices)}, got {quoted(getattr(self, name))}.")
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {list(choices)}, got {quoted(value)}.")
+            self._put(name, choices[choices.index(value)])  # plain text, where a member of an enumeration was given
         self._check_kinds()
         self._check_numbers()
         if (self.recovery_steps is None) != (self.metric_tolerance is None):
@@ -151,14 +164,37 @@ class CompreSSMConfig:
                 f"worse it may be; got recovery_steps={self.recovery_steps}, metric_tolerance={self.metric_tolerance}."
             )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field for the first time, and refuse to change one.
+
+        Not by `dataclass(frozen=True)`, whose error names no way out and which forbids subclasses that are not frozen.
+        """
+        if name in vars(self):
+            rule = f"{self.rank_rule}=None, " if name in RANK_RULES and name != self.rank_rule else ""
+            raise FrozenInstanceError(
+                f"{name} cannot be changed, since settings are checked together and may be in use. Make new ones: "
+                f"dataclasses.replace(config, {rule}{name}={quoted(value)})."
+            )
+        if name not in (known := sorted(item.name for item in fields(self))):
+            raise FrozenInstanceError(f"There is no setting {quoted(name)}; known are {known}.")
+        self._put(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Refuse to remove a field."""
+        raise FrozenInstanceError(f"{name} cannot be removed from settings.")
+
+    def _put(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
     @property
     def rank_rule(self) -> str:
         """Name of the one rank rule that is set."""
         return next(name for name in RANK_RULES if getattr(self, name) is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dict of all settings."""
-        return asdict(self)
+        """Plain dict of all settings, as JSON and YAML hold them."""
+        values = asdict(self)
+        return values | {name: list(values[name]) for name in _PATTERNS if values[name] is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CompreSSMConfig":
@@ -177,19 +213,21 @@ class CompreSSMConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "CompreSSMConfig":
-        """Read a `.json`, `.yaml` or `.yml` file.
+        """Read a `.json`, `.yaml` or `.yml` file; an empty one gives the defaults.
 
         Raises:
             OSError: from the file system.
             ValueError: naming the file, if it is not JSON or YAML, or if `from_dict` refuses its values.
         """
         path = Path(path)
-        content = path.read_bytes()
+        text = decoded(path.read_bytes(), path)
         try:
-            values = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content.decode("utf-8"))
+            values = yaml.safe_load(text) if path.suffix != ".json" else json.loads(text) if text.strip() else None
         except Exception as error:  # PyYAML passes on any error of its constructors
             kind = "JSON" if path.suffix == ".json" else "YAML"
             raise ValueError(f"{path} is not {kind}: {type(error).__name__}: {error}") from error
+        if values is None:  # empty, or comments alone: every setting has its default
+            values = {}
         if not isinstance(values, Mapping):
             raise ValueError(f"{path} holds {type(values).__name__}, not a mapping of settings.")
         try:
@@ -202,9 +240,13 @@ class CompreSSMConfig:
         path = Path(path)
         values = self.to_dict()
         text = json.dumps(values, indent=2) if path.suffix == ".json" else yaml.safe_dump(values, sort_keys=False)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="\n")
 
     def _check_numbers(self) -> None:
+        for name in (*_WHOLE_NUMBERS, *_NUMBERS):
+            value = getattr(self, name)
+            if isinstance(value, str) and _EXPONENT.fullmatch(value):
+                self._put(name, float(value))
         _check_range("tolerance", self.tolerance, 0, 1, "the share of energy a cut may discard")
         _check_range("fraction", self.fraction, 0, 1, "the share of states each cut removes", open_low=True)
         _check_range("max_error", self.max_error, 0, float("inf"), "a relative output error")
@@ -224,7 +266,7 @@ class CompreSSMConfig:
                 continue
             if not _is_finite(value) or int(value) != value or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {quoted(value)}.")
-            setattr(self, name, int(value))
+            self._put(name, int(value))
 
     def _check_kinds(self) -> None:
         if self.per_layer is not None and not isinstance(self.per_layer, bool):
@@ -232,10 +274,13 @@ class CompreSSMConfig:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {quoted(getattr(self, name))}.")
-        for name in ("layers", "ignore_layers"):
+        for name in _PATTERNS:
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)):
+            if value is None:
+                continue
+            if not (isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)):
                 raise ValueError(f"{name} must be a list of names or patterns, got {quoted(value)}.")
+            self._put(name, tuple(map(str, value)))  # a list could be changed later, here or by its owner
 
 
 def _check_range(name: str, value: Any, low: float, high: float, meaning: str, open_low: bool = False) -> None:
@@ -253,3 +298,33 @@ def _is_finite(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
         return False
+
+
+def _plain(value: Any) -> Any:
+    """A number, switch or text of NumPy or torch as Python's own; other values as they are."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+Settings = CompreSSMConfig | Mapping[str, Any] | str | Path | None
+"""What every function that takes settings accepts; see `as_config`."""
+
+
+def as_config(settings: Settings) -> CompreSSMConfig:
+    """The settings that an object, a mapping, the path of a YAML or JSON file, or None for the defaults stand for.
+
+    Raises:
+        OSError: if a file cannot be read.
+        ValueError: for any other value, and as `CompreSSMConfig`, `from_dict` and `from_file`.
+    """
+    if isinstance(settings, CompreSSMConfig):
+        return settings
+    if settings is None:
+        return CompreSSMConfig()
+    if isinstance(settings, Mapping):
+        return CompreSSMConfig.from_dict(settings)
+    if isinstance(settings, str | Path):
+        return CompreSSMConfig.from_file(settings)
+    raise ValueError(
+        f"config must be a CompreSSMConfig, a mapping such as {{'tolerance': {DEFAULT_TOLERANCE}}}, the path of a "
+        f"YAML or JSON file, or None for the defaults; got {quoted(settings)}."
+    )

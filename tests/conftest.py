@@ -27,10 +27,13 @@ os.environ.update(
     }
 )
 
+import errno  # noqa: E402
+import fcntl  # noqa: E402
 import ipaddress  # noqa: E402 - the environment comes before every import that might read it
 import random  # noqa: E402
 import socket  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -86,3 +89,22 @@ def deterministic() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(algorithms)
     torch.set_grad_enabled(grad)
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Windows does not do: flush a file that is open for reading alone, and open a directory."""
+    fsync, open_file = os.fsync, os.open
+
+    def needs_writing(descriptor: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        fsync(descriptor)
+
+    def no_directories(path: Any, *args: Any, **kwargs: Any) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", needs_writing)
+    monkeypatch.setattr(os, "open", no_directories)

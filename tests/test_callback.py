@@ -195,6 +195,18 @@ def test_settings_as_a_dict_or_a_file(tmp_path: Path) -> None:
     assert CompreSSMCallback().config == CompreSSMConfig()
 
 
+def test_settings_given_before_training_are_those_of_the_run(tmp_path: Path) -> None:
+    trainer = trainer_of(LRU, tmp_path, {**HALVE, "fraction": 0.25})
+    callback = callback_of(trainer)
+    callback.config = {**HALVE, "rewarmup_steps": 2}
+    assert callback.config == CompreSSMConfig(**HALVE, rewarmup_steps=2)
+    trainer.train()
+    assert trainer.model.config.state_size == 4
+    assert trainer.state.stateful_callbacks["CompreSSMCallback"]["args"]["config"]["rewarmup_steps"] == 2
+    with pytest.raises(ValueError, match="config must be a CompreSSMConfig"):
+        callback.config = 0.5
+
+
 def test_a_callback_added_later_cuts_and_logs(tmp_path: Path) -> None:
     trainer = trainer_of(LRU, tmp_path, None, save_strategy="steps", save_steps=3)
     trainer.add_callback(CompreSSMCallback(HALVE))

@@ -5,6 +5,7 @@ from hf_compressm.checkpoints.fitting import fit_to_checkpoint, fit_with_adapter
 from hf_compressm.checkpoints.reading import find_last_complete_checkpoint, read_saved, verify_checkpoint
 from hf_compressm.checkpoints.saved_model import SavedModel
 from hf_compressm.checkpoints.seal import seal_checkpoint, unseal_checkpoint
+from hf_compressm.checkpoints.whole import read_whole, refuse_run_folder
 
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "fit_with_adapters",
     "load_converted",
     "read_saved",
+    "read_whole",
+    "refuse_run_folder",
     "seal_checkpoint",
     "unseal_checkpoint",
     "verify_checkpoint",

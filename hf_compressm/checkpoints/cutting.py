@@ -23,7 +23,7 @@ from hf_compressm.checkpoints.seal import seal_checkpoint
 from hf_compressm.compression import CompressionResult, compress
 from hf_compressm.compression.history import CALLBACK, CutEvent, from_record, read_history, to_record
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.files.atomic import new_directory, read_json, write_json
+from hf_compressm.files.atomic import new_directory, read_json, write_json, write_text
 from hf_compressm.files.names import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -36,6 +36,7 @@ from hf_compressm.files.names import (
     SEAL,
     TRAINER_STATE_FILE,
 )
+from hf_compressm.files.places import check_new_directory
 from hf_compressm.files.weights import Headers
 from hf_compressm.utils.checks import is_count, quoted
 
@@ -137,7 +138,7 @@ class _Progress:
         own = {name: value for name, value in own.items() if name != "run"}  # where earlier versions kept the history
         trainer = {**self.trainer, "stateful_callbacks": {**callbacks, CALLBACK: own}}
         text = json.dumps(trainer, indent=2, sort_keys=True) + "\n"  # its log may hold NaN, as the Trainer writes it
-        (folder / TRAINER_STATE_FILE).write_text(text, encoding="utf-8")
+        write_text(folder / TRAINER_STATE_FILE, text)
 
 
 @dataclass(frozen=True)
@@ -197,10 +198,7 @@ def _check_places(checkpoint: Path, output: Path) -> None:
     """Raise `ValueError` unless the checkpoint exists and the output is free."""
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is not a directory; a checkpoint of a Trainer or a saved model is needed.")
-    if output.resolve().is_relative_to(checkpoint.resolve()):
-        raise ValueError(f"output {output} is {checkpoint} or inside it. Name a directory outside of the checkpoint.")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"output {output} exists and is not empty. Name a new directory.")
+    check_new_directory(output, checkpoint)
 
 
 def _refuse_other_kinds(checkpoint: Path) -> None:

@@ -25,7 +25,7 @@ from hf_compressm.files.names import (
     TRAINER_STATE_FILE,
     UNFINISHED_FILE,
 )
-from hf_compressm.files.weights import read_header, read_headers
+from hf_compressm.files.weights import adapter_folders, read_header, read_headers
 
 
 logger = logging.get_logger(__name__)
@@ -132,9 +132,9 @@ def _read(directory: Path) -> SavedModel:
     if is_sealed:
         compare_with_seal(directory)
     values, state = (_json_if_there(directory / name) for name in (CONFIG_FILE, TRAINER_STATE_FILE))
-    adapters = [*directory.glob(ADAPTER_FILE), *directory.glob(f"*/{ADAPTER_FILE}")]  # "default", and those with names
-    for path in adapters:
-        read_header(path)
+    adapters = adapter_folders(directory, ADAPTER_FILE)
+    for folder in adapters:
+        read_header(folder / ADAPTER_FILE)
     base = _read(directory / BASE_FOLDER) if (directory / BASE_FOLDER).is_dir() else None
     headers = {} if adapters else read_headers(directory)
     if not is_sealed:

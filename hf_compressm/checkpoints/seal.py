@@ -8,7 +8,7 @@ all of them and lists every file with its length and checksum.
 from collections.abc import Iterator
 from pathlib import Path
 
-from hf_compressm.files.atomic import read_json, sync_and_sum, sync_directory, write_json
+from hf_compressm.files.atomic import read_json, sum_of, sync_and_sum, sync_directory, write_json
 from hf_compressm.files.names import SEAL, TRAINER_STATE_FILE, UNFINISHED_FILE
 from hf_compressm.files.weights import is_file
 from hf_compressm.utils.checks import quoted
@@ -74,12 +74,12 @@ def compare_with_seal(directory: Path) -> None:
         raise ValueError(f"{directory / SEAL} lists no files.")
     for name, expected in files.items():
         path = directory / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).anchor or ".." in Path(name).parts:  # on Windows a drive alone leads away, too
             raise ValueError(f"{directory / SEAL} lists {quoted(name)}, which is not a file of this checkpoint.")
         if not is_file(path):
             raise ValueError(f"{path} is missing.")
         try:
-            found = sync_and_sum(path)
+            found = sum_of(path)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
         if found != expected:

@@ -13,6 +13,7 @@ from rich.table import Table
 from hf_compressm.cli.options import OF_MEASURING, Expansion, expanded, read_settings
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.data.sources import SequenceSource, TextSource
+from hf_compressm.files.places import check_file
 
 
 if TYPE_CHECKING:
@@ -49,18 +50,24 @@ def analyze(
     Nothing is changed. Use the tolerance that you choose with `hf-compressm compress --tolerance`, or in a training
     run. The sizes are those after one cut; in a run each further cut may discard that share again.
     """
+    wanted, shares = read_settings(config, settings), _numbers(tolerances)
+    if plot is not None:
+        check_file(plot)
+
     from hf_compressm.checkpoints import read_saved
-    from hf_compressm.cli.inputs import calibration_batches, local_directory, names_its_options
+    from hf_compressm.cli.inputs import calibration_batches, local_directory, measuring
     from hf_compressm.compression import compare_tolerances
     from hf_compressm.reports.plots.analysis import plot_alternatives
+    from hf_compressm.reports.plots.figures import check_format
 
-    wanted, shares = read_settings(config, settings), _numbers(tolerances)
+    if plot is not None:
+        check_format(plot)
     console = Console(stderr=True, quiet=quiet)
     with console.status("Reading the model and the calibration data ..."):
         directory = local_directory(model)
-        loaded = read_saved(directory).load().eval()
         batches = calibration_batches(directory, wanted, {**text, **sequences}, batch_size)
-    with console.status("Measuring ..."), names_its_options(model, batches):
+        loaded = read_saved(directory).load().eval()
+    with console.status("Measuring ..."), measuring(model, batches):
         found = compare_tolerances(loaded, shares, wanted, batches)
     if plot is not None:
         plot_alternatives(found, plot)

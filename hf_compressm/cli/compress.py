@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from hf_compressm.cli.options import OF_MEASURING, Expansion, expanded, read_settings
 from hf_compressm.config import RANK_RULES, CompreSSMConfig
 from hf_compressm.data.sources import SequenceSource, TextSource
+from hf_compressm.files.places import check_new_directory
 
 
 if TYPE_CHECKING:
@@ -41,15 +42,17 @@ def compress(
 
     The next launch resumes from there with the smaller model, under FSDP too.
     """
-    from hf_compressm.cli.inputs import calibration_batches, local_directory, names_its_options
+    wanted = read_settings(config, settings)
+    check_new_directory(output, model if Path(model).is_dir() else None)
+
+    from hf_compressm.cli.inputs import calibration_batches, local_directory, measuring
     from hf_compressm.reports import compress_checkpoint
 
-    wanted = read_settings(config, settings)
     console = Console(stderr=True, quiet=quiet)
     with console.status("Reading the model and the calibration data ..."):
         directory = local_directory(model)
         batches = calibration_batches(directory, wanted, {**text, **sequences}, batch_size)
-    with console.status("Measuring and cutting ..."), names_its_options(model, batches):
+    with console.status("Measuring and cutting ..."), measuring(model, batches):
         result = compress_checkpoint(directory, output, wanted, batches)
     if as_json and not quiet:
         typer.echo(json.dumps(_summary(result, output), indent=2, allow_nan=False))

@@ -11,13 +11,12 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from hf_compressm.checkpoints import find_last_complete_checkpoint, read_saved
+from hf_compressm.checkpoints import read_saved, refuse_run_folder
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.data import ByteTokenizer, SequenceSource, TextSource, read_sequences, read_texts, split_into_blocks
-from hf_compressm.files.names import ADAPTER_CONFIG, CONFIG_FILE
+from hf_compressm.scans import enable_fast_selective_scan
 
 
-OF_A_MODEL = (CONFIG_FILE, ADAPTER_CONFIG, "*.safetensors")
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]
 
 
@@ -28,7 +27,7 @@ def local_directory(model: str) -> str:
         ValueError: if it is neither, cannot be reached, or is the folder of a run that has no model itself.
     """
     if Path(model).is_dir():
-        _refuse_run_folder(model)
+        refuse_run_folder(model)
         return model
     if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/")):
         raise ValueError(f"{model} is neither a directory nor an id on the Hub (owner/name).")
@@ -39,14 +38,6 @@ def local_directory(model: str) -> str:
         raise ValueError(
             f"{model} is neither a directory nor a model that can be loaded from the Hub: {reason}"
         ) from error
-
-
-def _refuse_run_folder(folder: str) -> None:
-    """Raise `ValueError` for a folder without a model that holds a complete checkpoint, and name the checkpoint."""
-    has_model = any(any(Path(folder).glob(pattern)) for pattern in OF_A_MODEL)
-    checkpoint = None if has_model else find_last_complete_checkpoint(folder)
-    if checkpoint is not None:
-        raise ValueError(f"{folder} has no model itself. The last complete checkpoint in it is {checkpoint}.")
 
 
 def calibration_batches(
@@ -79,8 +70,9 @@ def calibration_batches(
 
 
 @contextmanager
-def names_its_options(model: str, batches: object) -> Iterator[None]:
-    """Make the error for missing calibration data name the options that give them."""
+def measuring(model: str, batches: object) -> Iterator[None]:
+    """Let stock models run on the fast scan, and make the error for missing data name the options that give them."""
+    enable_fast_selective_scan()
     try:
         yield
     except ValueError as error:

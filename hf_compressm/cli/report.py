@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from hf_compressm.files.places import check_directory
+
 
 def report(
     run_dir: Annotated[Path, typer.Argument(help="output_dir of a run, a checkpoint, or a saved model that was cut.")],
@@ -18,6 +20,8 @@ def report(
 
     Writes report.html, one page that needs no other file. An unfinished run is read from its last complete checkpoint.
     """
+    check_directory(run_dir if output is None else output)
+
     from hf_compressm.reports import write_report
 
     with Console(stderr=True, quiet=quiet).status("Drawing ..."):

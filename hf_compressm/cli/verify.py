@@ -22,7 +22,7 @@ def verify(
 
     Exit code 0 means that it can; 2 that it cannot, with the file and the reason on standard error.
     """
-    from hf_compressm.checkpoints import read_saved
+    from hf_compressm.checkpoints import read_whole
     from hf_compressm.cli.inputs import local_directory
     from hf_compressm.compression.history import read_history
     from hf_compressm.utils.checks import is_count
@@ -30,7 +30,7 @@ def verify(
     directory = Path(local_directory(checkpoint))
     console = Console(stderr=True, quiet=quiet)
     with console.status("Reading every file ..."):
-        saved = read_saved(directory)
+        saved = read_whole(directory)
     found: dict[str, Any] = {"sealed": saved.is_sealed}
     if saved.trainer_state is not None:
         best = read_history(directory).get("model_step")

@@ -15,7 +15,7 @@ from hf_compressm.compression.plan import CompressionPlan, CompressionResult
 from hf_compressm.compression.planning import plan_compression, plan_cut
 from hf_compressm.compression.record import record_cut
 from hf_compressm.compression.request import CutRequest
-from hf_compressm.config import CompreSSMConfig
+from hf_compressm.config import CompreSSMConfig, Settings, as_config
 from hf_compressm.families import LayerCut, SSMLayer, find_layers
 from hf_compressm.models import adopt_config, own_class, own_config_class
 from hf_compressm.peft import underlying
@@ -27,6 +27,7 @@ from hf_compressm.surgery import (
     write_sizes_of_mamba_ssm,
     write_sizes_per_layer,
 )
+from hf_compressm.utils.modes import plain_modes
 from hf_compressm.utils.processes import ALONE, Processes, checksum
 
 
@@ -34,19 +35,19 @@ logger = logging.get_logger(__name__)
 
 
 def analyze(
-    model: nn.Module, config: CompreSSMConfig | None = None, calibration: Iterable[Mapping[str, Any]] | None = None
+    model: nn.Module, config: Settings = None, calibration: Iterable[Mapping[str, Any]] | None = None
 ) -> CompressionPlan:
     """Measure a model's SSM layers and plan a cut, without changing the model.
 
     Args:
         model: any module with SSM layers of a known family.
-        config: settings; the defaults if None.
+        config: settings, as an object, a mapping, or the path of a YAML or JSON file; the defaults if None.
         calibration: iterable of model-input dicts, needed by selective layers.
 
     Raises:
         ValueError: as `plan_compression`.
     """
-    return plan_compression(model, config or CompreSSMConfig(), calibration)
+    return plan_compression(model, config, calibration)
 
 
 def apply_plan(
@@ -77,6 +78,7 @@ def apply_plan(
     return apply_cut(model, plan, CutRequest(config, optimizer=optimizer, step=step, processes=processes))
 
 
+@plain_modes()
 def apply_cut(model: nn.Module, plan: CompressionPlan, request: CutRequest) -> CompressionResult:
     """Apply a plan as `apply_plan` does, with the arguments in a request."""
     start, processes = time.perf_counter(), request.processes
@@ -109,7 +111,7 @@ def apply_cut(model: nn.Module, plan: CompressionPlan, request: CutRequest) -> C
 
 def compress(  # noqa: PLR0913 - public
     model: nn.Module,
-    config: CompreSSMConfig,
+    config: Settings,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     optimizer: Any = None,
     step: int | None = None,
@@ -120,7 +122,7 @@ def compress(  # noqa: PLR0913 - public
 
     Args:
         model: any module with SSM layers of a known family; changed in place.
-        config: settings; those of the schedule are ignored.
+        config: settings, as in `analyze`; those of the schedule are ignored.
         calibration: iterable of model-input dicts, needed by selective layers.
         optimizer: the optimizer that trains the model, if any; its state is carried over.
         step: optimizer step to note in the config's record.
@@ -131,7 +133,7 @@ def compress(  # noqa: PLR0913 - public
         ValueError: as `plan_compression` and `apply_plan`; the model is then unchanged. New parameters or moments that
             are not finite raise only under `on_nonfinite="raise"`; otherwise no layer is cut.
     """
-    return cut(model, CutRequest(config, calibration, optimizer, step, reduction_share, processes))
+    return cut(model, CutRequest(as_config(config), calibration, optimizer, step, reduction_share, processes))
 
 
 def cut(model: nn.Module, request: CutRequest) -> CompressionResult:

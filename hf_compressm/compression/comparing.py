@@ -11,7 +11,7 @@ from hf_compressm.compression.measuring import from_measurements, tell_problems
 from hf_compressm.compression.plan import CompressionPlan
 from hf_compressm.compression.planning import plan_sizes
 from hf_compressm.compression.request import CutRequest
-from hf_compressm.config import RANK_RULES, CompreSSMConfig
+from hf_compressm.config import RANK_RULES, CompreSSMConfig, Settings, as_config
 from hf_compressm.families import Measurement, find_layers
 
 
@@ -35,7 +35,7 @@ class Alternative:
 def compare_tolerances(
     model: nn.Module,
     tolerances: Sequence[float],
-    config: CompreSSMConfig | None = None,
+    config: Settings = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> list[Alternative]:
     """Plan a cut for each tolerance, without changing the model.
@@ -49,7 +49,7 @@ def compare_tolerances(
     Raises:
         ValueError: as `plan_compression`.
     """
-    others = (config or CompreSSMConfig()).to_dict() | dict.fromkeys(RANK_RULES)
+    others = as_config(config).to_dict() | dict.fromkeys(RANK_RULES)
     settings = [CompreSSMConfig.from_dict({**others, "tolerance": tolerance}) for tolerance in tolerances]
 
     def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> list[CompressionPlan]:

@@ -1,6 +1,7 @@
-"""The cuts of a run as flat numbers, the only form that every tracker takes."""
+"""The cuts of a run as flat numbers, the only form that every tracker takes, and in a sentence."""
 
 import math
+from collections.abc import Iterable
 
 from hf_compressm.compression import LayerPlan
 from hf_compressm.compression.history import CutEvent
@@ -43,6 +44,32 @@ def scalars(event: CutEvent) -> dict[str, float]:
         own = _layer_scalars(event, layer)
         values |= {f"compressm/layer_{number:02d}/{name}": value for name, value in own.items()}
     return values
+
+
+def sentence(event: CutEvent) -> str:
+    """One event in a sentence for a person, however many layers there are."""
+    result, count = event.result, len(event.sizes)
+    layers = "1 layer" if count == 1 else f"{count} layers"
+    before, after = _span(result.state_sizes_before.values()), _span(event.sizes.values())
+    text = f"CompreSSM, {event.outcome} after step {event.step}: "
+    if event.outcome == "cut":
+        changed = sum(event.sizes[name] != size for name, size in result.state_sizes_before.items())
+        text += f"{changed} of {layers}, {before} -> {after} states"
+        text += f", {result.parameters_before:,} -> {result.parameters_after:,} parameters"
+    elif event.outcome == "rolled back":
+        text += f"{layers}, {before} -> {after} states"
+    else:
+        text += f"{layers} of {after} states"
+    if event.before is not None and event.after is not None:
+        measured = "metric" if event.outcome == "rolled back" else "held-out loss"
+        text += f", {measured} {event.before:.4g} -> {event.after:.4g}"
+    return f"{text} ({result.seconds:.2f} s)."
+
+
+def _span(sizes: Iterable[int]) -> str:
+    """The sizes of all layers, as one number or two."""
+    low, high = min(sizes := list(sizes)), max(sizes)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _state_bytes(event: CutEvent) -> int | None:

@@ -10,6 +10,7 @@ from hf_compressm.compression.choices import LayerChoice, check_settings
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.families import Measurement, SSMLayer, Statistics, collect_statistics
+from hf_compressm.utils.modes import outside_inference, plain_modes
 from hf_compressm.utils.processes import Processes
 from hf_compressm.utils.threads import for_each
 
@@ -36,15 +37,16 @@ def from_measurements(
         ValueError: as `plan_compression`, except for NaN and Inf; and what `work` raises.
     """
     processes = request.processes
-    with processes.together():
+    with processes.together(), outside_inference():  # the model itself runs in the other modes of its owner
         choices = check_settings(model, request.config, calibrated=request.calibration is not None)
         statistics = _collect(model, choices, request)
-    _add_up([item for item in statistics if item is not None], model, processes)
 
     def measured() -> T:
         return work(choices, for_each(lambda pair: _measure(*pair), zip(choices, statistics, strict=True)))
 
-    return processes.first(measured, model)
+    with plain_modes():
+        _add_up([item for item in statistics if item is not None], model, processes)
+        return processes.first(measured, model)
 
 
 def try_calibration(model: nn.Module, request: CutRequest) -> list[tuple[SSMLayer, Statistics | None]]:

@@ -13,7 +13,7 @@ from hf_compressm.compression.choices import LayerChoice
 from hf_compressm.compression.measuring import from_measurements, tell_problems
 from hf_compressm.compression.plan import CompressionPlan, LayerPlan
 from hf_compressm.compression.request import CutRequest
-from hf_compressm.config import CompreSSMConfig
+from hf_compressm.config import CompreSSMConfig, Settings, as_config
 from hf_compressm.families import Measurement
 from hf_compressm.numerics.ranks import count_by_error, count_by_tolerance, passes_gate, round_size
 from hf_compressm.surgery.lora import follow
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 def plan_compression(
     model: nn.Module,
-    config: CompreSSMConfig,
+    config: Settings,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     reduction_share: float = 1.0,
     processes: Processes = ALONE,
@@ -35,7 +35,7 @@ def plan_compression(
 
     Args:
         model: any module with SSM layers of a known family.
-        config: settings.
+        config: settings, as in `analyze`.
         calibration: iterable of model-input dicts, needed by selective layers and by `criterion="empirical"`.
         reduction_share: share of the rank rule's reduction that this cut makes; below 1 it drops fewer states.
         processes: the processes that train the model and call this together, each with its own calibration batches;
@@ -45,7 +45,7 @@ def plan_compression(
         ValueError: for a model without SSM layers, settings that do not fit it, missing calibration or a batch that
             the model rejects; for NaN or Inf only under `on_nonfinite="raise"`.
     """
-    request = CutRequest(config, calibration, reduction_share=reduction_share, processes=processes)
+    request = CutRequest(as_config(config), calibration, reduction_share=reduction_share, processes=processes)
     return plan_cut(model, request)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_compressm.data.hub import check_column, load_hub_dataset
 from hf_compressm.data.sources import TextSource
+from hf_compressm.utils.text import decoded
 
 
 class ByteTokenizer:
@@ -30,7 +31,8 @@ def read_texts(source: TextSource) -> list[str]:
     """The documents, cut off after `max_characters`.
 
     Raises:
-        ValueError: for two sources at once, a missing file, or a data set that cannot be loaded.
+        ValueError: for two sources at once, a file that is missing or not text in UTF-8, or a data set that cannot be
+            loaded.
     """
     texts, left = [], source.max_characters
     for document in _documents(source):
@@ -66,7 +68,6 @@ def _documents(source: TextSource) -> Iterator[str]:
         missing = [name for name in names if not Path(name).is_file()]
         if missing:
             raise ValueError(f"There is no file {', '.join(missing)}; train_file takes local text files.")
-        paths = [Path(name) for name in names]
-    else:
-        paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        return (decoded(Path(name).read_bytes(), name) for name in names)
+    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return (path.read_text(encoding="utf-8", errors="replace") for path in paths)

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 
 
 CHUNK_BYTES = 1 << 22
+PATIENCE = (0.02, 0.1, 0.5)
+"""Seconds to wait before a file is replaced once more that another program holds open."""
 
 
 def write_json(path: str | Path, values: Any) -> None:
@@ -47,13 +50,14 @@ def write_text(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    file = temporary.open("x", encoding="utf-8")  # with the usual permissions, unlike a file of tempfile
+    # with the usual permissions, unlike a file of tempfile; and the same bytes on every system
+    file = temporary.open("x", encoding="utf-8", newline="\n")
     try:
         with file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -96,7 +100,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():  # Windows cannot rename onto a directory
             path.rmdir()
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -111,22 +115,63 @@ def link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def replace(source: Path, target: Path) -> None:
+    """Rename a file or directory, also onto a file.
+
+    Windows refuses that while another program has the file open, such as a virus scanner or a viewer of logs: then it
+    is tried again for a moment.
+
+    Raises:
+        OSError: from the file system.
+    """
+    for seconds in PATIENCE:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(seconds)
+    return os.replace(source, target)
+
+
 def sync_and_sum(path: Path) -> dict[str, int]:
     """Flush a file that other code wrote to the disk, and return its length in bytes and its CRC-32."""
+    sync_file(path)
+    return sum_of(path)
+
+
+def sum_of(path: Path) -> dict[str, int]:
+    """Length of a file in bytes, and its CRC-32."""
     length = checksum = 0
     with path.open("rb") as file:
-        os.fsync(file.fileno())
         while chunk := file.read(CHUNK_BYTES):
             length += len(chunk)
             checksum = zlib.crc32(chunk, checksum)
     return {"bytes": length, "crc32": checksum}
 
 
+def sync_file(path: Path) -> None:
+    """Flush a file that other code wrote to the disk.
+
+    Windows flushes only what is open for writing. A file that may only be read is flushed where the system can.
+    """
+    try:
+        file = path.open("r+b")
+    except PermissionError:
+        _sync_if_possible(path)
+    else:
+        with file:
+            os.fsync(file.fileno())
+
+
 def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to the disk, where the file system can."""
+    """Flush a directory's entries to the disk, where the system can; Windows cannot open directories."""
+    _sync_if_possible(path)
+
+
+def _sync_if_possible(path: Path) -> None:
+    """Flush what is open for reading alone, where the system can."""
     try:
         handle = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows cannot open directories
+    except OSError:
         return
     try:
         os.fsync(handle)

@@ -1,5 +1,6 @@
 """The content of safetensors weights, in one file or in shards: headers, and tensors one by one on request."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,11 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_compressm.files.atomic import read_json
+from hf_compressm.files.names import KEPT_PREFIX
 from hf_compressm.utils.checks import quoted
+
+
+_OF_A_RUN = re.compile(rf"({KEPT_PREFIX})?checkpoint-\d+$|\.")
 
 
 class TensorHeader(NamedTuple):
@@ -80,6 +85,19 @@ def read_tensors(headers: Headers, names: Iterable[str] | None = None) -> Iterat
             for name in wanted:
                 if headers[name].file == path:
                     yield name, file.get_tensor(name)
+
+
+def adapter_folders(directory: Path, name: str) -> list[Path]:
+    """A directory and the folders in it that hold an adapter's file, as PEFT saves `default` and adapters with names.
+
+    The checkpoints of a run are not its adapters, and neither are hidden folders.
+
+    Args:
+        directory: of a PEFT model.
+        name: of the file, `adapter_config.json` or the weights.
+    """
+    folders = [path.parent for path in sorted(directory.glob(f"*/{name}")) if not _OF_A_RUN.match(path.parent.name)]
+    return [directory, *folders] if (directory / name).exists() else folders
 
 
 def is_file(path: Path) -> bool:

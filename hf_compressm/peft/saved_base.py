@@ -6,7 +6,6 @@ and computes something else. So the cut base is saved in a folder of its own, `b
 `from_pretrained`. `adapter_config.json` names that folder, unless the user has named another base since the cut.
 """
 
-import os
 import secrets
 import shutil
 import zlib
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_compressm.files.atomic import link_or_copy, read_json, write_json
+from hf_compressm.files.atomic import link_or_copy, read_json, replace, write_json
 from hf_compressm.files.names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_FOLDER
 from hf_compressm.files.weights import Headers, read_tensors
 from hf_compressm.peft.wrapping import is_wrapped, plain_modules, underlying
@@ -82,7 +81,7 @@ def save_base(model: Any, directory: str | Path) -> None:
             now = _checksum(base, state)  # saving enters class and dtype into the configuration
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(fresh, folder)
+        replace(fresh, folder)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise

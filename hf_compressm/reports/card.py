@@ -20,6 +20,7 @@ from hf_compressm.reports.pictures import Picture, present_pictures
 from hf_compressm.reports.rendering import render
 from hf_compressm.reports.report import ERRORS_IN_WORDS
 from hf_compressm.reports.traces import Run, find_run
+from hf_compressm.utils.text import decoded
 
 
 logger = logging.get_logger(__name__)
@@ -93,7 +94,7 @@ def card_of(directory: str | Path, repo_id: str | None = None) -> str | None:
     """
     directory = Path(directory)
     path = directory / CARD_FILE
-    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    existing = decoded(path.read_bytes(), path) if path.is_file() else None
     found = find_run(directory)
     run = None if found is None else found.of_the_model()
     if run is None or not (run.cuts or run.record):

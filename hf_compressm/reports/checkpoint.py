@@ -8,19 +8,21 @@ from transformers.utils import logging
 
 from hf_compressm.checkpoints import cut_checkpoint
 from hf_compressm.compression import CompressionResult
-from hf_compressm.config import CompreSSMConfig
+from hf_compressm.config import Settings, as_config
 from hf_compressm.files.atomic import write_text
 from hf_compressm.files.names import CARD_FILE
 from hf_compressm.reports.card import card_of
+from hf_compressm.utils.modes import plain_modes
 
 
 logger = logging.get_logger(__name__)
 
 
+@plain_modes()  # for loading, too
 def compress_checkpoint(
     checkpoint: str | Path,
     output: str | Path,
-    config: CompreSSMConfig,
+    config: Settings,
     calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> CompressionResult:
     """Cut a Trainer's checkpoint, or a saved model, so that the next launch continues with the smaller model.
@@ -35,8 +37,8 @@ def compress_checkpoint(
     Args:
         checkpoint: a `checkpoint-<step>` directory of a Trainer, or what `save_pretrained` wrote. It does not change.
         output: directory of the new one; it appears whole and sealed, or not at all.
-        config: settings; those of the schedule are ignored. With `optimizer_state="reset"`, a saved optimizer state
-            that cannot be matched to parameters is accepted, and all its moments are dropped.
+        config: settings, as in `analyze`; those of the schedule are ignored. With `optimizer_state="reset"`, a saved
+            optimizer state that cannot be matched to parameters is accepted, and all its moments are dropped.
         calibration: iterable of model-input dicts, needed by selective layers.
 
     Returns:
@@ -48,7 +50,7 @@ def compress_checkpoint(
             or is inside the checkpoint; and as `compress`. Nothing is then written.
         OSError: from the file system; likewise.
     """
-    return cut_checkpoint(checkpoint, output, config, calibration, finish=_renew_card)
+    return cut_checkpoint(checkpoint, output, as_config(config), calibration, finish=_renew_card)
 
 
 def _renew_card(folder: Path) -> None:

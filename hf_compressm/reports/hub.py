@@ -7,17 +7,18 @@ them the repo would hold a configuration of one size and weights of another, so 
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PureWindowsPath
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_compressm.checkpoints import read_whole
 from hf_compressm.files.atomic import read_json
 from hf_compressm.files.names import ADAPTER_CONFIG, BASE_FOLDER, CARD_FILE
 from hf_compressm.reports.card import card_of
-from hf_compressm.reports.hub_files import choose_files, left_behind, read_whole, stale_files
+from hf_compressm.reports.hub_files import choose_files, left_behind, stale_files
 from hf_compressm.utils.checks import quoted
 
 
@@ -118,12 +119,14 @@ def push_directory(directory: str | Path, target: PushTarget) -> PushResult:
         ValueError: for a mistake, before anything is sent; or if the Hub or the network refuses the push.
     """
     directory = Path(directory)
-    files = choose_files(read_whole(directory))
-    card_of(directory, target.repo_id)  # a history that cannot be read is found before a repo is made
-    if is_offline_mode():
+    if not directory.exists():
+        raise ValueError(f"{directory} does not exist.")
+    if is_offline_mode():  # which is found before every file is read
         raise ValueError("The client of the Hub is offline: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to push.")
     if get_token() is None:
         raise ValueError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
+    files = choose_files(read_whole(directory))
+    card_of(directory, target.repo_id)  # a history that cannot be read is found before a repo is made
     try:
         return _push(directory, files, target)
     except Exception as error:  # the network, the Hub and its client raise errors of several libraries
@@ -172,7 +175,8 @@ def _written_anew(directory: Path, files: dict[str, Path], repo_id: str) -> dict
     for name, path in files.items():
         if PurePath(name).name == ADAPTER_CONFIG and (directory / BASE_FOLDER).is_dir():
             values = read_json(path)
-            if PurePath(str(values.get("base_model_name_or_path"))).name == BASE_FOLDER:
+            base = PureWindowsPath(str(values.get("base_model_name_or_path")))  # which knows both separators
+            if base.name == BASE_FOLDER:
                 values["base_model_name_or_path"] = f"{repo_id}/{BASE_FOLDER}"
                 contents[name] = (json.dumps(values, indent=2) + "\n").encode()
     return contents

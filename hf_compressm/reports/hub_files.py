@@ -9,7 +9,7 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_compressm.checkpoints import SavedModel, read_saved
+from hf_compressm.checkpoints import SavedModel
 from hf_compressm.files.atomic import read_json
 from hf_compressm.files.names import (
     ADAPTER_CONFIG,
@@ -20,6 +20,7 @@ from hf_compressm.files.names import (
     FIGURES_FOLDER,
     TRAINER_STATE_FILE,
 )
+from hf_compressm.files.weights import adapter_folders
 from hf_compressm.utils.checks import quoted
 
 
@@ -51,27 +52,6 @@ STALE = (
 """Files of an earlier push that a loader would mistake for a part of the model that is pushed now."""
 
 
-def read_whole(directory: str | Path) -> SavedModel:
-    """Read a directory, and make sure that it holds a whole model or whole adapters.
-
-    Raises:
-        ValueError: naming the file, if it does not.
-    """
-    directory = Path(directory)
-    if not directory.exists():
-        raise ValueError(f"{directory} does not exist.")
-    saved = read_saved(directory)
-    found = [each for each in (saved, saved.base) if each is not None and each.values is not None]
-    for each in found:
-        each.verify()
-    if saved not in found and not any(_adapter_folders(directory)):
-        raise ValueError(
-            f"{directory} has neither {CONFIG_FILE} nor {ADAPTER_CONFIG}: give a directory that save_pretrained or a "
-            "Trainer wrote."
-        )
-    return saved
-
-
 def choose_files(saved: SavedModel) -> dict[str, Path]:
     """The files that make up a model, by their names in a repo.
 
@@ -85,7 +65,7 @@ def choose_files(saved: SavedModel) -> dict[str, Path]:
     """
     root = saved.directory
     chosen = _of_a_model(root, saved)
-    for folder in {root / BASE_FOLDER, *_adapter_folders(root)} - {root}:
+    for folder in {root / BASE_FOLDER, *adapter_folders(root, ADAPTER_CONFIG)} - {root}:
         if folder.is_dir():
             chosen += _of_a_model(folder, saved.base if folder.name == BASE_FOLDER else None)
     chosen += [path for path in sorted((root / FIGURES_FOLDER).glob("*")) if _matches(path, IMAGES)]
@@ -135,11 +115,6 @@ def _fits(name: str, pattern: str) -> bool:
     """Whether a path fits a pattern, folder by folder."""
     parts, patterns = name.split("/"), pattern.split("/")
     return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
-
-
-def _adapter_folders(directory: Path) -> Iterator[Path]:
-    """The folders of adapters: `default` is beside everything else, named ones have their own."""
-    yield from (path.parent for path in (*directory.glob(ADAPTER_CONFIG), *directory.glob(f"*/{ADAPTER_CONFIG}")))
 
 
 def _code(folder: Path) -> set[Path]:

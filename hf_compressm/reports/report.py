@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hf_compressm.files.atomic import write_text
 from hf_compressm.files.names import REPORT_FILE
+from hf_compressm.files.places import check_directory
 from hf_compressm.reports import tables
 from hf_compressm.reports.pictures import draw_pictures
 from hf_compressm.reports.rendering import own_version, render
@@ -47,12 +48,13 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> Pat
         Path of the page.
 
     Raises:
-        ValueError: if nothing in the directory records a cut.
+        ValueError: if nothing in the directory records a cut, or if nothing can be written into `output`.
         ImportError: without matplotlib.
         OSError: from the file system.
     """
-    run = read_run(directory)
     output = Path(directory if output is None else output)
+    check_directory(output)
+    run = read_run(directory)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         pictures = draw_pictures(run, folder)

@@ -27,28 +27,28 @@ class Calibration:
 
     Args:
         trainer: the Trainer that makes it.
-        config: settings.
         loader: batches of model inputs to use instead of those of the run, or None.
 
     Attributes:
         recent: the batches of the run's last steps.
     """
 
-    def __init__(self, trainer: Trainer, config: CompreSSMConfig, loader: Iterable[Any] | None) -> None:
+    def __init__(self, trainer: Trainer, loader: Iterable[Any] | None) -> None:
         """Watch the Trainer's steps."""
         self.recent = RecentBatches(trainer)
         self._trainer = trainer
-        self._config = config
+        self._config = CompreSSMConfig()
         self._loader = loader
         self._measures = self._judges = self._untried = self._near = False
 
-    def begin(self, model: nn.Module, processes: Processes) -> None:
+    def begin(self, model: nn.Module, config: CompreSSMConfig, processes: Processes) -> None:
         """Start a run afresh; a loader of the user's own is tried at once, on its first batch.
 
         Raises:
             ValueError: if the settings do not fit the model, or if that batch cannot be used.
         """
-        choices = check_settings(model, self._config, calibrated=True)
+        self._config = config
+        choices = check_settings(model, config, calibrated=True)
         self._measures = any(choice.needs_data for choice in choices)
         self._judges = self._config.max_loss_increase is not None and self._trainer.eval_dataset is None
         self._untried = self._needs_steps

@@ -12,7 +12,6 @@ from transformers.utils import logging
 from hf_compressm.checkpoints import seal_checkpoint
 from hf_compressm.compression import Scores, recorded_cuts, requested_scores
 from hf_compressm.compression.history import CALLBACK, CutEvent, from_record, read_history, rollback_event, to_record
-from hf_compressm.compression.log import scalars
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.files.atomic import write_json
 from hf_compressm.files.names import HISTORY_FILE, TRAINER_STATE_FILE
@@ -29,6 +28,7 @@ from hf_compressm.training.refusals import check_guards, refuse_engines, refuse_
 from hf_compressm.training.reporting import Publisher, tell_outcome
 from hf_compressm.training.saving import CheckpointSaver
 from hf_compressm.training.schedule import Trigger, trigger_for
+from hf_compressm.training.telling import tell_cut
 from hf_compressm.training.trainer import output_folder, run_folder, wrap_methods
 from hf_compressm.training.warmup import Rewarmup
 from hf_compressm.utils.checks import is_number, quoted
@@ -94,10 +94,14 @@ class CompressedRun:
             return
         self._trainer = weakref.ref(trainer)
         self._loader = CheckpointLoader(trainer, self.config.allow_optimizer_reset, self._best_loaded)
-        self._calibration = calibration = Calibration(trainer, self.config, self._loader_of_batches)
+        self._calibration = calibration = Calibration(trainer, self._loader_of_batches)
         CheckpointSaver(trainer, self._measure, self._begin_checkpoint, calibration.save, self._finish_checkpoint)
         self._publisher = Publisher(trainer, self.events_and_step, self.write_traces)
         wrap_methods(trainer, {"log": self._log})
+
+    def configure(self, config: CompreSSMConfig) -> None:
+        """Take the settings of the run that is about to begin."""
+        self.config, self.rewarmup = config, Rewarmup(config.rewarmup_steps)
 
     def begin(self, model: Any, optimizer: Any) -> None:
         """Before the first step, refuse a run that cannot work, resume from a checkpoint, and enable the fast scan."""
@@ -107,7 +111,7 @@ class CompressedRun:
         check_base(model)
         refuse_optimizer(optimizer, model)
         enable_fast_selective_scan()
-        self.calibration.begin(model, self._processes)
+        self.calibration.begin(model, self.config, self._processes)
 
         def measure() -> Scores:
             return requested_scores(model, self.calibration.ranking_request(self._processes))
@@ -263,7 +267,7 @@ class CompressedRun:
             rebuild_reducers(trainer.model_wrapped)
             self.rewarmup.last_cut = step
         for event in events:
-            self._report(event, pace)
+            tell_cut(trainer, event, pace)
 
     def _roll_back(self, step: int, model: Any) -> None:
         """Return to the checkpoint from before the cut, and halve the reduction of the next cut."""
@@ -284,14 +288,7 @@ class CompressedRun:
                 f"{pending.before:.4g} to {pending.after:.4g} in {pending.due - pending.step} steps. The next cut "
                 f"takes {self._reduction_share:g} of what the settings ask for."
             )
-        self._report(event, pace)
-
-    def _report(self, event: CutEvent, pace: dict[str, float]) -> None:
-        """Log an event, and the pace of the steps before it, through the Trainer."""
-        self.trainer.log(scalars(event) | pace)
-        before = event.result.state_sizes_before
-        sizes = ", ".join(f"{name} {before[name]} -> {size}" for name, size in event.sizes.items())
-        logger.info(f"CompreSSM, {event.outcome} after step {event.step}: {sizes} ({event.result.seconds:.2f} s).")
+        tell_cut(self.trainer, event, pace)
 
     def _record(self) -> dict[str, Any]:
         """The history of the run and all that is needed to resume it, JSON-ready."""

@@ -36,7 +36,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     counted(weights, "safe_open")
     counted(reading, "read_json")
-    counted(seal, "sync_and_sum")
+    counted(seal, "sum_of")
     return found
 
 
@@ -70,8 +70,8 @@ def test_one_resume_reads_and_sums_everything_once(run: tuple[Family, Path], cou
     assert set(counts) == sealed  # the search has read all that loading asks for
     assert counts["safe_open model.safetensors"] == 1
     assert counts["read_json config.json"] == 1
-    sums = {name: count for name, count in counts.items() if name.startswith("sync_and_sum")}
-    assert {"sync_and_sum model.safetensors", "sync_and_sum optimizer.pt", "sync_and_sum config.json"} <= set(sums)
+    sums = {name: count for name, count in counts.items() if name.startswith("sum_of")}
+    assert {"sum_of model.safetensors", "sum_of optimizer.pt", "sum_of config.json"} <= set(sums)
     assert set(sums.values()) == {1}
     assert trainer.model.config.compressm["cuts"][0]["step"] == 2
 

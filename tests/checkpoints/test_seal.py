@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
-from hf_compressm import find_last_complete_checkpoint
+from hf_compressm import compress_checkpoint, find_last_complete_checkpoint
 from hf_compressm.checkpoints import read_saved, seal_checkpoint
 from hf_compressm.files.names import HISTORY_FILE, SEAL, TRAINER_STATE_FILE, UNFINISHED_FILE
 from hf_compressm.files.weights import read_headers
@@ -307,3 +307,29 @@ def test_a_seal_is_not_written_where_the_files_cannot_be_flushed(
     with pytest.raises(OSError, match="No space"):
         seal_checkpoint(folder)
     assert not (folder / SEAL).exists()
+
+
+def test_checkpoints_are_sealed_read_and_cut_where_reading_is_not_enough_to_flush(
+    windows: None, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(runs["single"], tmp_path / "run")
+    folder = tmp_path / "run" / f"checkpoint-{LAST}"
+    (folder / SEAL).unlink()
+    seal_checkpoint(folder)
+    assert read_saved(folder).is_sealed
+    assert find_last_complete_checkpoint(tmp_path / "run") == str(folder)
+    compress_checkpoint(folder, tmp_path / "cut" / folder.name, {"fraction": 0.5})
+    assert read_saved(tmp_path / "cut" / folder.name).is_sealed
+
+
+def test_a_run_seals_its_checkpoints_where_reading_is_not_enough_to_flush(windows: None, tmp_path: Path) -> None:
+    trainer_of(LRU, tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
+    assert read_saved(tmp_path / "checkpoint-3").is_sealed
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../config.json", "a/../../config.json"])
+def test_a_seal_names_only_files_of_its_checkpoint(name: str, folder: Path) -> None:
+    seal = json.loads((folder / SEAL).read_text())
+    (folder / SEAL).write_text(json.dumps({**seal, "files": {name: {"bytes": 1, "crc32": 1}}}))
+    with pytest.raises(ValueError, match="is not a file of this checkpoint"):
+        read_saved(folder)

@@ -133,3 +133,19 @@ def test_what_cannot_be_measured_says_why(tmp_path: Path, capsys: Any) -> None:
     model.save_pretrained(tmp_path)
     out = run(capsys, "analyze", tmp_path)[1]
     assert "cannot be cut: no output energy" in out
+
+
+def test_a_picture_that_cannot_be_written_is_found_before_any_work(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_compressm.cli.inputs.local_directory", None)
+    (tmp_path / "file").touch()
+    for place, reason in {
+        tmp_path / "spectra.xyz": "does not say what kind of image it is: end it with ",
+        tmp_path / "spectra": "does not say what kind of image it is",
+        tmp_path: "is not a file that may be written over",
+        tmp_path / "file" / "a.png": "Not a directory",
+        "/proc/a.png": "cannot be written",
+    }.items():
+        assert reason in complaint(capsys, "analyze", tmp_path, "--plot", place), place
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from hf_compressm.models import LRUConfig, LRUForSequenceClassification
+from hf_compressm.scans import disable_fast_selective_scan, stock
 from tests.cli.running import complaint, run
-from tests.family_table import LRU, MAMBA
+from tests.family_table import LRU, MAMBA, MAMBA2
 from tests.trainers import trainer_of
 
 
@@ -92,7 +93,8 @@ def test_sequences_of_numbers(tmp_path: Path, capsys: Any) -> None:
     arguments = ("compress", tmp_path / "model", "--output", tmp_path / "small", "--fraction", 0.5, "--json")
     _, out, _ = run(capsys, *arguments, "--criterion", "empirical", "--mnist-dir", tmp_path)
     assert set(json.loads(out)["state_sizes_after"].values()) == {8}
-    assert "use --mnist-dir" in complaint(capsys, *arguments[:-3], "--train-file", tmp_path / "x")
+    other = ("compress", tmp_path / "model", "--output", tmp_path / "other")
+    assert "use --mnist-dir" in complaint(capsys, *other, "--train-file", tmp_path / "x")
 
 
 def test_mistakes_are_one_line(model: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
@@ -111,6 +113,64 @@ def test_mistakes_are_one_line(model: Path, text: Path, tmp_path: Path, capsys: 
     assert "cuts.toml" in complaint(capsys, "compress", model, *output, "--config", tmp_path / "cuts.toml")
     assert "exists and is not empty" in complaint(capsys, "compress", model, "--output", model.parent, *data)
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("command", ["compress", "analyze"])
+def test_files_that_are_not_text_are_named(command: str, model: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    words = [command, model, *(["--output", tmp_path / "small"] if command == "compress" else [])]
+    weights = model / "model.safetensors"
+    line = complaint(capsys, *words, "--train-file", text, "--train-file", weights)
+    assert f"{weights} is not text in UTF-8: byte " in line
+    assert "Give a text file, or convert" in line
+    (tmp_path / "cuts.yaml").write_text("fraction: 0.5", encoding="utf-16")
+    line = complaint(capsys, *words, "--train-file", text, "--config", tmp_path / "cuts.yaml")
+    assert f"{tmp_path / 'cuts.yaml'} is not text in UTF-8: byte 0 is 0xff (it looks like UTF-16)" in line
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.fixture
+def at_work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was begun: downloading or finding the model, and reading it."""
+    begun: list[str] = []
+    for name in ("local_directory", "calibration_batches"):
+        monkeypatch.setattr(f"hf_compressm.cli.inputs.{name}", lambda *args, name=name: begun.append(name))
+    return begun
+
+
+def test_an_output_that_cannot_be_written_is_found_before_any_work(
+    model: Path, at_work: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "file").touch()
+    for output, reason in {
+        model.parent: "exists and is not empty",
+        tmp_path / "file": "exists and is not empty",
+        tmp_path / "file" / "small": "Not a directory",
+        model / "small": "or inside it",
+        "/proc/small": "cannot be written",
+        tmp_path / ("long" * 100): "File name too long",
+    }.items():
+        assert reason in complaint(capsys, "compress", model, "--output", output), output
+    assert "no_such.yaml" in complaint(
+        capsys, "compress", model, "--output", tmp_path / "small", "--config", tmp_path / "no_such.yaml"
+    )
+    assert at_work == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
+
+
+@pytest.mark.parametrize(("kind", "scan"), [("mamba", "selective_scan"), ("mamba2", "ssd_scan")])
+@pytest.mark.parametrize("command", ["compress", "analyze"])
+def test_models_run_on_the_fast_scan(
+    kind: str, scan: str, command: str, text: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disable_fast_selective_scan()
+    calls, real = [], getattr(stock, scan)
+    monkeypatch.setattr(stock, scan, lambda *args, **kwargs: calls.append(scan) or real(*args, **kwargs))
+    family = {"mamba": MAMBA, "mamba2": MAMBA2}[kind]
+    family.build(vocab_size=256).save_pretrained(tmp_path / "model")
+    words = [command, tmp_path / "model", *(["--output", tmp_path / "small"] if command == "compress" else [])]
+    data = ("--train-file", text, "--block-size", 32, "--calibration-batches", 2)
+    assert run(capsys, *words, *data, "--quiet")[0] == 0
+    assert len(calls) == 4  # two layers, two batches
 
 
 def test_a_mamba_without_data_says_what_it_needs(tmp_path: Path, capsys: Any) -> None:

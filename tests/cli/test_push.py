@@ -120,8 +120,8 @@ def test_adapters_go_with_their_base_and_without_the_name_of_a_place(
     saved_model(folder / "kept", LRU)
     (folder / "kept" / "model.safetensors").rename(folder / "kept" / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").write_bytes((folder / "kept" / "adapter_model.safetensors").read_bytes())
-    for place in (folder, folder / "kept"):
-        fill(place / "adapter_config.json", json.dumps({"base_model_name_or_path": str(folder / "base_model")}))
+    for place, base in {folder: str(folder / "base_model"), folder / "kept": "C:\\run\\base_model"}.items():
+        fill(place / "adapter_config.json", json.dumps({"base_model_name_or_path": base}))
     before = contents(folder)
     assert run(capsys, "push", folder, "me/adapters")[0] == 0
     tree = hub.repos["me/adapters"].files()
@@ -292,6 +292,7 @@ def test_a_mistake_is_found_before_anything_is_sent(
 
 def test_a_client_that_cannot_send_says_so(hub: HubServer, folder: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("hf_compressm.reports.hub.read_whole", None)  # found before every file is read
     assert "hf auth login" in complaint(capsys, "push", folder, "me/cut")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "unset HF_HUB_OFFLINE" in complaint(capsys, "push", folder, "me/cut")
@@ -321,6 +322,13 @@ def test_a_directory_that_is_not_whole_is_not_pushed(hub: HubServer, tmp_path: P
     assert "layers_diagonal_ssm.py" in refused()
     (folder / "config.json").unlink()
     assert "has neither config.json nor adapter_config.json" in refused()
+    assert hub.requests == []
+
+
+def test_a_card_that_is_not_text_is_named(hub: HubServer, folder: Path, capsys: Any) -> None:
+    (folder / "README.md").write_bytes("# Modèle".encode("latin-1"))
+    line = complaint(capsys, "push", folder, "me/cut")
+    assert f"{folder / 'README.md'} is not text in UTF-8: byte 5 is 0xe8" in line
     assert hub.requests == []
 
 

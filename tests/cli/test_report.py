@@ -42,7 +42,10 @@ def test_the_likeliest_mistakes_are_one_line(
     LRU.build().save_pretrained(tmp_path / "uncut")
     assert "has no record of a cut" in complaint(capsys, "report", tmp_path / "uncut")
     (tmp_path / "file").write_text("")
-    assert "file" in complaint(capsys, "report", run_folder, "--output", tmp_path / "file")
+    for place in (tmp_path / "file", tmp_path / "file" / "deeper", "/proc/report"):
+        with monkeypatch.context() as patch:
+            patch.setattr("hf_compressm.reports.report.read_run", None)  # found before anything is read
+            assert f"{place} cannot be written" in complaint(capsys, "report", run_folder, "--output", place)
     for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
     assert "pip install hf_compressm[plot]" in complaint(capsys, "report", run_folder)

@@ -1,6 +1,7 @@
 """`hf-compressm verify` on whole and on broken checkpoints."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,67 @@ def test_the_folder_of_a_run_names_its_checkpoint(checkpoint: Path, capsys: Any)
     for command in ("verify", "analyze"):
         line = complaint(capsys, command, folder)
         assert line.endswith(f"{folder} has no model itself. The last complete checkpoint in it is {checkpoint}.")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directories in which something is missing, made of a run and its model."""
+    root = tmp_path_factory.mktemp("places")
+    trainer = trainer_of(LRU, root / "run", save_strategy="steps", save_steps=6)
+    trainer.train()
+    trainer.save_model(str(root / "model"))
+    shutil.copytree(root / "run", root / "broken")
+    (root / "broken" / "checkpoint-6" / "model.safetensors").write_bytes(b"")
+    for name, missing in {"no config": "config.json", "no weights": "model.safetensors"}.items():
+        shutil.copytree(root / "model", root / name)
+        (root / name / missing).unlink()
+    (root / "empty").mkdir()
+    for name in ("adapters", "adapters without their config"):
+        (root / name).mkdir()
+        save_file({"a.lora_A.weight": torch.zeros(1, 2)}, root / name / "adapter_model.safetensors")
+    (root / "adapters" / "adapter_config.json").write_text("{}")
+    shutil.copytree(root / "adapters", root / "run of adapters" / "checkpoint-6")
+    (root / "run of adapters" / "checkpoint-6" / "trainer_state.json").write_text('{"global_step": 6}')
+    shutil.copytree(root / "run of adapters", root / "adapters beside checkpoints")
+    for path in (root / "adapters").iterdir():
+        shutil.copy(path, root / "adapters beside checkpoints")
+    broken = root / "adapters beside checkpoints" / "_before-cut-checkpoint-3"
+    broken.mkdir()
+    (broken / "adapter_model.safetensors").write_bytes(b"x")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("run", "{} has no model itself. The last complete checkpoint in it is {}/checkpoint-6."),
+        ("broken", "{} has no model itself, and no checkpoint in it is complete."),
+        (
+            "no config",
+            "{} has neither config.json nor adapter_config.json: give a directory that save_pretrained or a ",
+        ),
+        ("no weights", "{} has no weights: "),
+        ("empty", "{} has no weights: "),
+        ("adapters without their config", "{} has neither config.json nor adapter_config.json: "),
+        ("run of adapters", "{} has no model itself. The last complete checkpoint in it is {}/checkpoint-6."),
+        ("model", None),
+        ("adapters", None),
+        ("adapters beside checkpoints", None),
+    ],
+)
+def test_verify_and_push_agree_on_what_is_there(name: str, reason: str | None, places: Path, capsys: Any) -> None:
+    if reason is None:
+        assert run(capsys, "verify", places / name, "--quiet")[0] == 0
+        code, out, _ = run(capsys, "push", places / name, "me/model", "--dry-run", "--json")
+        assert code == 0
+        assert not any("checkpoint" in file["name"] for file in json.loads(out)["files"])
+    else:
+        lines = [
+            complaint(capsys, "verify", places / name),
+            complaint(capsys, "push", places / name, "me/model", "--dry-run"),
+        ]
+        assert lines[0] == lines[1]
+        assert lines[0].startswith(f"error: {reason.replace('{}', str(places / name))}")
 
 
 def test_adapters_are_verified_with_their_base_or_without(tmp_path: Path, capsys: Any) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_compressm import CompreSSMConfig, apply_plan, compress, plan_compression
+from hf_compressm import CompreSSMConfig, analyze, apply_plan, compress, plan_compression
+from hf_compressm.compression import compare_tolerances
 from tests.family_table import (
     FAMILIES,
     LANGUAGE_MODELS,
@@ -355,3 +356,25 @@ def test_a_compiled_mamba_keeps_training_after_a_cut() -> None:
     compress(model, CompreSSMConfig(fraction=0.5), MAMBA.calibration(), optimizer)
     assert relative(outputs(compiled.eval(), MAMBA.batch()), outputs(model.eval(), MAMBA.batch())) < SINGLE
     train_step(compiled, optimizer, MAMBA.batch())
+
+
+def test_settings_are_taken_in_any_form(tmp_path: Path) -> None:
+    config = CompreSSMConfig(tolerance=0.3, min_reduction=0.0)
+    config.to_file(tmp_path / "cuts.yaml")
+    wanted = analyze(LRU.build(), config).to_dict()
+    for form in (config.to_dict(), {"tolerance": 0.3, "min_reduction": 0.0}, tmp_path / "cuts.yaml"):
+        assert analyze(LRU.build(), form).to_dict() == plan_compression(LRU.build(), form).to_dict() == wanted
+        assert compress(LRU.build(), form).plan.to_dict() == wanted
+        assert compare_tolerances(LRU.build(), [0.3], form)[0].plan.to_dict() == wanted
+    assert compress(LRU.build(), None).plan.to_dict() == analyze(LRU.build()).to_dict()
+
+
+@pytest.mark.parametrize("work", [analyze, compress, plan_compression])
+def test_what_are_no_settings_changes_nothing(work) -> None:
+    model = LRU.build()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"a mapping such as \{'tolerance': 0.1\}.*got 0.5"):
+        work(model, 0.5)
+    with pytest.raises(ValueError, match="Unknown setting"):
+        work(model, {"tolerence": 0.5})
+    assert same(snapshot(model), before)

@@ -6,8 +6,8 @@ import torch
 
 from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.compression import CompressionPlan
-from hf_compressm.compression.history import CutEvent
-from hf_compressm.compression.log import scalars
+from hf_compressm.compression.history import CutEvent, rollback_event
+from hf_compressm.compression.log import scalars, sentence
 from tests.family_table import LRU, MAMBA
 
 
@@ -43,3 +43,30 @@ def test_effective_states_hold_99_percent_of_the_energy() -> None:
     layers = tuple(replace(layer, hankel_singular_values=sigma) for layer in result.plan.layers)
     values = scalars(CutEvent(1, replace(result, plan=CompressionPlan(layers))))
     assert values["compressm/layer_00/effective_states"] == 1
+
+
+def test_a_sentence_tells_of_any_number_of_layers() -> None:
+    result = compress(LRU.build(num_hidden_layers=24), CompreSSMConfig(fraction=0.5))
+    parameters = f"{result.parameters_before:,} -> {result.parameters_after:,} parameters"
+    told = sentence(CutEvent(2, replace(result, seconds=0.314)))
+    assert told == f"CompreSSM, cut after step 2: 24 of 24 layers, 8 -> 4 states, {parameters} (0.31 s)."
+
+
+def test_a_sentence_tells_of_sizes_that_differ() -> None:
+    result = compress(LRU.build(), CompreSSMConfig(fraction=0.5, layers=["layers.1.ssm"]))
+    both = replace(
+        result,
+        state_sizes_before={"a": 8, "b": 8},
+        state_sizes_after={"a": 8, "b": 3},
+    )
+    assert ": 1 of 2 layers, 8 -> 3 to 8 states, " in sentence(CutEvent(1, both))
+    assert ": 1 of 1 layer, 8 -> 4 states, " in sentence(CutEvent(1, result))
+
+
+def test_a_sentence_tells_what_was_not_cut_or_did_not_last() -> None:
+    unchanged = CutEvent(1, compress(LRU.build(), CompreSSMConfig(tolerance=0.0)))
+    assert sentence(unchanged).startswith("CompreSSM, unchanged after step 1: 2 layers of 8 states (")
+    cut = CutEvent(3, compress(LRU.build(), CompreSSMConfig(fraction=0.5)), before=2.0, after=2.5)
+    assert ": 2 layers of 8 states, held-out loss 2 -> 2.5 (" in sentence(replace(cut, outcome="undone"))
+    back = rollback_event(5, cut, 1.0, float("nan"), 0.1)
+    assert sentence(back).startswith("CompreSSM, rolled back after step 5: 2 layers, 4 -> 8 states, metric 1 -> nan (")

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all."""
 
+import errno
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from hf_compressm.files import atomic
-from hf_compressm.files.atomic import read_json, sync_and_sum, write_json
+from hf_compressm.files.atomic import read_json, replace, sum_of, sync_and_sum, sync_file, write_json, write_text
 from hf_compressm.utils.checks import quoted
 
 
@@ -74,6 +75,72 @@ def test_an_interruption_leaves_the_old_file(written: Path, monkeypatch: pytest.
 def test_a_directory_that_cannot_be_flushed_is_no_error(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "open", refuse)
     atomic.sync_directory(written.parent)
+
+
+def test_files_are_flushed_where_only_those_open_for_writing_can_be(windows: None, written: Path) -> None:
+    content, times = written.read_bytes(), written.stat().st_mtime_ns
+    assert sync_and_sum(written) == sum_of(written)
+    assert (written.read_bytes(), written.stat().st_mtime_ns) == (content, times)
+    write_json(written, {"new": 1})
+    assert read_json(written) == {"new": 1}
+
+
+def test_a_file_that_may_only_be_read_is_flushed_where_the_system_can(
+    windows: None, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_read(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if "+" in mode:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", only_read)
+    sync_file(written)
+    assert sync_and_sum(written)["bytes"] == written.stat().st_size
+
+
+def test_an_error_of_the_disk_is_not_passed_over(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(Broken):
+        sync_and_sum(written)
+    assert sum_of(written)["bytes"] == written.stat().st_size  # reading flushes nothing
+
+
+@pytest.mark.parametrize(("busy", "ends_well"), [(1, True), (3, True), (4, False)])
+def test_a_file_that_another_program_holds_open_is_replaced_a_moment_later(
+    busy: int, ends_well: bool, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, rename = [], os.replace
+
+    def held(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) <= busy:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(atomic, "PATIENCE", (0.0, 0.0, 0.0))
+    if ends_well:
+        write_json(written, {"new": 1})
+        assert read_json(written) == {"new": 1}
+    else:
+        with pytest.raises(PermissionError):
+            write_json(written, {"new": 1})
+        assert read_json(written) == OLD
+    assert only(written)
+
+
+def test_other_errors_of_replacing_are_not_tried_again(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "PATIENCE", (1000.0,))
+    with pytest.raises(FileNotFoundError):
+        replace(written.parent / "nothing", written)
+
+
+def test_text_is_the_same_bytes_on_every_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, open_path = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda *args, **kwargs: opened.append(kwargs) or open_path(*args, **kwargs))
+    write_text(tmp_path / "card.md", "ä\nb\r\n")
+    assert (tmp_path / "card.md").read_bytes() == b"\xc3\xa4\nb\r\n"
+    assert opened[0] == {"encoding": "utf-8", "newline": "\n"}  # None would write CR LF on Windows
 
 
 def test_a_missing_directory_is_the_systems_own_error(tmp_path: Path) -> None:

@@ -376,7 +376,6 @@ def test_each_trainer_of_one_callback_has_a_run_of_its_own(tmp_path: Path) -> No
 PACKED = {
     "restarting positions": {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},
     "lengths": {"cu_seq_lens_q": torch.tensor([0, 3, 6])},
-    "another padding-free batch": {"cu_seqlens": torch.tensor([0, 3, 6])},
     "text numbers": {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])},
 }
 PLAIN = {

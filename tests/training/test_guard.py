@@ -1,6 +1,7 @@
 """A cut that hurts is taken back bit for bit, and a gentler one is tried."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_nothing_is_cut_where_the_loss_is_not_finite_before() -> None:
     assert event.outcome == "unchanged"
     assert "held-out loss is nan" in event.result.plan.layers[0].reason
     assert same(snapshot(model), before)
-    config.on_nonfinite = "raise"
+    config = replace(config, on_nonfinite="raise")
     with pytest.raises(ValueError, match="held-out loss is nan"):
         guarded_cut(model, CutRequest(config, LRU.calibration(), None, 0), Losses(float("nan")))
 

@@ -22,6 +22,19 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
+def check_format(path: str | Path) -> None:
+    """Make sure that a figure can be saved under a name.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: naming the endings that are known, if the name has none of them.
+    """
+    known = sorted(new_figure(1, 1).canvas.get_supported_filetypes())
+    ending = Path(path).suffix.lower().removeprefix(".")
+    if ending not in known:
+        raise ValueError(f"{path} does not say what kind of image it is: end it with .{', .'.join(known)}.")
+
+
 def save_figure(figure: Any, path: str | Path) -> Path:
     """Write a figure in the format that the path's ending chooses; returns the path."""
     path = Path(path)
