@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_compressm.compression.history import CALLBACK
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.surgery import check_optimizer, find_wrappers, unsupported_feature, unwrap
+from hf_compressm.surgery import check_optimizer, find_wrappers, unsupported_feature
 from hf_compressm.training.guard import held_out_batches, held_out_loss
 from hf_compressm.training.recovery import metric_name, recovery_length
 from hf_compressm.training.schedule import Scheduled, Trigger
@@ -77,7 +77,7 @@ def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
         ValueError: naming the optimizer and the way out.
     """
     if optimizer is not None:
-        check_optimizer(unwrap(optimizer), list(model.parameters()))
+        check_optimizer(optimizer, list(model.parameters()))
 
 
 def refuse_copies(trainer: Trainer, model: nn.Module) -> None:
