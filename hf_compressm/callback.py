@@ -74,13 +74,15 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse callbacks that would keep using the old parameters; by now all callbacks have started."""
+        """Refuse what would keep using the old parameters; by now all callbacks have started."""
         refuse_copies(self._run.trainer, kwargs["model"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cut if a cut is due, or roll back a cut from which the metric did not recover."""
+        if self._run.cut_follows(state.global_step):
+            refuse_copies(self._run.trainer, kwargs["model"])
         self._run.step_begins(kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"])
 
     def on_pre_optimizer_step(

@@ -1,6 +1,6 @@
 """Cutting inside a Trainer: when cuts happen, under which guards, and how checkpoints work across them."""
 
-from hf_compressm.training.refusals import refuse_copies
+from hf_compressm.training.copies import refuse_copies
 from hf_compressm.training.run import CompressedRun
 from hf_compressm.training.trainer import calling_trainer
 
