@@ -13,7 +13,7 @@ from hf_compressm.families import CutMethod, SSMLayer, find_layers
 from hf_compressm.models import own_class
 from hf_compressm.peft import underlying
 from hf_compressm.surgery.lora import check_adapters
-from hf_compressm.surgery.obstacles import check_layers
+from hf_compressm.surgery.obstacles import check_layers, check_memory
 
 
 logger = logging.get_logger(__name__)
@@ -64,6 +64,8 @@ def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) 
         choices.append(LayerChoice(layer, method, _per_layer(underlying(model), layer, config)))
     methods = [(choice.layer, choice.method) for choice in choices]
     check_layers(methods, _cut_before(model, layers))
+    if any(choice.needs_data for choice in choices):
+        check_memory(model)
     check_adapters(model, methods)
     uniform = [choice.layer for choice in choices if not choice.per_layer]
     if uniform and len(layers) < len(found):

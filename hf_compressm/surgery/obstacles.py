@@ -32,9 +32,10 @@ def check_layers(layers: Sequence[tuple[SSMLayer, CutMethod]], cut_before: Colle
     """
     holders: dict[int, str] = {}
     for layer, method in layers:
+        check_memory(layer.module, layer.name)
         for name, owner in plain_modules(layer.module):
             for own, parameter in owner.named_parameters(recurse=False):
-                _check_data(_full(layer, name, own), owner, parameter)
+                _check_whole(_full(layer, name, own), parameter)
         for name, owner, own in _replaced(layer, method):
             value = owner._parameters.get(own)
             if value is None and own not in owner._buffers:
@@ -48,6 +49,33 @@ def check_layers(layers: Sequence[tuple[SSMLayer, CutMethod]], cut_before: Colle
             _refuse_unknown(layer)
 
 
+def check_memory(model: nn.Module, prefix: str = "") -> None:
+    """Make sure that every parameter is in memory: what is offloaded or empty can neither be run nor cut.
+
+    Args:
+        model: the model, if calibration batches are to run through it, or a layer.
+        prefix: name of the layer in the model.
+
+    Raises:
+        ValueError: naming the parameter, the cause, and the way out.
+    """
+    for module, owner in model.named_modules():
+        for own, parameter in owner.named_parameters(recurse=False):
+            if parameter.device.type != "meta":
+                continue
+            name = ".".join(part for part in (prefix, module, own) if part)
+            if hasattr(owner, "_hf_hook"):
+                raise ValueError(
+                    f"{name} is offloaded: accelerate brings it into memory only while its layer runs. Load the model "
+                    "without offloading (no 'cpu' or 'disk' in its device_map), or call "
+                    "accelerate.hooks.remove_hook_from_submodules(model) first."
+                )
+            raise ValueError(
+                f"{name} has no data: it is on the meta device, as under init_empty_weights. Load the weights first, "
+                "with from_pretrained or load_state_dict(..., assign=True)."
+            )
+
+
 def _replaced(layer: SSMLayer, method: CutMethod) -> Iterator[tuple[str, nn.Module, str]]:
     """What a cut replaces: names of the module in the layer, the module, and name in it."""
     parts = layer.family.cut_parts(layer, method)
@@ -59,19 +87,8 @@ def _replaced(layer: SSMLayer, method: CutMethod) -> Iterator[tuple[str, nn.Modu
             yield name, modules[name], own
 
 
-def _check_data(name: str, owner: nn.Module, parameter: Tensor) -> None:
-    """Raise `ValueError` for a parameter without data, in pieces, or quantised."""
-    if parameter.device.type == "meta":
-        if hasattr(owner, "_hf_hook"):
-            raise ValueError(
-                f"{name} is offloaded: accelerate brings it into memory only while its layer runs, and a cut has to "
-                "replace it. Load the model without offloading (no 'cpu' or 'disk' in its device_map), or call "
-                "accelerate.hooks.remove_hook_from_submodules(model) first."
-            )
-        raise ValueError(
-            f"{name} has no data: it is on the meta device, as under init_empty_weights. Load the weights first, with "
-            "from_pretrained or load_state_dict(..., assign=True)."
-        )
+def _check_whole(name: str, parameter: Tensor) -> None:
+    """Raise `ValueError` for a parameter in pieces, or quantised."""
     if isinstance(parameter, DTensor):
         raise ValueError(
             f"{name} is a DTensor, of which each process holds a part. Cut a checkpoint, with "

@@ -203,6 +203,14 @@ def test_layers_without_their_data_are_named_with_the_cause(family: Family, tmp_
     refused(empty, family, "has no data.*meta device.*from_pretrained")
 
 
+def test_an_offloaded_part_elsewhere_is_named_where_batches_have_to_run_through_it() -> None:
+    measured, closed = MAMBA.build(), LRU.build()
+    for model in (measured, closed):
+        cpu_offload(model.get_input_embeddings(), execution_device=torch.device("cpu"))
+    refused(measured, MAMBA, "embeddings.weight is offloaded")
+    assert compress(closed, HALF).changed
+
+
 def test_a_model_that_is_brought_back_is_cut() -> None:
     from accelerate.hooks import remove_hook_from_submodules
 
