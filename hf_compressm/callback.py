@@ -40,6 +40,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             config = CompreSSMConfig.from_dict(config)
         self.config = config or CompreSSMConfig()
         self._run = CompressedRun(self.config)
+        self._begun = False  # whether steps were done in this call of `train`
 
     @property
     def events(self) -> list[CutEvent]:
@@ -68,6 +69,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Before the first step, refuse a run that cannot work, and resume from a checkpoint."""
+        self._begun = False
         self._run.attach(calling_trainer())
         self._run.begin(kwargs["model"], kwargs.get("optimizer"), kwargs.get("train_dataloader"))
 
@@ -75,14 +77,15 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what would keep using the old parameters; by now all callbacks have started."""
-        refuse_copies(self._run.trainer, kwargs["model"])
+        refuse_copies(self._run.trainer, kwargs["model"], self._begun)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cut if a cut is due, or roll back a cut from which the metric did not recover."""
         if self._run.cut_follows(state.global_step):
-            refuse_copies(self._run.trainer, kwargs["model"])
+            refuse_copies(self._run.trainer, kwargs["model"], self._begun)
+        self._begun = True
         self._run.step_begins(kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"])
 
     def on_pre_optimizer_step(

@@ -2,24 +2,25 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer
+from transformers.utils import logging
 
 from hf_compressm.families import find_layers
 from hf_compressm.surgery import held_parameter
 
 
+logger = logging.get_logger(__name__)
+
 _AVERAGING = re.compile(r"(?<![A-Z])B?EMA(?![a-z])|Ema(?![a-z])|SyncRefModel")
 """Parts of the class names of callbacks that average weights: trl's, timm's, and those that people write."""
 _AVERAGES = re.compile(rf"{_AVERAGING.pattern}|MovingAverage|WeightAverag|AveragedModel|Polyak")
 """Parts of the class names of objects that are averages, if they hold tensors as large as those that are cut."""
-_NAMES = re.compile(r"(?:^|_)(?:ema|swa|polyak|averaged?|shadow)(?:_|$)", re.IGNORECASE)
+_NAMES = re.compile(r"(?:^|_)(?:ema|swa|polyak|averaged?|averages|shadow)(?:_|$)", re.IGNORECASE)
 """Attributes that hold averages, by name, on the same condition."""
 _OF_THE_TRAINER = frozenset(
     {"model", "model_wrapped", "optimizer", "lr_scheduler", "optimizer_cls_and_kwargs", "callback_handler"}
@@ -32,33 +33,21 @@ _MEMBERS = 100
 """How many members of a collection are looked into; it may be a dataset."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Watched:
-    """The parameters of the SSM layers, and all of the model in order."""
-
-    parameters: Mapping[str, nn.Parameter]  # of the layers, by name
-    lists: Sequence[list[torch.Size]]  # shapes of all parameters, and of the trained ones
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "_Watched":
-        own = {
-            f"{layer.name}.{name}": parameter
-            for layer in find_layers(model)
-            for name, parameter in layer.module.named_parameters()
-        }
-        every = list(model.parameters())
-        return cls(own, [[p.shape for p in every], [p.shape for p in every if p.requires_grad]])
-
-
-def refuse_copies(trainer: Trainer, model: nn.Module) -> None:
+def refuse_copies(trainer: Trainer, model: nn.Module, begun: bool = False) -> None:
     """Refuse callbacks and attributes of the Trainer that would keep parameters from before a cut.
 
-    Called before the first step, when every callback has started, and before a cut, for what was made since.
+    Called before the first step, when every callback has started, and before a cut, for what was made since: then a
+    list of parameters may be made anew at every step, so it is only named.
+
+    Args:
+        trainer: the Trainer.
+        model: its model.
+        begun: whether steps were done since the start.
 
     Raises:
         ValueError: naming callback or attribute, and the way out.
     """
-    watched = _Watched.of(model)
+    parameters = [parameter for layer in find_layers(model) for parameter in layer.module.parameters()]
     for callback in trainer.callback_handler.callbacks:
         name = type(callback).__name__
         if any(_AVERAGING.search(kind.__name__) for kind in type(callback).__mro__):
@@ -67,19 +56,26 @@ def refuse_copies(trainer: Trainer, model: nn.Module) -> None:
                 "Leave it out while CompreSSMCallback cuts. To average the weights of the smaller model, train on "
                 "with it and without CompreSSMCallback."
             )
-        _refuse(name, vars(callback), watched)
+        _refuse(name, vars(callback), parameters, begun)
     own = {name: value for name, value in vars(trainer).items() if name not in _OF_THE_TRAINER}
-    _refuse(type(trainer).__name__, own, watched)
+    _refuse(type(trainer).__name__, own, parameters, begun)
 
 
-def _refuse(owner: str, attributes: Mapping[str, Any], watched: _Watched) -> None:
+def _refuse(owner: str, attributes: Mapping[str, Any], parameters: Sequence[nn.Parameter], begun: bool) -> None:
+    own = {id(parameter) for parameter in parameters}
     for name, value in attributes.items():
-        if _keeps(name, value, watched) or any(_keeps(inner, kept, watched) for inner, kept in _contents(name, value)):
-            raise ValueError(
-                f"{owner}.{name} holds parameters or averages of the model, and would keep those from before a cut. "
-                "Look parameters up by name in the model at every step, average the weights in a run without "
-                "CompreSSMCallback, or leave this out while CompreSSMCallback cuts."
-            )
+        values = [(name, value), *_contents(name, value)]
+        is_average = any(_is_average(inner, kept, parameters) for inner, kept in values)
+        if not is_average and not held_parameter({str(place): kept for place, (_, kept) in enumerate(values)}, own):
+            continue
+        message = (
+            f"{owner}.{name} holds parameters or averages of the model, and would keep those from before a cut. "
+            "Look parameters up by name in the model at every step, average the weights in a run without "
+            "CompreSSMCallback, or leave this out while CompreSSMCallback cuts."
+        )
+        if is_average or not begun:
+            raise ValueError(message)
+        logger.warning(message)
 
 
 def _contents(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -93,22 +89,13 @@ def _contents(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from vars(value).items()
 
 
-def _keeps(name: str, value: Any, watched: _Watched) -> bool:
-    """Whether a value is a parameter, an average, or a collection of them."""
+def _is_average(name: str, value: Any, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether a value is an average of the weights, by its class, or by a name and tensors as large as the layers'."""
     if isinstance(value, AveragedModel):
-        return True
-    if held_parameter({name: value}, {id(parameter) for parameter in watched.parameters.values()}):
-        return True
-    if isinstance(value, dict):
-        plain = {str(key).removeprefix("module."): tensor for key, tensor in value.items()}
-        named = ((plain.get(key), parameter) for key, parameter in watched.parameters.items())
-        if any(isinstance(tensor, Tensor) and tensor.shape == parameter.shape for tensor, parameter in named):
-            return True
-    if isinstance(value, list | tuple) and [getattr(tensor, "shape", None) for tensor in value] in watched.lists:
         return True
     if not _NAMES.search(name) and not any(_AVERAGES.search(kind.__name__) for kind in type(value).__mro__):
         return False
-    sizes = {parameter.shape for parameter in watched.parameters.values()}
+    sizes = {parameter.shape for parameter in parameters}
     return any(tensor.shape in sizes for tensor in _tensors(value))
 
 

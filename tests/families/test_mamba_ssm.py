@@ -144,8 +144,6 @@ def test_layers_of_mamba_ssm_are_cut_in_a_model_of_ones_own(name: str, config: s
 def test_a_fork_at_the_same_path_with_a_second_direction_is_refused_by_name(d_state: int) -> None:
     """The state is also as wide as the model, or as its inner channels."""
     model = OwnModel([Vim(12, d_state), Vim(12, d_state)])
-    with pytest.raises(
-        ValueError, match=r"layers\.0 has A_b_log of shape \(24, .*mamba layers do not have"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.0 has A_b_log of shape \(24, .*mamba layers do not have"):
         compress(model, CompreSSMConfig(target_state_size=6), [{"input_ids": torch.randint(20, (3, 11))}])
     assert model.layers[0].A_log.shape == (24, d_state)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer
 
+from hf_compressm.training import copies
 from tests.family_table import LRU
 from tests.trainers import callback_of, trainer_of
 
@@ -43,8 +44,6 @@ KEPT: dict[str, Callable[[nn.Module], Any]] = {
     "groups": lambda model: {"decay": {"params": tuple(model.parameters())}},
     "a set": lambda model: set(model.parameters()),
     "a parameter": lambda model: model.backbone.layers[0].ssm.B_re,
-    "copies by name": lambda model: {f"module.{name}": p.detach().clone() for name, p in model.named_parameters()},
-    "copies in order": lambda model: [p.detach().clone() for p in model.parameters()],
     "a helper": Norms,
     "an average in a list": lambda model: [AveragedModel(model)],
 }
@@ -54,6 +53,7 @@ HARMLESS: dict[str, Callable[[nn.Module], Any]] = {
     "a small average": lambda model: Loss(),
     "numbers": lambda model: {"loss": [1.0, 2.0], "backbone.layers.0.ssm.B_re": 3.0},
     "a rate": lambda model: 0.99,
+    "copies to compare with": lambda model: {name: p.detach().clone() for name, p in model.named_parameters()},
 }
 
 
@@ -68,6 +68,14 @@ def test_an_attribute_of_the_trainer_that_keeps_parameters_is_named_before_the_f
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.parametrize("name", ["ema", "shadow", "averages"])
+def test_a_table_of_copies_is_an_average_if_its_name_says_so(name: str, tmp_path: Path) -> None:
+    trainer = trainer_of(LRU, tmp_path)
+    setattr(trainer, name, {key: p.detach().clone() for key, p in trainer.model.named_parameters()})
+    with pytest.raises(ValueError, match=rf"^Trainer\.{name} holds"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("name", ["ema", "ema_model", "swa_model", "model_ema"])
 def test_a_copy_of_the_model_is_an_average_if_its_name_says_so(name: str, tmp_path: Path) -> None:
     trainer = trainer_of(LRU, tmp_path)
@@ -80,9 +88,7 @@ def test_a_copy_of_the_model_is_an_average_if_its_name_says_so(name: str, tmp_pa
 @pytest.mark.parametrize("kind", HARMLESS)
 def test_what_does_not_depend_on_the_state_size_is_left_alone(kind: str, tmp_path: Path) -> None:
     trainer = trainer_of(LRU, tmp_path, max_steps=3)
-    trainer.ema_rate = trainer.held = HARMLESS[kind](trainer.model) if kind != "a teacher" else None
-    if kind == "a teacher":
-        trainer.held = copy.deepcopy(trainer.model)
+    trainer.held = HARMLESS[kind](trainer.model)
     trainer.train()
     assert callback_of(trainer).events[-1].outcome == "cut"
 
@@ -103,3 +109,22 @@ def test_what_was_made_since_is_found_before_the_cut(tmp_path: Path) -> None:
         trainer.train()
     assert trainer.state.global_step == 2
     assert trainer.model.config.state_size == size
+
+
+class Renewing(Trainer):
+    """Makes its list anew at every step."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.trained = list(self.model.parameters())
+        return super().training_step(*args, **kwargs)
+
+
+def test_a_list_that_may_be_renewed_at_every_step_is_only_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(copies.logger, "warning", seen.append)
+    trainer = trainer_of(LRU, tmp_path, trainer_class=Renewing)
+    trainer.train()
+    assert callback_of(trainer).events[-1].outcome == "cut"
+    assert [text for text in seen if text.startswith("Renewing.trained holds")]
