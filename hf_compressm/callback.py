@@ -9,7 +9,7 @@ from transformers.trainer_callback import ExportableState
 from hf_compressm.compression.history import CutEvent
 from hf_compressm.config import CompreSSMConfig, Settings, as_config
 from hf_compressm.families import refuse_single_batch
-from hf_compressm.training import CompressedRun, calling_trainer, refuse_copies
+from hf_compressm.training import CompressedRun, calling_trainer
 
 
 class CompreSSMCallback(TrainerCallback, ExportableState):
@@ -102,8 +102,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse callbacks that would keep using the old parameters; by now all callbacks have started."""
-        refuse_copies(self._run.trainer, kwargs["model"])
+        """Refuse what would keep using the old parameters; by now all callbacks have started."""
+        self._run.epoch_begins(kwargs["model"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -139,7 +139,7 @@ def wound(name: str) -> None:
 
     def drift(*args: Any) -> Any:
         plan = prepare(*args)
-        next(iter(plan.states.values()))["exp_avg"].add_(1)
+        next(iter(plan.parts[0].states.values()))["exp_avg"].add_(1)
         return plan
 
     prepare = operation.prepare_optimizer

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,7 +63,8 @@ def apply_plan(
     Args:
         model: the model that was planned for, unchanged since.
         plan: from `plan_compression` or `analyze`.
-        optimizer: the optimizer that trains the model, if any.
+        optimizer: the optimizer that trains the model, if any, or a list of several; one that was made before now
+            and is not passed goes on training the old tensors.
         optimizer_state: `"carry"` the moments of cut parameters over, or `"reset"` them.
         step: optimizer step to note in the config's record.
         processes: the processes that train the model and apply the same plan together; all of them apply it, or
@@ -96,6 +97,7 @@ def apply_cut(model: nn.Module, plan: CompressionPlan, request: CutRequest) -> C
     except BaseException:  # an interruption too must not leave half a cut
         before.restore()
         raise
+    note = _without_optimizer(cuts, request)
     return CompressionResult(
         plan=plan.without_tensors(),
         changed=bool(cuts),
@@ -106,6 +108,7 @@ def apply_cut(model: nn.Module, plan: CompressionPlan, request: CutRequest) -> C
         parameters_after=_count_parameters(model),
         state_bytes_before=state_bytes_before,
         state_bytes_after=count_state_bytes(model),
+        note=note,
     )
 
 
@@ -124,7 +127,9 @@ def compress(  # noqa: PLR0913 - public
         model: any module with SSM layers of a known family; changed in place.
         config: settings, as in `analyze`; those of the schedule are ignored.
         calibration: iterable of model-input dicts, needed by selective layers.
-        optimizer: the optimizer that trains the model, if any; its state is carried over.
+        optimizer: the optimizer that trains the model, if any, or a list of several; its state is carried over.
+            Without it, an optimizer that was made before now goes on training the old tensors, which the model no
+            longer has: make a new one.
         step: optimizer step to note in the config's record.
         reduction_share: as in `plan_compression`.
         processes: as in `plan_compression` and `apply_plan`.
@@ -149,6 +154,20 @@ def cut(model: nn.Module, request: CutRequest) -> CompressionResult:
             logger.warning(f"No layer is cut: {error}")
         result = apply_plan(model, plan.skipped(str(error)))
     return replace(result, seconds=time.perf_counter() - start)
+
+
+def _without_optimizer(cuts: Sequence[tuple[SSMLayer, LayerCut]], request: CutRequest) -> str:
+    """What to do about an optimizer that was not passed, or ""; a warning if the model is being trained."""
+    if not cuts or request.optimizer:
+        return ""
+    note = (
+        "No optimizer was passed: one that was made before this cut goes on training the old tensors, which the model "
+        "no longer has. Make a new optimizer, or pass it as optimizer= to carry its state over."
+    )
+    is_training = any(change.parameter.grad is not None for _, cut in cuts for change in cut.changes)
+    if request.processes.is_first:
+        (logger.warning if is_training else logger.info)(note)
+    return note
 
 
 def _needs_own_class(model: nn.Module, plan: CompressionPlan) -> bool:

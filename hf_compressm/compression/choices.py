@@ -13,6 +13,7 @@ from hf_compressm.families import CutMethod, SSMLayer, find_layers
 from hf_compressm.models import own_class
 from hf_compressm.peft import underlying
 from hf_compressm.surgery.lora import check_adapters
+from hf_compressm.surgery.obstacles import check_layers, check_memory
 
 
 logger = logging.get_logger(__name__)
@@ -61,7 +62,11 @@ def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) 
         project = config.compat == "best" and own is not None
         method = CutMethod(name, config.keep, config.realization, config.sampling_seed, project)
         choices.append(LayerChoice(layer, method, _per_layer(underlying(model), layer, config)))
-    check_adapters(model, [(choice.layer, choice.method) for choice in choices])
+    methods = [(choice.layer, choice.method) for choice in choices]
+    check_layers(methods, _cut_before(model, layers))
+    if any(choice.needs_data for choice in choices):
+        check_memory(model)
+    check_adapters(model, methods)
     uniform = [choice.layer for choice in choices if not choice.per_layer]
     if uniform and len(layers) < len(found):
         raise ValueError(
@@ -69,6 +74,13 @@ def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) 
             "models have one state size for all. Drop layers / ignore_layers, or use per_layer=True where it applies."
         )
     return choices
+
+
+def _cut_before(model: nn.Module, layers: Sequence[SSMLayer]) -> set[str]:
+    """Names of the layers whose state was larger before the first recorded cut."""
+    record = getattr(getattr(model, "config", None), "compressm", None) or {}
+    before = record.get("state_sizes_before", {})
+    return {layer.name for layer in layers if before.get(layer.name, 0) > layer.state_size}
 
 
 def _matching_layers(found: Sequence[SSMLayer], config: CompreSSMConfig) -> list[SSMLayer]:

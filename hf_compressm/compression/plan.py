@@ -106,6 +106,7 @@ class CompressionResult:
         parameters_after: likewise.
         state_bytes_before: bytes of one sequence's state, all layers together; None in records that lack them.
         state_bytes_after: likewise.
+        note: what the caller has to do now, or "".
     """
 
     plan: CompressionPlan
@@ -117,6 +118,11 @@ class CompressionResult:
     parameters_after: int
     state_bytes_before: int | None = None
     state_bytes_after: int | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        """The plan's table, and what the caller has to do now."""
+        return "\n".join(part for part in (str(self.plan), self.note) if part)
 
 
 def _row(layer: LayerPlan) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.family import CutMethod, MomentTerm, ParameterChange, SSMLayer
-from hf_compressm.families.mamba import MambaFamily, projection_maps, step_rank
+from hf_compressm.families.mamba import STATE_AXES, MambaFamily, projection_maps, step_rank
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import Selection, float64, parameter_name
 
@@ -78,9 +78,9 @@ class NormalizedMambaFamily(MambaFamily):
         ]
 
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
-        """`x_proj`, and the modules that take the factors."""
+        """`x_proj`, and what takes the factors."""
         learns = _learns(layer.module.b_layernorm)
-        return ("x_proj", "b_layernorm", "c_layernorm") if learns else ("x_proj", "out_proj")
+        return ("x_proj", "b_layernorm", "c_layernorm") if learns else ("x_proj", "out_proj", "D")
 
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
         """The width of `x_proj`, and FalconMamba's placeholders for the norms' weights."""
@@ -140,5 +140,11 @@ for _family, _type, _field in (
             size_field=_field,
             per_layer=False,
             criteria=("interpolative",),
+            state_axes={
+                **STATE_AXES,
+                "dt_layernorm.weight": None,
+                "b_layernorm.weight": 0,
+                "c_layernorm.weight": 0,
+            },
         )
     )

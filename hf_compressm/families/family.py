@@ -260,6 +260,8 @@ class Family(ABC):
         criteria: supported criteria; the default is the first one, or without data the first that needs none.
         data_criteria: criteria that are measured on data.
         tells_texts_apart_by: arguments of packed rows by which its models let no state pass from one text to the next.
+        state_axes: every parameter and buffer that the known layers of this layout may have, by name, each with the
+            axis that grows with the state, or None. Anything else in a layer that is as wide as its state is refused.
     """
 
     name: str
@@ -269,6 +271,7 @@ class Family(ABC):
     criteria: tuple[str, ...]
     data_criteria: frozenset[str] = field(default=frozenset({"empirical", "surrogate", "interpolative"}))
     tells_texts_apart_by: frozenset[str] = frozenset()
+    state_axes: Mapping[str, int | None] = field(default_factory=dict, compare=False)
 
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
         """The criterion to use for `wanted`, which may be `"auto"`.
@@ -320,6 +323,10 @@ class Family(ABC):
         """Number of singular values that a cut to `size` states keeps."""
         return size * measurement.hankel_singular_values.numel() // layer.state_size
 
+    def state_widths(self, module: Any) -> set[int]:
+        """Lengths that an axis of the state may have, besides those of the axes in `state_axes`."""
+        return {self.state_size(module)}
+
     def granularity(self, module: Any) -> int:
         """The number of which all state sizes of this layer are multiples."""
         return 1
@@ -330,7 +337,10 @@ class Family(ABC):
         return False
 
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
-        """Names of the layer's modules whose weights a cut replaces; adapters around others need not follow."""
+        """Names of the layer's modules whose weights a cut replaces, and of such parameters without a state axis.
+
+        Adapters around other modules need not follow.
+        """
         return ()
 
 

@@ -46,6 +46,21 @@ from hf_compressm.peft import effective_weight
 from hf_compressm.scans import selective_states
 
 
+STATE_AXES: dict[str, int | None] = {
+    "A_log": 1,
+    "D": None,
+    "in_proj.weight": None,
+    "in_proj.bias": None,
+    "conv1d.weight": None,
+    "conv1d.bias": None,
+    "x_proj.weight": 0,
+    "dt_proj.weight": None,
+    "dt_proj.bias": None,
+    "out_proj.weight": None,
+    "out_proj.bias": None,
+}
+
+
 @dataclass(frozen=True, eq=False)
 class ScanInputs:
     """The arguments of one call of the selective scan, by group."""
@@ -225,5 +240,6 @@ for _type, _size in (
             per_layer=False,
             criteria=("interpolative", "surrogate"),
             state_size_name=_size,
+            state_axes=STATE_AXES,
         )
     )

@@ -41,6 +41,23 @@ from hf_compressm.peft import effective_weight
 from hf_compressm.scans import ssd_scan, ssd_states
 
 
+STATE_AXES: dict[str, int | None] = {
+    "A_log": None,
+    "D": None,
+    "dt_bias": None,
+    "in_proj.weight": 0,
+    "in_proj.bias": 0,
+    "conv1d.weight": 0,
+    "conv1d.bias": 0,
+    "norm.weight": None,
+    "out_proj.weight": None,
+    "out_proj.bias": None,
+    "mup_vector": -1,
+    "B_proj": 1,
+    "C_proj": 1,
+}
+
+
 @dataclass(frozen=True)
 class Shape:
     """Widths of a layer, read from its tensors."""
@@ -84,6 +101,10 @@ class Mamba2Family(SelectiveFamily):
     def state_entries(self, module: Any) -> int:
         """One number for each channel and state."""
         return Shape.of(module).inner * self.state_size(module)
+
+    def state_widths(self, module: Any) -> set[int]:
+        """The states of one group, and of all groups side by side."""
+        return {self.state_size(module), Shape.of(module).groups * self.state_size(module)}
 
     def signals(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
         """The signals of the layer's scan."""
@@ -274,7 +295,14 @@ _FAMILIES = (
 
 for _family, _type, _field in _FAMILIES:
     register(
-        Mamba2Family(name=_family, module_type=_type, size_field=_field, per_layer=False, criteria=("empirical",))
+        Mamba2Family(
+            name=_family,
+            module_type=_type,
+            size_field=_field,
+            per_layer=False,
+            criteria=("empirical",),
+            state_axes=STATE_AXES,
+        )
     )
 register(
     Mamba2Family(
@@ -283,6 +311,7 @@ register(
         size_field="d_state",
         per_layer=False,
         criteria=("empirical",),
+        state_axes=STATE_AXES,
         state_size_name="d_state",
         input_name="u",
     )

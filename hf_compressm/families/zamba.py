@@ -74,5 +74,18 @@ register(
         size_field="mamba_d_state",
         per_layer=False,
         criteria=("interpolative", "surrogate"),
+        state_axes={
+            "A_log": 2,
+            "D": None,
+            "in_proj.weight": None,
+            "in_proj.bias": None,
+            "conv1d.weight": None,
+            "conv1d.bias": None,
+            "x_proj_weight": 1,
+            "dt_proj_weight": None,
+            "dt_proj_bias": None,
+            "out_proj.weight": None,
+            "out_proj.bias": None,
+        },
     )
 )

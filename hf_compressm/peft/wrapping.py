@@ -7,6 +7,14 @@ import torch
 from torch import Tensor, nn
 
 
+_INSIDE = (
+    ("base_layer", "adapter_layer_names"),
+    ("original_module", "set_adapter"),
+    ("token_adapter", "set_adapter"),  # around embeddings some of whose tokens are trained
+)
+"""Names under which peft's wrappers hold the module inside, each with an attribute that only such wrappers have."""
+
+
 def underlying(model: Any) -> Any:
     """The model inside peft's `PeftModel`, whose layers and configuration a cut changes; any other model itself."""
     return model.get_base_model() if is_wrapped(model) else model
@@ -19,7 +27,7 @@ def is_wrapped(model: Any) -> bool:
 
 def wrapped_module(module: nn.Module) -> nn.Module | None:
     """The module inside an adapter, or the original of a copy that is trained in its place; None for other modules."""
-    for name, marker in (("base_layer", "adapter_layer_names"), ("original_module", "set_adapter")):
+    for name, marker in _INSIDE:
         inner = module._modules.get(name)
         if inner is not None and hasattr(module, marker):
             return inner

@@ -4,7 +4,6 @@ from hf_compressm.surgery.caches import refuse_stale_caches
 from hf_compressm.surgery.configuration import write_sizes, write_sizes_of_mamba_ssm, write_sizes_per_layer
 from hf_compressm.surgery.ddp import find_wrappers, rebuild_reducers, unsupported_feature
 from hf_compressm.surgery.lora import check_adapters, follow, resized
-from hf_compressm.surgery.moments import check_optimizer
 from hf_compressm.surgery.operation import Operation
 from hf_compressm.surgery.optimizer import commit_optimizer, misfit, prepare_optimizer, reset, unwrap
 from hf_compressm.surgery.parameters import (
@@ -17,6 +16,7 @@ from hf_compressm.surgery.parameters import (
 )
 from hf_compressm.surgery.reshaping import reshape_model, skeleton
 from hf_compressm.surgery.snapshot import Snapshot
+from hf_compressm.surgery.stores import check_optimizer, held_parameter
 
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "commit_replacements",
     "find_wrappers",
     "follow",
+    "held_parameter",
     "misfit",
     "prepare_additions",
     "prepare_optimizer",

@@ -1,4 +1,4 @@
-"""The kinds of entries in an optimizer's state, and the optimizers that cannot follow a cut.
+"""The kinds of entries in an optimizer's state.
 
 | kind of state | examples | how it follows |
 |---|---|---|
@@ -12,12 +12,11 @@ projections, the averaged weights of schedule-free optimizers, RMSprop with mome
 steps does not follow a change of basis) or centred (whose variance could become negative).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 
 Role = Literal["first", "second", "row", "column"]
@@ -103,32 +102,3 @@ def fresh_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], para
         return {}
     start = group["initial_accumulator_value"]
     return dict(torch.optim.Adagrad([parameter], initial_accumulator_value=start).state[parameter])
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    """Refuse an optimizer that holds parameters where a cut cannot replace them.
-
-    Raises:
-        ValueError: naming the optimizer and the way out.
-    """
-    name = type(optimizer).__name__
-    if isinstance(optimizer, LayerWiseDummyOptimizer):
-        raise ValueError(
-            "A layer-wise optimizer steps in hooks of the parameters, each with an optimizer of its own, and a cut "
-            "cannot follow there. Use the variant that is not layer-wise (galore_adamw for galore_adamw_layerwise, "
-            "apollo_adamw for apollo_adamw_layerwise)."
-        )
-    if isinstance(optimizer, torch.optim.LBFGS) or type(optimizer).__module__.partition(".")[0] == "lomo_optim":
-        raise ValueError(
-            f"{name} keeps data of the parameters outside of its state, where a cut cannot change it. Use "
-            "another optimizer (adamw_torch, or adafactor where memory is short), or cut between two runs with "
-            "hf_compressm.compress."
-        )
-    known = {id(parameter) for parameter in parameters}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    strangers = [tuple(parameter.shape) for parameter in held if id(parameter) not in known]
-    if strangers:
-        raise ValueError(
-            f"{name} holds {len(strangers)} parameter(s) that the model does not have, the first of "
-            f"shape {strangers[0]}. Pass the optimizer that trains this model, created after its last change."
-        )

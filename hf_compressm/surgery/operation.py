@@ -11,6 +11,7 @@ from hf_compressm.models import adopt
 from hf_compressm.peft import underlying
 from hf_compressm.peft.saved_base import keep_base_beside
 from hf_compressm.surgery.caches import refuse_stale_caches
+from hf_compressm.surgery.mapping import carry_gradients
 from hf_compressm.surgery.optimizer import OptimizerPlan, commit_optimizer, prepare_optimizer
 from hf_compressm.surgery.parameters import (
     Addition,
@@ -57,6 +58,7 @@ class Operation:
             ValueError: as in `prepare_replacements`, `prepare_additions` and `prepare_optimizer`.
         """
         replacements = prepare_replacements(model, [change for _, cut in cuts for change in cut.changes])
+        carry_gradients(replacements)
         additions = prepare_additions([addition for _, cut in cuts for addition in cut.additions])
         plan = prepare_optimizer(optimizer, model, replacements, policy, additions) if optimizer else None
         attributes = [attribute for _, cut in cuts for attribute in cut.attributes]
@@ -64,8 +66,7 @@ class Operation:
 
     def new_tensors(self) -> list[Tensor]:
         """Parameters and moments about to be put in place, in an order that is the same in all processes."""
-        states = self.optimizer.states.values() if self.optimizer is not None else ()
-        moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        moments = self.optimizer.new_tensors() if self.optimizer is not None else []
         return [*(item.new for item in self.replacements), *(item.new for item in self.additions), *moments]
 
     def commit(self, config: Any = None, adopts: bool = False) -> None:

@@ -8,22 +8,41 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_compressm.families.family import MomentTerm
-from hf_compressm.surgery.moments import Role, check_optimizer, fresh_state, misshapen_entry, roles_of, unknown_entry
+from hf_compressm.surgery.mapping import mapped
+from hf_compressm.surgery.moments import Role, fresh_state, misshapen_entry, roles_of, unknown_entry
 from hf_compressm.surgery.parameters import Addition, NonFiniteError, Replacement, parameter_order
+from hf_compressm.surgery.stores import Store, check_optimizer, optimizers_in, parameters_of, state_of, stores_in
 
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class OptimizerPlan:
-    """New parameter lists and states of an optimizer, prepared but not yet in place."""
+class StorePlan:
+    """New parameter lists and states of one torch optimizer, prepared but not yet in place."""
 
-    optimizer: torch.optim.Optimizer
+    store: Store
     groups: list[list[nn.Parameter]]
     states: dict[nn.Parameter, dict[str, Any]]
     removed: list[nn.Parameter]
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerPlan:
+    """What becomes of an optimizer and of those inside of it.
+
+    Attributes:
+        parts: one for each place where groups or state are stored.
+        shown: every optimizer, each with the parameters that it has to show afterwards, and the keys of their state.
+    """
+
+    parts: list[StorePlan]
+    shown: list[tuple[torch.optim.Optimizer, dict[int, set[str]]]]
+
+    def new_tensors(self) -> list[Tensor]:
+        """The new moments, in an order that is the same in all processes."""
+        states = [state for part in self.parts for state in part.states.values()]
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
 def prepare_optimizer(
@@ -37,7 +56,7 @@ def prepare_optimizer(
     """Work out what the optimizer looks like after the cut, without touching it.
 
     Args:
-        optimizer: a torch optimizer, or accelerate's wrapper around one.
+        optimizer: a torch optimizer, a wrapper around one or several, or a list of them.
         model: the model, still with its old parameters.
         replacements: the parameters about to be replaced.
         policy: `"carry"` or `"reset"`.
@@ -46,71 +65,129 @@ def prepare_optimizer(
         removals: the parameters about to be removed.
 
     Raises:
-        ValueError: if the optimizer is not this model's, holds a parameter that the model does not have, or a moment
-            is not finite.
+        ValueError: if the optimizer is not this model's, holds a parameter that the model does not have or where no
+            cut can replace it, or a moment is not finite.
     """
-    inner = unwrap(optimizer)
+    check_optimizer(optimizer, list(model.parameters()))
     new_of = {id(item.change.parameter): item.new for item in replacements}
-    check_optimizer(inner, list(model.parameters()))
-    groups = [_with_additions(group["params"], model, additions) for group in inner.param_groups]
     gone = {id(parameter) for parameter in removals}
-    groups = [[new_of.get(id(p), p) for p in group if id(p) not in gone] for group in groups]
-    states: dict[nn.Parameter, dict[str, Any]] = {}
     begin = {id(item.new) for item in replacements} | {id(item.new) for item in additions}
-    for options, group in zip(inner.param_groups, groups, strict=True):
-        states |= {p: state for p in group if id(p) in begin and (state := fresh_state(inner, options, p))}
-    unknown: dict[str, str] = {}
-    roles = roles_of(inner)
-    for item in replacements:
-        old_state = inner.state.get(item.change.parameter)
-        if not old_state or policy == "reset":
-            continue
-        problem = _unknown_entry(item, inner, roles)
-        if problem:
-            unknown[item.change.name] = problem
-        else:
-            states[item.new] = {key: _carry(key, value, item, inner, roles) for key, value in old_state.items()}
-            _check_finite(states[item.new], item, inner)
-    if unknown:
-        name, key = next(iter(unknown.items()))
-        logger.warning(
-            f"{type(inner).__name__} keeps state that cannot be carried over a cut ({key!r} of {name}); "
-            f"it is reset for {len(unknown)} parameter(s)."
-        )
-    return OptimizerPlan(inner, groups, states, [*(item.change.parameter for item in replacements), *removals])
+    removed = [*(item.change.parameter for item in replacements), *removals]
+    parts = []
+    for store in stores_in(optimizer):
+        groups = [_with_additions(group["params"], model, additions) for group in store.groups]
+        groups = [[new_of.get(id(p), p) for p in group if id(p) not in gone] for group in groups]
+        states: dict[nn.Parameter, dict[str, Any]] = {}
+        for options, group in zip(store.groups, groups, strict=True):
+            fresh = {p: fresh_state(store.optimizer, options, p) for p in group if id(p) in begin}
+            states |= {p: state for p, state in fresh.items() if state}
+        if policy != "reset":
+            states |= _carried(store, replacements)
+        parts.append(StorePlan(store, groups, states, removed))
+    shown = [(each, _to_show(each, parts, new_of, gone, additions)) for each in optimizers_in(optimizer)]
+    return OptimizerPlan(parts, shown)
 
 
 def commit_optimizer(plan: OptimizerPlan) -> None:
-    """Swap parameters and states; order, groups and their options stay."""
-    for group, parameters in zip(plan.optimizer.param_groups, plan.groups, strict=True):
-        group["params"] = parameters
-    for parameter in plan.removed:
-        plan.optimizer.state.pop(parameter, None)
-    for new, state in plan.states.items():
-        plan.optimizer.state[new] = state
+    """Swap parameters and states; order, groups and their options stay.
+
+    Raises:
+        ValueError: if an optimizer does not show afterwards what it was given.
+    """
+    for part in plan.parts:
+        for group, parameters in zip(part.store.groups, part.groups, strict=True):
+            group["params"] = parameters
+        for parameter in part.removed:
+            part.store.state.pop(parameter, None)
+        for new, state in part.states.items():
+            part.store.state[new] = state
+    for optimizer, wanted in plan.shown:
+        _verify(optimizer, wanted, {id(parameter) for part in plan.parts for parameter in part.removed})
 
 
-def misfit(optimizer: torch.optim.Optimizer) -> str:
+def misfit(optimizer: Any) -> str:
     """A description of the first moment that does not have its parameter's shape, or "".
 
     `Optimizer.load_state_dict` compares the number of parameters but never shapes. State that no rule covers is not
     checked.
     """
-    roles = roles_of(optimizer)
-    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-        if found := misshapen_entry(optimizer.state.get(parameter, {}), parameter, roles):
-            key, value = found
-            return f"{key!r} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
+    for store in stores_in(optimizer):
+        roles = roles_of(store.optimizer)
+        for parameter, state in store.state.items():
+            if isinstance(parameter, nn.Parameter) and (found := misshapen_entry(state, parameter, roles)):
+                key, value = found
+                return f"{key!r} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
     return ""
 
 
-def reset(optimizer: torch.optim.Optimizer) -> None:
+def reset(optimizer: Any) -> None:
     """Drop all state, as if no step had been made."""
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if state := fresh_state(optimizer, group, parameter):
-                optimizer.state[parameter] = state
+    for store in stores_in(optimizer):
+        store.state.clear()
+        for group in store.groups:
+            for parameter in group["params"]:
+                if state := fresh_state(store.optimizer, group, parameter):
+                    store.state[parameter] = state
+
+
+def _carried(store: Store, replacements: Sequence[Replacement]) -> dict[nn.Parameter, dict[str, Any]]:
+    """The state of the new parameters in one store; without that which no rule covers, of which it warns."""
+    states: dict[nn.Parameter, dict[str, Any]] = {}
+    unknown: dict[str, str] = {}
+    roles = roles_of(store.optimizer)
+    for item in replacements:
+        old_state = store.state.get(item.change.parameter)
+        if not old_state:
+            continue
+        problem = _unknown_entry(item, store, roles)
+        if problem:
+            unknown[item.change.name] = problem
+        else:
+            states[item.new] = {key: _carry(key, value, item, store, roles) for key, value in old_state.items()}
+            _check_finite(states[item.new], item, store.optimizer)
+    if unknown:
+        name, key = next(iter(unknown.items()))
+        logger.warning(
+            f"{type(store.optimizer).__name__} keeps state that cannot be carried over a cut ({key!r} of {name}); "
+            f"it is reset for {len(unknown)} parameter(s)."
+        )
+    return states
+
+
+def _to_show(
+    optimizer: torch.optim.Optimizer,
+    parts: Sequence[StorePlan],
+    new_of: Mapping[int, nn.Parameter],
+    gone: set[int],
+    additions: Sequence[Addition],
+) -> dict[int, set[str]]:
+    """The parameters, by id, that an optimizer has to show after the cut, each with the keys of its state."""
+    before = {id(parameter) for parameter in parameters_of(optimizer)}
+    after = {id(new_of[old]) if old in new_of else old for old in before - gone}
+    after |= {id(addition.new) for addition in additions if id(addition.wanted.beside) in before}
+    wanted: dict[int, set[str]] = {parameter: set() for parameter in after}
+    keys_before = {id(parameter): set(state) for parameter, state in state_of(optimizer).items()}
+    keys_after = {id(new): keys_before.get(old, set()) for old, new in new_of.items()}
+    for part in parts:
+        for new, state in part.states.items():
+            if id(new) in wanted:
+                wanted[id(new)] |= state.keys() & keys_after.get(id(new), set())
+    return wanted
+
+
+def _verify(optimizer: torch.optim.Optimizer, wanted: Mapping[int, set[str]], removed: set[int]) -> None:
+    """Raise `ValueError` unless an optimizer shows the parameters that it was given, and their state."""
+    state = {id(parameter): values for parameter, values in state_of(optimizer).items()}
+    shown = {id(parameter) for parameter in parameters_of(optimizer)}
+    lacking = [parameter for parameter, keys in wanted.items() if keys and not keys <= state.get(parameter, {}).keys()]
+    if shown == wanted.keys() and not lacking and not state.keys() & removed:
+        return
+    what = "the state of new parameters" if shown == wanted.keys() else "the new parameters"
+    raise ValueError(
+        f"{type(optimizer).__name__} does not show {what} that the cut gave to it: it keeps them where a cut cannot "
+        "write. Everything is as it was before the cut. Pass the torch optimizers inside of it as a list to compress, "
+        "or train with an optimizer that keeps its param_groups and state as torch.optim.Optimizer does."
+    )
 
 
 def _with_additions(
@@ -138,12 +215,12 @@ def unwrap(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _unknown_entry(item: Replacement, optimizer: torch.optim.Optimizer, roles: Mapping[str, Role]) -> str | None:
+def _unknown_entry(item: Replacement, store: Store, roles: Mapping[str, Role]) -> str | None:
     """Name of the first entry of any source's state that no rule covers, or None."""
     sources = {term.source for term in item.change.moments} | {item.change.parameter}
     for source in sources:
-        state = optimizer.state.get(source, {})
-        if state.keys() != optimizer.state[item.change.parameter].keys():
+        state = store.state.get(source, {})
+        if state.keys() != store.state[item.change.parameter].keys():
             return "state of " + item.change.name.rsplit(".", 1)[-1]
         unknown = unknown_entry(state, source, roles)
         if unknown:
@@ -161,26 +238,17 @@ def _check_finite(state: dict[str, Any], item: Replacement, optimizer: torch.opt
             )
 
 
-def _carry(
-    key: str, value: Any, item: Replacement, optimizer: torch.optim.Optimizer, roles: Mapping[str, Role]
-) -> Any:
+def _carry(key: str, value: Any, item: Replacement, store: Store, roles: Mapping[str, Role]) -> Any:
     """One entry of the new state."""
     role = roles.get(key)
     if not isinstance(value, Tensor) or role is None:
         return value.clone() if isinstance(value, Tensor) else value
     if role in ("first", "second"):
-        return _mapped(key, item.change.moments, optimizer, squared=role == "second")
-    return _mapped_factor(key, role, value, item, optimizer)
+        return mapped(item.change.moments, lambda source: store.state[source][key], squared=role == "second")
+    return _mapped_factor(key, role, value, item, store)
 
 
-def _mapped(key: str, terms: Sequence[MomentTerm], optimizer: torch.optim.Optimizer, squared: bool) -> Tensor:
-    """Sum of the mapped moments of all sources, in the moment's dtype and on its device."""
-    moments = [optimizer.state[term.source][key] for term in terms]
-    mapped = [_apply(term, moment, term.dim, squared) for term, moment in zip(terms, moments, strict=True)]
-    return torch.stack(mapped).sum(dim=0).to(device=moments[0].device, dtype=moments[0].dtype).contiguous()
-
-
-def _mapped_factor(key: str, role: Role, value: Tensor, item: Replacement, optimizer: torch.optim.Optimizer) -> Tensor:
+def _mapped_factor(key: str, role: Role, value: Tensor, item: Replacement, store: Store) -> Tensor:
     """A factor after the cut: one without the cut axis is an average over it and stays, the other one is mapped."""
     dims = list(range(item.change.parameter.dim()))
     dims.pop(-1 if role == "row" else -2)
@@ -189,20 +257,4 @@ def _mapped_factor(key: str, role: Role, value: Tensor, item: Replacement, optim
         return value.clone()
     places = [dims.index(term.dim) if term.dim in dims else 0 for term in item.change.moments]  # 0: a plain number
     terms = [replace(term, dim=place) for term, place in zip(item.change.moments, places, strict=True)]
-    return _mapped(key, terms, optimizer, squared=True)
-
-
-def _apply(term: MomentTerm, moment: Tensor, dim: int, squared: bool) -> Tensor:
-    """Apply the term's map along one axis, in float64 unless it only selects."""
-    matrix = term.matrix.to(moment.device)
-    if not matrix.is_floating_point():
-        return moment.index_select(dim, matrix)
-    moment = moment.double()
-    matrix = matrix.square() if squared else matrix
-    if matrix.dim() == 0:
-        return matrix * moment
-    if matrix.dim() == 2:
-        return torch.tensordot(matrix, moment, dims=([1], [dim])).movedim(0, dim)
-    grouped = moment.movedim(dim, 1)  # (groups, old, ...)
-    mapped = matrix @ grouped.flatten(2) if grouped.dim() > 2 else (matrix @ grouped[..., None])[..., 0]
-    return mapped.reshape(*mapped.shape[:2], *grouped.shape[2:]).movedim(1, dim)
+    return mapped(terms, lambda source: store.state[source][key], squared=True)

@@ -132,6 +132,8 @@ def _new_parameter(change: ParameterChange) -> nn.Parameter:
     value = value.clone(memory_format=torch.contiguous_format)  # strides too: DDP compares them with its buckets
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
+    if getattr(old, "grad_dtype", old.dtype) != old.dtype:  # gradients in another dtype, or (None) in any
+        new.grad_dtype = old.grad_dtype  # type: ignore[attr-defined, unused-ignore]
     for field in _HOOK_FIELDS:
         if getattr(old, field, None):
             setattr(new, field, getattr(old, field))

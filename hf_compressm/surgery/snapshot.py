@@ -1,14 +1,15 @@
 """Undoing a cut: references to everything that it may change.
 
-A cut replaces tensors and never writes into them, so nothing needs to be copied. What is put back is the original, bit
-for bit. The only cost of a snapshot is that the replaced tensors stay in memory as long as it exists.
+A cut replaces tensors, gradients included, and never writes into them, so nothing needs to be copied. What is put back
+is the original, bit for bit. The only cost of a snapshot is that the replaced tensors stay in memory as long as it
+exists.
 """
 
 from typing import Any
 
 from torch import nn
 
-from hf_compressm.surgery.optimizer import unwrap
+from hf_compressm.surgery.stores import stores_in
 
 
 class Snapshot:
@@ -16,21 +17,20 @@ class Snapshot:
 
     Args:
         model: any module.
-        optimizer: the optimizer that trains it, if any; a torch optimizer or accelerate's wrapper.
+        optimizer: the optimizer that trains it, if any; perhaps a wrapper around others, or a list of them.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
         """Take the snapshot."""
         holders = [*model.modules(), *_configs(model)]
         self._classes = [(holder, type(holder)) for holder in holders]
-        self._contents = [(vars(holder), dict(vars(holder))) for holder in holders]
+        self._contents: list[tuple[Any, dict[Any, Any]]] = [(vars(holder), dict(vars(holder))) for holder in holders]
         for module in model.modules():  # parameters, buffers and hooks are in dicts of their own
             self._contents += [(value, dict(value)) for value in vars(module).values() if isinstance(value, dict)]
         self._groups: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
-        if optimizer is not None:
-            inner = unwrap(optimizer)
-            self._groups = [(group, list(group["params"])) for group in inner.param_groups]
-            self._contents += [(state, dict(state)) for state in (inner.state, *inner.state.values())]
+        for store in stores_in(optimizer) if optimizer is not None else ():
+            self._groups += [(group, list(group["params"])) for group in store.groups]
+            self._contents += [(state, dict(state)) for state in (store.state, *store.state.values())]
 
     def restore(self) -> None:
         """Put everything back; this is exact if no tensor was written into since."""

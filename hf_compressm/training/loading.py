@@ -70,8 +70,10 @@ class CheckpointLoader:
         self._trainer._load_from_checkpoint(str(folder))
         optimizer = unwrap(self._trainer.optimizer)
         saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        groups = optimizer.state_dict()["param_groups"]  # present learning rates stay: the scheduler continues
-        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(saved)
+        for group, present in zip(optimizer.param_groups, options, strict=True):
+            group.update(present)  # learning rates stay: the scheduler continues
         problem = misfit(optimizer)
         if problem:
             raise ValueError(f"{folder / OPTIMIZER_NAME} does not fit the model: {problem}")

@@ -1,18 +1,16 @@
-"""Refusing, before the first step, what cannot work: engines, optimizers, other callbacks, and guards."""
+"""Refusing, before the first step, what cannot work: engines, optimizers, and guards."""
 
-import re
 from typing import Any, cast
 
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim.swa_utils import AveragedModel
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from hf_compressm.compression.history import CALLBACK
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.surgery import check_optimizer, find_wrappers, unsupported_feature, unwrap
+from hf_compressm.surgery import check_optimizer, find_wrappers, unsupported_feature
 from hf_compressm.training.guard import aside, check_held_out_loss, few_examples
 from hf_compressm.training.recovery import metric_name, recovery_length
 from hf_compressm.training.schedule import Scheduled, Trigger
@@ -20,9 +18,6 @@ from hf_compressm.utils.randomness import undisturbed
 
 
 logger = logging.get_logger(__name__)
-
-_AVERAGING = re.compile(r"(?<![A-Z])B?EMA(?![a-z])|Ema(?![a-z])|SyncRefModel")
-"""Parts of the class names of callbacks that average weights: trl's, timm's, and those that people write."""
 
 
 def refuse_engines(trainer: Trainer) -> None:
@@ -75,35 +70,7 @@ def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
         ValueError: naming the optimizer and the way out.
     """
     if optimizer is not None:
-        check_optimizer(unwrap(optimizer), list(model.parameters()))
-
-
-def refuse_copies(trainer: Trainer, model: nn.Module) -> None:
-    """Refuse callbacks that would keep parameters from before a cut: averages of the weights, and lists of them.
-
-    Called before the first step, when every callback has started.
-
-    Raises:
-        ValueError: naming the callback and the way out.
-    """
-    own = {id(parameter) for parameter in model.parameters()}
-    for callback in trainer.callback_handler.callbacks:
-        name = type(callback).__name__
-        if any(_AVERAGING.search(kind.__name__) for kind in type(callback).__mro__):
-            raise ValueError(
-                f"{name} averages the weights over time, and the sums that it keeps have the sizes from before a cut. "
-                "Leave it out while CompreSSMCallback cuts. To average the weights of the smaller model, train on "
-                "with it and without CompreSSMCallback."
-            )
-        for attribute, value in vars(callback).items():
-            values = value.values() if isinstance(value, dict) else value
-            held = isinstance(value, dict | list | tuple | set) and any(id(one) in own for one in values)
-            if held or isinstance(value, AveragedModel):
-                raise ValueError(
-                    f"{name}.{attribute} holds parameters or averages of the model, and would keep those from "
-                    "before a cut. Look parameters up by name in the model at every step, or leave the callback out "
-                    "while CompreSSMCallback cuts."
-                )
+        check_optimizer(optimizer, list(model.parameters()))
 
 
 def check_guards(trainer: Trainer, config: CompreSSMConfig, trigger: Trigger, max_steps: int) -> None:

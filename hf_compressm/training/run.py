@@ -21,6 +21,7 @@ from hf_compressm.scans import enable_fast_selective_scan
 from hf_compressm.surgery import rebuild_reducers
 from hf_compressm.training.calibration import Calibration
 from hf_compressm.training.clock import StepClock, machine
+from hf_compressm.training.copies import refuse_copies
 from hf_compressm.training.guard import guarded_cut, held_out_loss
 from hf_compressm.training.loading import CheckpointLoader
 from hf_compressm.training.recovery import RecoveryGuard, metric_name
@@ -62,6 +63,7 @@ class CompressedRun:
         self._publisher: Publisher | None = None
         self._processes = ALONE
         self._calibration: Calibration | None = None
+        self._begun = False  # whether steps were done in this call of `train`
         self._waits = False  # whether a cut that was due waits for the first batch
         self._trigger: Trigger | None = None
         self._recovery = RecoveryGuard(config)
@@ -106,7 +108,7 @@ class CompressedRun:
     def begin(self, model: Any, optimizer: Any) -> None:
         """Before the first step, refuse a run that cannot work, resume from a checkpoint, and enable the fast scan."""
         trainer, state = self.trainer, self.trainer.state
-        self._processes = Processes.current()
+        self._processes, self._begun = Processes.current(), False
         refuse_engines(trainer)
         check_base(model)
         refuse_optimizer(optimizer, model)
@@ -130,9 +132,16 @@ class CompressedRun:
         tried = any(event.step == step and event.outcome != "rolled back" for event in self.events)
         return self._trigger is not None and (self._trigger.is_due(step) or self._waits) and not tried
 
+    def epoch_begins(self, model: Any) -> None:
+        """Refuse what would keep using the old parameters; by now all callbacks have started."""
+        refuse_copies(self.trainer, model, self._begun)
+
     def step_begins(self, model: Any, optimizer: Any) -> None:
         """Cut if a cut is due, or roll back a cut from which the metric did not recover."""
         step = self.trainer.state.global_step
+        if self.cut_follows(step):
+            refuse_copies(self.trainer, model, self._begun)
+        self._begun = True
         if self._recovery.lacks_metric(step, self.cut_follows(step)):  # the checkpoint was saved before the evaluation
             self.trainer.evaluate()
         if self._recovery.pending is not None and self._recovery.pending.worse:

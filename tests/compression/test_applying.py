@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_compressm import CompreSSMConfig, analyze, apply_plan, compress, plan_compression
-from hf_compressm.compression import compare_tolerances
+from hf_compressm.compression import applying, compare_tolerances
 from tests.family_table import (
     FAMILIES,
     LANGUAGE_MODELS,
@@ -281,7 +281,7 @@ def test_a_parameter_shared_by_two_layers_is_refused() -> None:
     first, second = ssm_layers(model).values()
     second.B_re = first.B_re
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"layers\.0\.ssm\.B_re and .*layers\.1\.ssm\.B_re.*shared"):
+    with pytest.raises(ValueError, match=r"layers\.1\.ssm\.B_re and .*layers\.0\.ssm.*shared"):
         compress(model, CompreSSMConfig(fraction=0.5))
     assert same(snapshot(model), before)
 
@@ -378,3 +378,28 @@ def test_what_are_no_settings_changes_nothing(work) -> None:
     with pytest.raises(ValueError, match="Unknown setting"):
         work(model, {"tolerence": 0.5})
     assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize(("gradients", "level"), [(True, "WARNING"), (False, "INFO")])
+def test_a_cut_without_the_optimizer_says_what_becomes_of_one_that_was_made_before(
+    gradients: bool, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+    for name in ("warning", "info"):
+        monkeypatch.setattr(applying.logger, name, lambda text, name=name: seen.append((name.upper(), text)))
+    model = MAMBA.build()
+    if gradients:
+        model(**MAMBA.batch()).loss.backward()
+    result = compress(model, CompreSSMConfig(fraction=0.5), MAMBA.calibration())
+    assert "goes on training the old tensors" in result.note
+    assert result.note in str(result)
+    assert str(result.plan) in str(result)
+    assert (level, result.note) in seen
+
+
+def test_there_is_nothing_to_say_with_an_optimizer_or_without_a_cut() -> None:
+    model = MAMBA.build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert compress(model, CompreSSMConfig(fraction=0.5), MAMBA.calibration(), optimizer).note == ""
+    assert compress(model, CompreSSMConfig(target_state_size=4), MAMBA.calibration()).note == ""
+    assert "training the old tensors" in (compress.__doc__ or "")

@@ -77,6 +77,22 @@ class Mamba2(nn.Module):
 Mamba.__module__, Mamba2.__module__ = "mamba_ssm.modules.mamba_simple", "mamba_ssm.modules.mamba2"
 
 
+class Vim(Mamba):
+    """Names and layout of Vision Mamba's fork, which reads the sequence in both directions, at the same path."""
+
+    def __init__(self, d_model: int, d_state: int) -> None:
+        super().__init__(d_model, d_state)
+        inner = 2 * d_model
+        self.A_b_log = nn.Parameter(self.A_log.detach().clone())
+        self.conv1d_b = nn.Conv1d(inner, inner, 4, groups=inner, padding=3)
+        self.x_proj_b = nn.Linear(inner, 2 + 2 * d_state, bias=False)
+        self.dt_proj_b = nn.Linear(2, inner)
+        self.D_b = nn.Parameter(torch.ones(inner))
+
+
+Vim.__module__, Vim.__name__, Vim.__qualname__ = Mamba.__module__, "Mamba", "Mamba"
+
+
 class OwnModel(nn.Module):
     """Anybody's model: embeddings, SSM layers, and a config of its own or none."""
 
@@ -122,3 +138,12 @@ def test_layers_of_mamba_ssm_are_cut_in_a_model_of_ones_own(name: str, config: s
     old = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer.step()
     assert all((new != before_step).any() for new, before_step in zip(model.parameters(), old, strict=True))
+
+
+@pytest.mark.parametrize("d_state", [16, 12, 24])
+def test_a_fork_at_the_same_path_with_a_second_direction_is_refused_by_name(d_state: int) -> None:
+    """The state is also as wide as the model, or as its inner channels."""
+    model = OwnModel([Vim(12, d_state), Vim(12, d_state)])
+    with pytest.raises(ValueError, match=r"layers\.0 has A_b_log of shape \(24, .*mamba layers do not have"):
+        compress(model, CompreSSMConfig(target_state_size=6), [{"input_ids": torch.randint(20, (3, 11))}])
+    assert model.layers[0].A_log.shape == (24, d_state)

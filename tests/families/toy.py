@@ -137,6 +137,7 @@ def selected(system: DiagonalSystem, kept: Tensor) -> DiagonalSystem:
     return DiagonalSystem(system.eigenvalues[kept], system.B[kept], system.C[:, kept])
 
 
-register(ToyFamily("toy", ToyLayer, "state_size", per_layer=False, criteria=("selection",)))
+AXES = {"decay": 0, "B_re": 0, "C_re": 1}
+register(ToyFamily("toy", ToyLayer, "state_size", per_layer=False, criteria=("selection",), state_axes=AXES))
 AutoConfig.register(ToyConfig.model_type, ToyConfig, exist_ok=True)
 AutoModelForCausalLM.register(ToyConfig, ToyForCausalLM, exist_ok=True)
