@@ -2,9 +2,12 @@
 
 A skeleton of the other model, built from its configuration without memory for parameters, shows what every SSM layer
 has to look like. So nothing here depends on the family, and a projection that a cut has added is one more parameter.
+Where no configuration says how large the layers are, as in a module of one's own, the shapes of the weights do, and
+each family knows what else follows them.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +20,12 @@ from hf_compressm.families import SSMLayer, find_layers
 from hf_compressm.families.family import AttributeChange, ParameterAddition, ParameterChange
 from hf_compressm.models import adopt, own_class, release
 from hf_compressm.peft import plain_modules, underlying
+from hf_compressm.surgery.configuration import Record, detach_configs, replace_configs, rewritten
 from hf_compressm.surgery.lora import resized
 from hf_compressm.surgery.optimizer import commit_optimizer, prepare_optimizer
 from hf_compressm.surgery.parameters import commit_replacements, prepare_additions, prepare_replacements
 from hf_compressm.surgery.snapshot import Snapshot
+from hf_compressm.utils.configurations import configuration_of
 
 
 OF_THE_PROCESS = (
@@ -77,23 +82,97 @@ def reshape_model(model: Any, wanted: PreTrainedModel, optimizer: Any = None) ->
     """
     before = Snapshot(model, optimizer)
     try:
+        detach_configs(model)
         _take_class(underlying(model), type(wanted))
         found = _differences(underlying(model), wanted)
-        replacements = prepare_replacements(model, found.changes)
-        additions = prepare_additions(found.additions)
-        if optimizer is not None:
-            removed = [p for module, name, _ in found.removals if (p := module._parameters[name]) is not None]
-            commit_optimizer(prepare_optimizer(optimizer, model, replacements, "reset", additions, removed))
-        commit_replacements(replacements, found.attributes, additions)
-        for module, name, stays in found.removals:
-            module._parameters[name] = None
-            if not stays:
-                del module._parameters[name]
-        _take_values(model.config, wanted.config)
+        _apply(model, found, optimizer)
+        _take_values(model, wanted)
     except BaseException:
         before.restore()
         raise
     return bool(found.changes or found.additions or found.removals)
+
+
+def reshape_layers(
+    model: nn.Module, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], record: Record, optimizer: Any = None
+) -> bool:
+    """Give the SSM layers of a live model the sizes of saved ones; all at once, or not at all.
+
+    As `reshape_model`, for a model whose own configuration does not say how large its layers are. Configurations of its
+    parts that do are rewritten.
+
+    Args:
+        model: any module.
+        shapes: by name of a layer, the shapes of its saved parameters by their names in it.
+        record: as for `rewritten`.
+        optimizer: the optimizer that trains the model, if any; it gets the new parameters.
+
+    Returns:
+        Whether anything had another shape.
+
+    Raises:
+        ValueError: if the shapes are those of no state size, or the family cannot tell what follows them.
+    """
+    layers = find_layers(model)
+    before = Snapshot(model, optimizer)
+    try:
+        found = Differences([], [], [], [])
+        sizes = {layer.name: _resize(layer, shapes[layer.name], found) for layer in layers}
+        _apply(model, found, optimizer)
+        values = {layer.name: {layer.family.size_field: sizes[layer.name]} for layer in layers}
+        rewritten(model, layers, values, record).commit()
+    except BaseException:
+        before.restore()
+        raise
+    return bool(found.changes)
+
+
+def _resize(layer: SSMLayer, saved: Mapping[str, tuple[int, ...]], found: Differences) -> int:
+    """Collect what has to change in a layer for its parameters to have saved shapes; returns the state size."""
+    present = {name: parameter for name, parameter in layer.module.named_parameters()}
+    absent = next((name for name in present if name not in saved), None)
+    if absent is not None:
+        raise ValueError(f"There is no tensor for {absent} of {layer.name}. Resume with the model that was saved.")
+    different = [name for name, parameter in present.items() if tuple(parameter.shape) != saved[name]]
+    if not different:
+        return layer.state_size
+    step = layer.family.granularity(layer.module)
+    largest = 2 * max((size for name in different for size in saved[name]), default=0)  # S5 counts pairs
+    for size in range(step, largest + 1, step):
+        wanted = layer.family.at_size(layer.module, size)
+        if wanted is None:
+            raise ValueError(
+                f"{layer.name} has another size than the saved one, and the family {layer.family.name!r} does not "
+                "define at_size, by which a model without a configuration takes sizes over. Build the model with the "
+                "saved sizes before training."
+            )
+        if all(wanted.shapes.get(name, tuple(p.shape)) == saved[name] for name, p in present.items()):
+            for name in different:
+                value = torch.zeros(saved[name], dtype=present[name].dtype)
+                full = f"{layer.name}.{name}" if layer.name else name
+                found.changes.append(ParameterChange(full, present[name], value, ()))
+            found.attributes.extend(wanted.attributes)
+            return size
+    name = different[0]
+    raise ValueError(
+        f"{name} of {layer.name} has the shape {tuple(present[name].shape)} in the model and {saved[name]} in the file, "
+        f"which no number of states gives a {layer.family.name} layer of this width. Resume with the model that was "
+        "saved."
+    )
+
+
+def _apply(model: nn.Module, found: Differences, optimizer: Any) -> None:
+    """Put parameters of other shapes in place, in the optimizer too; they hold zeros."""
+    replacements = prepare_replacements(model, found.changes)
+    additions = prepare_additions(found.additions)
+    if optimizer is not None:
+        removed = [p for module, name, _ in found.removals if (p := module._parameters[name]) is not None]
+        commit_optimizer(prepare_optimizer(optimizer, model, replacements, "reset", additions, removed))
+    commit_replacements(replacements, found.attributes, additions)
+    for module, name, stays in found.removals:
+        module._parameters[name] = None
+        if not stays:
+            del module._parameters[name]
 
 
 def _take_class(model: PreTrainedModel, wanted: type) -> None:
@@ -111,11 +190,25 @@ def _take_class(model: PreTrainedModel, wanted: type) -> None:
         )
 
 
-def _take_values(present: PreTrainedConfig, config: PreTrainedConfig) -> None:
-    """Take over a configuration's values, except those that belong to the process."""
-    kept = {name: value for name, value in vars(present).items() if name in OF_THE_PROCESS}
-    vars(present).clear()
-    vars(present).update({**vars(config), **kept})
+def _take_values(model: Any, wanted: PreTrainedModel) -> None:
+    """Take over the configurations of a skeleton and of its parts, except for the values that belong to the process."""
+    counterparts = dict(wanted.named_modules())
+    memo: dict[int, Any] = {}
+    new: dict[int, Any] = {}
+    for name, part in plain_modules(underlying(model)):
+        present, config = (configuration_of(each) for each in (part, counterparts.get(name)))
+        if isinstance(present, PreTrainedConfig) and isinstance(config, PreTrainedConfig) and id(present) not in new:
+            new[id(present)] = copy.deepcopy(config, memo)
+            _keep_of_the_process(present, new[id(present)])
+    replace_configs(model, new)
+
+
+def _keep_of_the_process(present: PreTrainedConfig, config: PreTrainedConfig) -> None:
+    """Copy the values of a configuration, and of those inside it, that belong to the process."""
+    vars(config).update({name: value for name, value in vars(present).items() if name in OF_THE_PROCESS})
+    for name, inner in vars(config).items():
+        if isinstance(inner, PreTrainedConfig) and isinstance(vars(present).get(name), PreTrainedConfig):
+            _keep_of_the_process(vars(present)[name], inner)
 
 
 def _differences(model: PreTrainedModel, wanted: PreTrainedModel) -> Differences:
