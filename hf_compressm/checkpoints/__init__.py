@@ -1,7 +1,13 @@
 """Checkpoints and saved models on disk: reading and sealing them, fitting a live model to them, cutting them."""
 
 from hf_compressm.checkpoints.cutting import cut_checkpoint
-from hf_compressm.checkpoints.fitting import fit_to_checkpoint, fit_with_adapters, load_converted
+from hf_compressm.checkpoints.fitting import (
+    check_resizable,
+    fit_to_checkpoint,
+    fit_with_adapters,
+    load_converted,
+    records_of,
+)
 from hf_compressm.checkpoints.reading import find_last_complete_checkpoint, read_saved, verify_checkpoint
 from hf_compressm.checkpoints.saved_model import SavedModel
 from hf_compressm.checkpoints.seal import seal_checkpoint, unseal_checkpoint
@@ -9,12 +15,14 @@ from hf_compressm.checkpoints.seal import seal_checkpoint, unseal_checkpoint
 
 __all__ = [
     "SavedModel",
+    "check_resizable",
     "cut_checkpoint",
     "find_last_complete_checkpoint",
     "fit_to_checkpoint",
     "fit_with_adapters",
     "load_converted",
     "read_saved",
+    "records_of",
     "seal_checkpoint",
     "unseal_checkpoint",
     "verify_checkpoint",

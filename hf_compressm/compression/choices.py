@@ -122,7 +122,9 @@ def _group(layer: SSMLayer, found: Sequence[SSMLayer], config: CompreSSMConfig, 
             "classes for S5, LRU, Mamba and Mamba-2 language models, by themselves and not inside another model. Use "
             "per_layer=False."
         )
-    separate = has_own or (config.compat == "best" and own is not None) if config.per_layer is None else config.per_layer
+    separate = config.per_layer
+    if separate is None:
+        separate = has_own or (config.compat == "best" and own is not None)
     return (id(layer.owner), layer.index if separate else None, layer.family.name)
 
 

@@ -162,9 +162,7 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> Lay
 
 def _one_size_or_none(choices: Sequence[LayerChoice], plans: Sequence[LayerPlan]) -> list[LayerPlan]:
     """The plans; of layers that have one size together, none is cut if one of them cannot be cut."""
-    stuck = {
-        choice.group: plan.name for choice, plan in zip(choices, plans, strict=True) if plan.status == "skipped"
-    }
+    stuck = {choice.group: plan.name for choice, plan in zip(choices, plans, strict=True) if plan.status == "skipped"}
     return [
         _kept(plan, f"{stuck[choice.group]} cannot be cut, and all layers share one size")
         if plan.status == "cut" and choice.group in stuck

@@ -122,7 +122,7 @@ class LinearFamily(Family):
         return 2 * int(module.B_re.shape[0]) * len(self.directions(module))
 
     def at_size(self, module: Any, size: int) -> LayerShape:
-        """What a layer would look like: `C_re` and `C_im` have the slots last, all parameters but D have them first."""
+        """What a layer would look like: `C_re` and `C_im` have the slots last, all others but D first."""
         present = int(module.B_re.shape[0])
         slots = size * present // self.state_size(module)
         shapes: dict[str, tuple[int, ...]] = {}

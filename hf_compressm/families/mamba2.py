@@ -198,8 +198,11 @@ class Mamba2Family(SelectiveFamily):
         shape = Shape.of(module)
         convolved = Shape(shape.heads, shape.groups, size, shape.inner).convolved
         rows = {"in_proj": int(module.in_proj.weight.shape[0]) - shape.convolved + convolved, "conv1d": convolved}
-        parts = [(f"{part}.{kind}", getattr(getattr(module, part), kind)) for part in rows for kind in ("weight", "bias")]
-        return {name: (rows[name.split(".")[0]], *value.shape[1:]) for name, value in parts if value is not None}
+        return {
+            f"{part}.{name}": (rows[part], *value.shape[1:])
+            for part in rows
+            for name, value in getattr(module, part).named_parameters()
+        }
 
     def at_size(self, module: Any, size: int) -> LayerShape:
         """What a layer would look like; the width of the convolution stays where B and C are projected after it."""

@@ -198,17 +198,18 @@ def _record(
 
 def _places(base: nn.Module, layer: SSMLayer) -> list[tuple[nn.Module, Any, Holder]]:
     """The configurations that keep the record of a layer: with the part that gets a copy, and who holds it."""
-    owner, places = layer.owner, {}
+    owner = layer.owner
+    places: dict[int, tuple[nn.Module, Any, Holder]] = {}
     holders = [holder for holder in holders_of(base, layer.name) if isinstance(holder.config, PreTrainedConfig)]
     models = [holder for holder in holders if isinstance(holder.module, PreTrainedModel) or holder.module is base]
-    for holder in [*models, *holders]:
-        belongs = owner is not None and any(holder.config is config for config in owner.configs)
-        if belongs or holder in models:
-            inside = owner is not None and len(holder.name) >= len(owner.name)
-            top = owner.module if inside and owner is not None else holder.module
-            places.setdefault(id(holder.config), (top, holder.config, holder))
-    for config in owner.configs if owner is not None else ():
-        if isinstance(config, PreTrainedConfig):
+    owned = [] if owner is None else [config for config in owner.configs if isinstance(config, PreTrainedConfig)]
+    own = [holder for holder in holders if any(holder.config is config for config in owned)]
+    for holder in [*models, *own]:
+        is_inside = owner is not None and len(holder.name) >= len(owner.name)
+        top = owner.module if owner is not None and is_inside else holder.module
+        places.setdefault(id(holder.config), (top, holder.config, holder))
+    if owner is not None:  # a configuration that no module holds, only the one around it
+        for config in owned:
             places.setdefault(id(config), (owner.module, config, Holder(owner.name, owner.module, config)))
     return list(places.values())
 

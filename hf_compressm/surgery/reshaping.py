@@ -98,8 +98,8 @@ def reshape_layers(
 ) -> bool:
     """Give the SSM layers of a live model the sizes of saved ones; all at once, or not at all.
 
-    As `reshape_model`, for a model whose own configuration does not say how large its layers are. Configurations of its
-    parts that do are rewritten.
+    As `reshape_model`, for a model whose own configuration does not say how large its layers are. Configurations of
+    parts of it that do are rewritten.
 
     Args:
         model: any module.
@@ -155,8 +155,8 @@ def _resize(layer: SSMLayer, saved: Mapping[str, tuple[int, ...]], found: Differ
             return size
     name = different[0]
     raise ValueError(
-        f"{name} of {layer.name} has the shape {tuple(present[name].shape)} in the model and {saved[name]} in the file, "
-        f"which no number of states gives a {layer.family.name} layer of this width. Resume with the model that was "
+        f"{name} of {layer.name} has the shape {tuple(present[name].shape)} here and {saved[name]} in the file; "
+        f"no number of states gives it to a {layer.family.name} layer of this width. Resume with the model that was "
         "saved."
     )
 
@@ -191,7 +191,7 @@ def _take_class(model: PreTrainedModel, wanted: type) -> None:
 
 
 def _take_values(model: Any, wanted: PreTrainedModel) -> None:
-    """Take over the configurations of a skeleton and of its parts, except for the values that belong to the process."""
+    """Take over the configurations of a skeleton and its parts, except for values that belong to the process."""
     counterparts = dict(wanted.named_modules())
     memo: dict[int, Any] = {}
     new: dict[int, Any] = {}

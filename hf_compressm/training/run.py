@@ -9,14 +9,14 @@ from typing import Any
 from transformers import Trainer, TrainerControl
 from transformers.utils import logging
 
-from hf_compressm.checkpoints import seal_checkpoint
+from hf_compressm.checkpoints import check_resizable, records_of, seal_checkpoint
 from hf_compressm.compression import CutRequest, Scores, check_settings, recorded_cuts, state_scores
 from hf_compressm.compression.history import CALLBACK, CutEvent, from_record, read_history, rollback_event, to_record
 from hf_compressm.compression.log import scalars
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.files.atomic import write_json
 from hf_compressm.files.names import HISTORY_FILE, TRAINER_STATE_FILE
-from hf_compressm.peft import is_wrapped
+from hf_compressm.peft import is_wrapped, underlying
 from hf_compressm.peft.saved_base import check_base, keeps_base_beside, save_base
 from hf_compressm.scans import enable_fast_selective_scan
 from hf_compressm.surgery import rebuild_reducers
@@ -32,6 +32,7 @@ from hf_compressm.training.schedule import Trigger, trigger_for
 from hf_compressm.training.trainer import output_folder, run_folder, wrap_methods
 from hf_compressm.training.warmup import Rewarmup
 from hf_compressm.utils.checks import is_number, quoted
+from hf_compressm.utils.configurations import configurations
 from hf_compressm.utils.processes import ALONE, Processes
 
 
@@ -90,6 +91,8 @@ class CompressedRun:
         refuse_engines(trainer)
         check_base(model)
         refuse_optimizer(optimizer, model)
+        if trainer.args.load_best_model_at_end:
+            check_resizable(underlying(model))
         self._needs_data = any(choice.needs_data for choice in check_settings(model, self.config, calibrated=True))
 
         def measure() -> Scores:
@@ -100,7 +103,7 @@ class CompressedRun:
         enable_fast_selective_scan()
         self._restore()
         cut_on_disk = any(event.step == state.global_step and event.outcome == "cut" for event in self.events)
-        self.rewarmup.last_cut = state.global_step if cut_on_disk else _last_cut_before(model, state.global_step)
+        self.rewarmup.last_cut = state.global_step if cut_on_disk else self._last_cut_before(model, state.global_step)
         self._measured = state.global_step
         self.clock = StepClock()
         check_guards(trainer, self.config, self._trigger, state.max_steps)
@@ -159,7 +162,9 @@ class CompressedRun:
         """Warn if nothing was cut, and write the history of the run."""
         trainer, state = self.trainer, self.trainer.state
         when = self._trigger.describe() if self._trigger else ""
-        tell_outcome(self.events, self.config, when, state.global_step, _last_cut_before(model, state.global_step))
+        tell_outcome(
+            self.events, self.config, when, state.global_step, self._last_cut_before(model, state.global_step)
+        )
         folder = run_folder(trainer)
         if trainer.args.should_save and self.events and folder.is_dir():
             self._finish_push()
@@ -251,7 +256,7 @@ class CompressedRun:
         self.events.append(event)
         self._reduction_share = cut.reduction_share / 2
         self._recovery.end()
-        self.rewarmup.last_cut = _last_cut_before(model, step)
+        self.rewarmup.last_cut = self._last_cut_before(model, step)
         if self._processes.is_first:
             logger.warning(
                 f"The cut after step {pending.step} is rolled back: {metric_name(self.trainer.args)} went from "
@@ -276,12 +281,17 @@ class CompressedRun:
 
     def _record(self) -> dict[str, Any]:
         """The history of the run and all that is needed to resume it, JSON-ready."""
-        return to_record(self.events) | {
-            "reduction_share": self._reduction_share,
-            "recovery": self._recovery.state(),
-            "trigger": self._trigger.state() if self._trigger else {},
-            "machine": machine(),
-        }
+        records = records_of(underlying(self.trainer.model))
+        return (
+            to_record(self.events)
+            | ({"records": records} if records else {})
+            | {
+                "reduction_share": self._reduction_share,
+                "recovery": self._recovery.state(),
+                "trigger": self._trigger.state() if self._trigger else {},
+                "machine": machine(),
+            }
+        )
 
     def _restore(self) -> None:
         """Start afresh, or resume from the history of the checkpoint that the Trainer has loaded."""
@@ -312,8 +322,14 @@ class CompressedRun:
         if self._trigger is not None:
             self._trigger.restore(trigger)
 
-
-def _last_cut_before(model: Any, step: int) -> int | None:
-    """Step of the last recorded cut of a run that has done `step` steps; later ones are those of an earlier run."""
-    cuts = recorded_cuts(getattr(model, "config", None))
-    return max((cut["step"] for cut in cuts if cut["step"] and cut["step"] < step), default=None)
+    def _last_cut_before(self, model: Any, step: int) -> int | None:
+        """Step of the last cut of a run that has done `step` steps; later ones are those of an earlier run."""
+        records = [recorded_cuts(each) for each in (getattr(model, "config", None), *configurations(model))]
+        steps = next(([cut["step"] for cut in cuts] for cuts in records if cuts), None)
+        if steps is None:  # a model without any configuration keeps no record
+            steps = []
+            for event in self.events:
+                steps = (
+                    steps[:-1] if event.outcome == "rolled back" else steps + [event.step] * (event.outcome == "cut")
+                )
+        return max((cut for cut in steps if cut and cut < step), default=None)

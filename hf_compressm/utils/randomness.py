@@ -15,8 +15,8 @@ from hf_compressm.utils.configurations import configurations
 def undisturbed(model: nn.Module | None = None) -> Iterator[None]:
     """Restore the random generators of Python, NumPy and torch afterwards; with a model, its modes and configs too.
 
-    Inside, the model is in evaluation mode. Configurations, also those of its parts, are restored because transformers'
-    classifiers write `config.problem_type` into theirs when they first see labels.
+    Inside, the model is in evaluation mode. Configurations, those of its parts included, are restored because
+    transformers' classifiers write `config.problem_type` into theirs when they first see labels.
     """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what must be kept
     modes = [] if model is None else [(module, module.training) for module in model.modules()]
