@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from hf_compressm.models import LRUConfig, LRULayer, LRUModel
-from tests.family_table import BAMBA, LRU, MAMBA, STATE_SIZE, VOCAB_SIZE, Family, perturbed
+from tests.family_table import LRU, MAMBA, STATE_SIZE, VOCAB_SIZE, Family, perturbed
 from tests.stock_configs import stock_settings
 
 
@@ -115,7 +115,7 @@ class PairConfig(PreTrainedConfig):
     """Two configurations inside one."""
 
     model_type = "compressm_pair"
-    sub_configs = {"left_config": LRUConfig, "right_config": LRUConfig}
+    sub_configs: ClassVar = {"left_config": LRUConfig, "right_config": LRUConfig}
     left_config: Any = None
     right_config: Any = None
 
@@ -168,5 +168,40 @@ class Twins(PreTrainedModel):
         return self.decoder(input_ids=input_ids).last_hidden_state + encoded
 
 
-def tokens(family: Family = BAMBA) -> list[dict[str, Tensor]]:
-    return family.calibration()
+class Plain(PreTrainedModel):
+    """A model whose configuration says nothing of its layers."""
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "plain"
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.bb = around_mamba()
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        return self.bb(input_ids, labels)
+
+
+class Given(PreTrainedModel):
+    """A model that cannot be built from its configuration alone."""
+
+    config_class = MambaConfig
+    base_model_prefix = "given"
+
+    def __init__(self, config: MambaConfig, backbone: nn.Module) -> None:
+        super().__init__(config)
+        self.around = Around(config.hidden_size, backbone=backbone)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        return self.around(input_ids, labels)
+
+
+def plain() -> Plain:
+    return seeded(lambda: Plain(PreTrainedConfig()))
+
+
+def given() -> Given:
+    config = mamba_config()
+    return seeded(lambda: Given(config, MambaModel(config)))

@@ -206,6 +206,8 @@ def _take_values(model: Any, wanted: PreTrainedModel) -> None:
 def _keep_of_the_process(present: PreTrainedConfig, config: PreTrainedConfig) -> None:
     """Copy the values of a configuration, and of those inside it, that belong to the process."""
     vars(config).update({name: value for name, value in vars(present).items() if name in OF_THE_PROCESS})
+    if "use_cache" in vars(present):  # a Trainer sets it, and composite configurations do not save it
+        vars(config).setdefault("use_cache", vars(present)["use_cache"])
     for name, inner in vars(config).items():
         if isinstance(inner, PreTrainedConfig) and isinstance(vars(present).get(name), PreTrainedConfig):
             _keep_of_the_process(vars(present)[name], inner)
