@@ -94,8 +94,8 @@ def _fit_by_shapes(model: nn.Module, saved: SavedModel, optimizer: Any) -> bool:
     layers = _layers(underlying(model))
     if not layers or not saved.headers:
         return False
-    history = read_history(saved.directory, saved.trainer_state)
-    records = history.get("records")
+    directory = saved.directory.parent if saved.directory.name == BASE_FOLDER else saved.directory
+    records = read_history(directory, saved.trainer_state).get("records")
     records = records if isinstance(records, Mapping) else {}
 
     def restore(config: Any, holder: Holder, names: Sequence[str]) -> None:

@@ -198,10 +198,11 @@ class Mamba2Family(SelectiveFamily):
         shape = Shape.of(module)
         convolved = Shape(shape.heads, shape.groups, size, shape.inner).convolved
         rows = {"in_proj": int(module.in_proj.weight.shape[0]) - shape.convolved + convolved, "conv1d": convolved}
+        found = {
+            f"{part}.{name}": getattr(getattr(module, part), name) for part in rows for name in ("weight", "bias")
+        }
         return {
-            f"{part}.{name}": (rows[part], *value.shape[1:])
-            for part in rows
-            for name, value in getattr(module, part).named_parameters()
+            name: (rows[name.split(".")[0]], *value.shape[1:]) for name, value in found.items() if value is not None
         }
 
     def at_size(self, module: Any, size: int) -> LayerShape:

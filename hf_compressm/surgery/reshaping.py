@@ -129,7 +129,12 @@ def reshape_layers(
 
 def _resize(layer: SSMLayer, saved: Mapping[str, tuple[int, ...]], found: Differences) -> int:
     """Collect what has to change in a layer for its parameters to have saved shapes; returns the state size."""
-    present = {name: parameter for name, parameter in layer.module.named_parameters()}
+    parts = list(plain_modules(layer.module))
+    present = {
+        f"{place}.{name}" if place else name: parameter
+        for place, part in parts
+        for name, parameter in part.named_parameters(recurse=False)
+    }
     absent = next((name for name in present if name not in saved), None)
     if absent is not None:
         raise ValueError(f"There is no tensor for {absent} of {layer.name}. Resume with the model that was saved.")
@@ -152,6 +157,10 @@ def _resize(layer: SSMLayer, saved: Mapping[str, tuple[int, ...]], found: Differ
                 full = f"{layer.name}.{name}" if layer.name else name
                 found.changes.append(ParameterChange(full, present[name], value, ()))
             found.attributes.extend(wanted.attributes)
+            weights = {f"{place}.weight" if place else "weight": place for place, _ in parts}
+            _resize_adapters(
+                layer, {place: saved[name][0] for name, place in weights.items() if name in different}, found
+            )
             return size
     name = different[0]
     raise ValueError(
@@ -228,12 +237,20 @@ def _differences(model: PreTrainedModel, wanted: PreTrainedModel) -> Differences
             counterpart = goal.module.get_submodule(name)
             _compare_parameters(layer, prefix, part, counterpart, found)
             found.attributes.extend(_other_attributes(part, counterpart))
-        for change in resized(layer, goal.module):
-            if isinstance(change, ParameterChange):
-                found.changes.append(change)
-            else:
-                found.attributes.append(change)
+        parts = goal.module.named_modules()
+        _resize_adapters(
+            layer, {name: part.out_features for name, part in parts if hasattr(part, "out_features")}, found
+        )
     return found
+
+
+def _resize_adapters(layer: SSMLayer, widths: Mapping[str, int], found: Differences) -> None:
+    """Collect what has to change in LoRA adapters around projections that get other widths."""
+    for change in resized(layer, widths):
+        if isinstance(change, ParameterChange):
+            found.changes.append(change)
+        else:
+            found.attributes.append(change)
 
 
 def _check_the_rest(model: PreTrainedModel, wanted: PreTrainedModel, layers: list[str]) -> None:

@@ -14,7 +14,7 @@ from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.checkpoints import fit_to_checkpoint, read_saved
 from hf_compressm.families import find_layers
 from hf_compressm.utils.configurations import configurations
-from tests.family_table import FAMILIES, LRU, MAMBA, Family, family_id, same
+from tests.family_table import LRU, MAMBA, Family, by_layout, family_id, same
 from tests.own_modules import (
     around_lru,
     around_mamba,
@@ -33,7 +33,14 @@ from tests.trainers import HALVE, Examples, callback_of, keeping_best, trainer_o
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
 CUT = 2  # HALVE cuts after this step
 BUILDS = (around_mamba, around_lru, two_mambas, own_mixers, own_layers, llava, pair, plain, given)
-every_model = pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__name__)
+every_model = pytest.mark.parametrize(
+    "build",
+    [
+        build if build in (around_mamba, own_layers, llava) else pytest.param(build, marks=pytest.mark.slow)
+        for build in BUILDS
+    ],
+    ids=lambda build: build.__name__,
+)
 
 
 def run(build: Any, folder: Path, resume: Path | None = None, settings: Any = HALVE, **kwargs: Any) -> Trainer:
@@ -77,7 +84,7 @@ def test_a_run_resumes_before_at_and_after_its_cut(build: Any, tmp_path: Path) -
 
 
 @every_model
-@pytest.mark.parametrize("best", [CUT, CUT + 2])
+@pytest.mark.parametrize("best", [CUT, pytest.param(CUT + 2, marks=pytest.mark.slow)])
 def test_the_best_model_is_loaded_from_either_side_of_a_cut(build: Any, best: int, tmp_path: Path) -> None:
     before = build()
     trainer = run(build, tmp_path, **keeping_best(MAMBA, best))
@@ -121,6 +128,27 @@ def test_a_cut_of_a_module_of_ones_own_is_rolled_back(tmp_path: Path) -> None:
     assert not hasattr(trainer.model.bb.config, "compressm")
 
 
+@pytest.mark.parametrize(
+    "build",
+    [llava, pytest.param(plain, marks=pytest.mark.slow), pytest.param(given, marks=pytest.mark.slow)],
+    ids=lambda build: build.__name__,
+)
+def test_lora_inside_such_a_model_resumes_and_goes_back(build: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def wrapped() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            settings = {"r": 2, "target_modules": ["in_proj", "x_proj"], "init_lora_weights": False}
+            return peft.get_peft_model(build(), peft.LoraConfig(**settings))
+
+    whole = run(wrapped, tmp_path)
+    assert sizes(whole.model) == [4, 4]
+    resumed = run(wrapped, tmp_path / "resumed", tmp_path / "checkpoint-3")
+    assert same(outcome(resumed)["weights"], outcome(whole)["weights"])
+    assert sizes(run(wrapped, tmp_path / "best", **keeping_best(MAMBA, CUT)).model) == [8, 8]
+
+
 def test_an_earlier_record_of_a_part_comes_back_with_it(tmp_path: Path) -> None:
     def build() -> Any:
         model = around_mamba()
@@ -144,7 +172,7 @@ def test_a_teacher_from_the_same_configuration_is_untouched_by_a_resume(tmp_path
     assert teacher.config is config
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+@pytest.mark.parametrize("family", by_layout(), ids=family_id)
 def test_layers_of_every_family_take_sizes_by_shape(family: Family, tmp_path: Path) -> None:
     """Down to those of a cut model and up again: every shape, attribute and buffer is that of a model of that size."""
     small, large = stock_around(family, state_size=4), stock_around(family)
