@@ -198,6 +198,25 @@ class Given(PreTrainedModel):
         return self.around(input_ids, labels)
 
 
+class Fixed(PreTrainedModel):
+    """A model that builds its backbone without looking at its configuration."""
+
+    config_class = MambaConfig
+    base_model_prefix = "fixed"
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__(config)
+        self.around = Around(6, backbone=MambaModel(mamba_config()))
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        return self.around(input_ids, labels)
+
+
+def fixed() -> Fixed:
+    return seeded(lambda: Fixed(mamba_config()))
+
+
 def plain() -> Plain:
     return seeded(lambda: Plain(PreTrainedConfig()))
 

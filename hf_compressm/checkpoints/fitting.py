@@ -1,8 +1,8 @@
 """Giving a live model the class and the sizes of a saved one, and weights that the Trainer cannot load itself."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,8 +15,13 @@ from hf_compressm.families import Holder, SSMLayer, find_layers
 from hf_compressm.files.names import BASE_FOLDER
 from hf_compressm.peft import underlying
 from hf_compressm.peft.saved_base import keep_base_beside, keeps_base_beside, load_adapters, load_base
-from hf_compressm.surgery import is_described, reshape_layers, reshape_model
+from hf_compressm.surgery import follows_config, is_described, reshape_layers, reshape_model
 from hf_compressm.utils.configurations import configuration_of
+
+
+_KNOWN_PACKAGES = ("transformers", "hf_compressm")
+_FOLLOWING: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+"""Whether the classes of other packages build their layers as large as their configuration says."""
 
 
 def fit_to_checkpoint(model: nn.Module, saved: SavedModel, optimizer: Any = None) -> bool:
@@ -58,9 +63,12 @@ def takes_sizes_from_config(model: nn.Module) -> bool:
     """Whether a model can be built again from its own configuration, with the sizes of all its SSM layers."""
     if not isinstance(model, PreTrainedModel) or not is_described(model, _layers(model)):
         return False
-    beside_config = list(inspect.signature(type(model)).parameters.values())[1:]
-    may_be_absent = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return all(each.default is not each.empty or each.kind in may_be_absent for each in beside_config)
+    kind = type(model)
+    if kind.__module__.split(".")[0] in _KNOWN_PACKAGES:
+        return True
+    if kind not in _FOLLOWING:
+        _FOLLOWING[kind] = follows_config(model)
+    return _FOLLOWING[kind]
 
 
 def records_of(model: nn.Module) -> dict[str, Any]:

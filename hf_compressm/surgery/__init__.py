@@ -15,7 +15,7 @@ from hf_compressm.surgery.parameters import (
     prepare_additions,
     prepare_replacements,
 )
-from hf_compressm.surgery.reshaping import reshape_layers, reshape_model, skeleton
+from hf_compressm.surgery.reshaping import follows_config, reshape_layers, reshape_model, skeleton
 from hf_compressm.surgery.snapshot import Snapshot
 
 
@@ -31,6 +31,7 @@ __all__ = [
     "commit_replacements",
     "find_wrappers",
     "follow",
+    "follows_config",
     "has_room",
     "is_described",
     "misfit",

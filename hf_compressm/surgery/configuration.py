@@ -100,7 +100,7 @@ def rewritten(
 
 
 def is_described(model: nn.Module, layers: Sequence[SSMLayer]) -> bool:
-    """Whether a model's own configuration says how large each of the layers is, and builds a model of these sizes."""
+    """Whether a model's own configuration, or one inside it, says how large each of the layers is."""
     return isinstance(model, PreTrainedModel) and all(layer.owner and layer.owner.module is model for layer in layers)
 
 

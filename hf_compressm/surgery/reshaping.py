@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from hf_compressm.families import SSMLayer, find_layers
 from hf_compressm.families.family import AttributeChange, ParameterAddition, ParameterChange
@@ -27,6 +28,8 @@ from hf_compressm.surgery.parameters import commit_replacements, prepare_additio
 from hf_compressm.surgery.snapshot import Snapshot
 from hf_compressm.utils.configurations import configuration_of
 
+
+logger = logging.get_logger(__name__)
 
 OF_THE_PROCESS = (
     "_name_or_path",
@@ -61,6 +64,23 @@ def skeleton(model_class: type, config: PreTrainedConfig) -> PreTrainedModel:
                 f"{model_class.__name__} cannot be built from its configuration alone ({error}), so it cannot take "
                 "the sizes of a checkpoint. Load the model from the checkpoint before training."
             ) from error
+
+
+def follows_config(model: PreTrainedModel) -> bool:
+    """Whether the class of a model builds SSM layers as large as its configuration says; it is tried with other sizes.
+
+    Args:
+        model: a model whose own configuration has the size of each of its layers.
+    """
+    layers = find_layers(model)
+    doubled = {layer.name: 2 * layer.state_size for layer in layers}
+    values = {layer.name: {layer.family.size_field: doubled[layer.name]} for layer in layers}
+    config = rewritten(model, layers, values, lambda *_: None).of(model, model.config)
+    try:
+        return {layer.name: layer.state_size for layer in find_layers(skeleton(type(model), config))} == doubled
+    except Exception as error:  # a model class may raise anything
+        logger.info(f"{type(model).__name__} cannot be built from its configuration alone: {error}")
+        return False
 
 
 def reshape_model(model: Any, wanted: PreTrainedModel, optimizer: Any = None) -> bool:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
-from hf_compressm import CompreSSMConfig, compress
+from hf_compressm import CompreSSMambaConfig, CompreSSMambaForCausalLM, CompreSSMConfig, compress
 from hf_compressm.checkpoints import fit_to_checkpoint, read_saved
 from hf_compressm.families import find_layers
 from hf_compressm.utils.configurations import configurations
@@ -18,6 +18,7 @@ from tests.family_table import LRU, MAMBA, Family, by_layout, family_id, same
 from tests.own_modules import (
     around_lru,
     around_mamba,
+    fixed,
     given,
     llava,
     own_layers,
@@ -32,7 +33,7 @@ from tests.trainers import HALVE, Examples, callback_of, keeping_best, trainer_o
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
 CUT = 2  # HALVE cuts after this step
-BUILDS = (around_mamba, around_lru, two_mambas, own_mixers, own_layers, llava, pair, plain, given)
+BUILDS = (around_mamba, around_lru, two_mambas, own_mixers, own_layers, llava, pair, plain, given, fixed)
 every_model = pytest.mark.parametrize(
     "build",
     [
@@ -170,6 +171,16 @@ def test_a_teacher_from_the_same_configuration_is_untouched_by_a_resume(tmp_path
     fit_to_checkpoint(student, read_saved(tmp_path / "checkpoint-4"))
     assert (student.config.state_size, teacher.config.state_size) == (4, 8)
     assert teacher.config is config
+    own = adopted_config(config)
+    student, teacher = CompreSSMambaForCausalLM(own), CompreSSMambaForCausalLM(own)
+    fit_to_checkpoint(student, read_saved(tmp_path / "checkpoint-4"))  # which is of the stock class
+    assert (type(student), type(student.config)) == (MAMBA.model_class, MAMBA.config_class)
+    assert (teacher.config is own, type(own), own.state_size) == (True, CompreSSMambaConfig, 8)
+
+
+def adopted_config(config: Any) -> CompreSSMambaConfig:
+    values = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    return CompreSSMambaConfig(**values)
 
 
 @pytest.mark.parametrize("family", by_layout(), ids=family_id)
