@@ -92,8 +92,8 @@ def check_resizable(model: nn.Module) -> None:
         if layer.family.at_size(layer.module, layer.state_size) is None:
             raise ValueError(
                 f"{type(model).__name__} has no configuration with the size of {layer.name}, and the family "
-                f"{layer.family.name!r} does not define at_size: a best model from the other side of a cut could not "
-                "be loaded at the end. Define at_size, or leave load_best_model_at_end out."
+                f"{layer.family.name!r} does not define at_size: a checkpoint from the other side of a cut could not "
+                "be loaded. Define at_size, or leave load_best_model_at_end and recovery_steps out."
             )
 
 

@@ -92,7 +92,7 @@ def _owner(holders: list[Holder], field: str) -> Owner | None:
     configs = [config]
     for outer in reversed(holders[: holders.index(holder)]):
         same = [each for each in with_inner(outer.config) if any(each is one for one in configs)]
-        copies = [] if same else [each for each in with_inner(outer.config) if _is_copy(each, config, field)]
+        copies = [] if same else [each for each in _free(outer, holders) if _is_copy(each, config, field)]
         if same or len(copies) == 1:
             configs += copies
             holder = outer
@@ -105,18 +105,18 @@ def _nearest(holders: list[Holder], field: str) -> tuple[Holder, Any] | None:
     for holder in [*reversed(models), *reversed(holders)]:
         if _has(holder.config, field):
             return holder, holder.config
-        inner = list(_inner(holder, holders, field))
+        inner = [config for config in _free(holder, holders) if _has(config, field)]
         if len(inner) == 1:
             return holder, inner[0]
     return None
 
 
-def _inner(holder: Holder, around: list[Holder], field: str) -> Iterator[Any]:
-    """The configurations with the field inside a holder's, without those of other models beside the layer."""
+def _free(holder: Holder, around: list[Holder]) -> Iterator[Any]:
+    """A holder's configuration and those inside it, without those of other models that lie beside the layer."""
     enclosing = {id(each.module) for each in around}
     beside = [part for part in holder.module.modules() if isinstance(part, PreTrainedModel)]
     others = {id(part.config) for part in beside if id(part) not in enclosing}
-    yield from (each for each in with_inner(holder.config) if _has(each, field) and id(each) not in others)
+    yield from (each for each in with_inner(holder.config) if id(each) not in others)
 
 
 def _has(config: Any, field: str) -> bool:

@@ -106,16 +106,17 @@ def is_described(model: nn.Module, layers: Sequence[SSMLayer]) -> bool:
 
 def tell_undescribed(model: nn.Module, layers: Sequence[SSMLayer]) -> None:
     """Warn of models around a layer whose configuration does not have its size."""
-    base, told = underlying(model), set()
+    base = underlying(model)
+    told: dict[tuple[str, str], str] = {}
     for layer in layers:
         around = [holder for holder in holders_of(base, layer.name) if isinstance(holder.config, PreTrainedConfig)]
         outermost = next((h for h in around if isinstance(h.module, PreTrainedModel) or h.module is base), None)
         if outermost is None or (layer.owner is not None and len(layer.owner.name) <= len(outermost.name)):
             continue
-        told.add((type(outermost.config).__name__, layer.family.size_field))
-    for kind, size_field in sorted(told):
+        told.setdefault((type(outermost.config).__name__, layer.family.size_field), layer.name)
+    for (kind, size_field), name in told.items():
         logger.warning(
-            f"{kind} has no {size_field}: the new state sizes are in the layers and in the record config.compressm, "
+            f"{kind} has no {size_field} for {name}: the new state sizes are in the layers and in the record config.compressm, "
             "but a model built from this config will not have them."
         )
 

@@ -91,7 +91,7 @@ class CompressedRun:
         refuse_engines(trainer)
         check_base(model)
         refuse_optimizer(optimizer, model)
-        if trainer.args.load_best_model_at_end:
+        if trainer.args.load_best_model_at_end or self.config.recovery_steps is not None:
             check_resizable(underlying(model))
         self._needs_data = any(choice.needs_data for choice in check_settings(model, self.config, calibrated=True))
 

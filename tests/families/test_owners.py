@@ -88,6 +88,22 @@ def test_an_equal_copy_of_a_configuration_belongs_to_the_same_owner() -> None:
     assert owner.configs[0] is not model.config.left_config
 
 
+class Distilled(PreTrainedModel):
+    """A student with the configuration of the whole, and a teacher with an equal one of its own."""
+
+    config_class = type(lru_config())
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.student, self.teacher = LRUModel(config), LRUModel(copy.deepcopy(config))
+        self.post_init()
+
+
+def test_an_equal_configuration_is_no_copy_of_one_that_another_part_holds() -> None:
+    model = Distilled(lru_config())
+    assert owned(model) == [("", 0), ("", 1), ("teacher", 0), ("teacher", 1)]
+
+
 def test_of_two_equal_copies_none_is_taken_for_the_layers_own() -> None:
     model = pair(8, 8)
     for side in (model.left, model.right):

@@ -251,7 +251,7 @@ def test_a_model_around_it_that_says_nothing_of_the_size_is_warned_of(told: list
     model = plain()
     sizes = halve(model)
     assert len(told) == 1
-    assert "PreTrainedConfig has no state_size" in told[0]
+    assert "PreTrainedConfig has no state_size for bb.bb.layers.0.mixer: the new state sizes" in told[0]
     assert model.config.compressm["state_sizes_after"] == sizes
     assert model.bb.bb.config.state_size == 4
 

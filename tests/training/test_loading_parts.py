@@ -254,6 +254,9 @@ def test_a_family_that_cannot_tell_is_refused_before_the_first_step(
     monkeypatch.setattr(type(find_layers(own_layers())[0].family), "at_size", lambda *_: None)
     with pytest.raises(ValueError, match=r"configuration.*layers\.0.*'lru'.*at_size.*load_best_model_at_end"):
         run(own_layers, tmp_path, callbacks=[Stop()], **keeping_best(MAMBA, CUT))
+    guarded = {**HALVE, "recovery_steps": 1, "metric_tolerance": 0.0}
+    with pytest.raises(ValueError, match=r"'lru'.*at_size.*recovery_steps"):
+        run(own_layers, tmp_path, settings=guarded, callbacks=[Stop()])
     run(own_layers, tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint-4.*'lru' does not define at_size"):
         run(own_layers, tmp_path, tmp_path / "checkpoint-4", callbacks=[Stop()])
