@@ -117,7 +117,8 @@ def tell_undescribed(model: nn.Module, layers: Sequence[SSMLayer]) -> None:
     for (kind, size_field), name in told.items():
         logger.warning(
             f"{kind} has no {size_field} for {name}"
-            ": the new state sizes are in the layers and in the record config.compressm, but a model built from this config will not have them."
+            ": the new state sizes are in the layers and in the record config.compressm, "
+            "but a model built from this config will not have them."
         )
 
 
