@@ -1,7 +1,13 @@
 """Checkpoints and saved models on disk: reading and sealing them, fitting a live model to them, cutting them."""
 
 from hf_compressm.checkpoints.cutting import cut_checkpoint
-from hf_compressm.checkpoints.fitting import fit_to_checkpoint, fit_with_adapters, load_converted
+from hf_compressm.checkpoints.fitting import (
+    check_resizable,
+    fit_to_checkpoint,
+    fit_with_adapters,
+    load_converted,
+    records_of,
+)
 from hf_compressm.checkpoints.reading import find_last_complete_checkpoint, read_saved, verify_checkpoint
 from hf_compressm.checkpoints.saved_model import SavedModel
 from hf_compressm.checkpoints.seal import seal_checkpoint, unseal_checkpoint
@@ -10,6 +16,7 @@ from hf_compressm.checkpoints.whole import read_whole, refuse_run_folder
 
 __all__ = [
     "SavedModel",
+    "check_resizable",
     "cut_checkpoint",
     "find_last_complete_checkpoint",
     "fit_to_checkpoint",
@@ -17,6 +24,7 @@ __all__ = [
     "load_converted",
     "read_saved",
     "read_whole",
+    "records_of",
     "refuse_run_folder",
     "seal_checkpoint",
     "unseal_checkpoint",

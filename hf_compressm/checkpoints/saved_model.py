@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_compressm import models
-from hf_compressm.checkpoints.sizes import check_sizes, named_sizes
+from hf_compressm.checkpoints.sizes import check_sizes, described, named_sizes
 from hf_compressm.compression import check_record
 from hf_compressm.families import find_layers
 from hf_compressm.files.atomic import read_json
@@ -63,7 +64,8 @@ class SavedModel:
         values = read_json(self.config_path) if self.values is None else self.values
         try:
             check_sizes(values)
-            check_record(values.get("compressm"))
+            for _, own in described(values):
+                check_record(own.get("compressm"))
         except ValueError as error:
             raise ValueError(f"{self.config_path}: {error}") from error
         model_type = values.get("model_type")
@@ -105,11 +107,12 @@ class SavedModel:
         """
         place, values = self.config_path, self.values or {}
         largest = 2 * max((size for header in self.headers.values() for size in header.shape), default=0)  # S5's pairs
-        layers = values.get("num_hidden_layers")
-        if isinstance(layers, int) and layers > len(self.headers):
-            raise ValueError(
-                f"{place} is at odds with the weights: {layers} layers, but {len(self.headers)} tensors in all."
-            )
+        for _, own in described(values):
+            layers = own.get("num_hidden_layers")
+            if isinstance(layers, int) and layers > len(self.headers):
+                raise ValueError(
+                    f"{place} is at odds with the weights: {layers} layers, but {len(self.headers)} tensors in all."
+                )
         for name, size in named_sizes(values):
             if size > largest:
                 raise ValueError(f"{place} is at odds with the weights: no tensor has room for {name} {quoted(size)}.")
@@ -126,29 +129,60 @@ class SavedModel:
         Raises:
             ValueError: naming the tensor and both shapes.
         """
-        on_disk = {_below_the_head(name): header.shape for name, header in self.headers.items()}
         layers = getattr(wanted.config, "num_hidden_layers", None)
-        for name in on_disk:
+        for name in map(_below_the_head, self.headers):
             place = re.match(r"layers\.(\d+)\.", name)
             if place and layers is not None and int(place[1]) >= layers:
                 raise ValueError(f"{self.directory} has a tensor {name}, but {layers} layers by its {CONFIG_FILE}.")
         for layer in find_layers(wanted):
-            prefix = f"{layer.name}." if layer.name else ""
-            expected = {_below_the_head(prefix + name): p.shape for name, p in layer.module.named_parameters()}
+            on_disk = self.layer_shapes(layer.name)
+            expected = {name: tuple(parameter.shape) for name, parameter in layer.module.named_parameters()}
             for name, shape in expected.items():
+                full = f"{layer.name}.{name}" if layer.name else name
                 if name not in on_disk:
-                    raise ValueError(f"{self.directory} has no tensor {name}, which its {CONFIG_FILE} asks for.")
-                if on_disk[name] != tuple(shape):
+                    raise ValueError(f"{self.directory} has no tensor {full}, which its {CONFIG_FILE} asks for.")
+                if on_disk[name] != shape:
                     raise ValueError(
-                        f"{self.directory}: {CONFIG_FILE} is at odds with the weights: {name} has shape "
-                        f"{on_disk[name]}, but {tuple(shape)} by the sizes in {CONFIG_FILE}. Restore the file that "
-                        "was changed."
+                        f"{self.directory}: {CONFIG_FILE} is at odds with the weights: {full} has shape "
+                        f"{on_disk[name]}, but {shape} by the sizes in {CONFIG_FILE}. Restore the file that was "
+                        "changed."
                     )
-            known = {*expected, *(_below_the_head(prefix + name) for name, _ in layer.module.named_buffers())}
-            inside = _below_the_head(prefix)
-            extra = [name for name in on_disk if prefix and name.startswith(inside) and name not in known]
+            known = {*expected, *(name for name, _ in layer.module.named_buffers())}
+            extra = [name for name in on_disk if layer.name and name not in known]
             if extra:
-                raise ValueError(f"{self.directory} has a tensor {extra[0]} that its {CONFIG_FILE} has no place for.")
+                raise ValueError(
+                    f"{self.directory} has a tensor {layer.name}.{extra[0]} that its {CONFIG_FILE} has no place for."
+                )
+
+    def layer_shapes(self, layer: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of a layer, by their names in it; empty if it is not there.
+
+        The first parts of a name may differ between disk and memory (`backbone`, `model.language_model`), so the layer
+        is the one whose name on disk agrees with the longest end of its own.
+
+        Raises:
+            ValueError: if several agree equally well.
+        """
+        parts = layer.split(".")
+        numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+        shortest = max(numbers[-1] - 1, 0) if numbers else min(1, len(parts) - 1)
+        for start in range(shortest + 1):
+            ending = ".".join(parts[start:])
+            found = [place for place in self._places if place == ending or (ending and place.endswith(f".{ending}"))]
+            found = [ending] if ending in found else found
+            if len(found) > 1:
+                raise ValueError(f"{self.directory} has {found[0]} and {found[1]}, and either may be {layer}.")
+            if found:
+                prefix = f"{found[0]}." if found[0] else ""
+                inside = {name: header.shape for name, header in self.headers.items() if name.startswith(prefix)}
+                return {name[len(prefix) :]: shape for name, shape in inside.items()}
+        return {}
+
+    @cached_property
+    def _places(self) -> list[str]:
+        """Names of all modules with tensors in them, sorted; "" for the whole."""
+        split = [name.split(".") for name in self.headers]
+        return sorted({".".join(parts[:length]) for parts in split for length in range(len(parts))})
 
     def load(self) -> PreTrainedModel:
         """Load the model with the class that its configuration names, every tensor in the dtype it was saved in.

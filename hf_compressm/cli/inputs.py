@@ -57,7 +57,8 @@ def calibration_batches(
     Raises:
         ValueError: if a source cannot be read, gives no example, or does not suit the model.
     """
-    config, count = read_saved(directory).config(), settings.calibration_batches * batch_size
+    config = read_saved(directory).config().get_text_config()  # of a composite model, that of the part with the tokens
+    count = settings.calibration_batches * batch_size
     continuous = getattr(config, "input_size", None) is not None
     examples = _sequences(options, config) if continuous else _blocks(directory, config, options)
     if examples is None:

@@ -36,7 +36,10 @@ def verify(
         best = read_history(directory).get("model_step")
         found["step"] = best if is_count(best) else saved.trainer_state.get("global_step")
     model = saved if saved.values is not None else saved.base
-    found |= {"model": None} if model is None else _verified(model, console)
+    if model is not None:
+        found |= _verified(model, console)
+    else:
+        found |= {"model": None} | ({"tensors": len(saved.headers)} if saved.headers else {})
     if as_json and not quiet:
         typer.echo(json.dumps({"checkpoint": str(directory), **found}, indent=2))
     elif not quiet:
@@ -64,7 +67,9 @@ def _verified(saved: "SavedModel", console: Console) -> dict[str, Any]:
 
 
 def _in_words(found: dict[str, Any]) -> str:
-    if found["model"] is None:
+    if "tensors" in found:
+        parts = [f"{found['tensors']} tensors of a model without a configuration"]
+    elif found["model"] is None:
         parts = ["adapters, without the model that they belong to"]
     else:
         sizes = sorted(set(found["state_sizes"].values()))

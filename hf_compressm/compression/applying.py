@@ -1,13 +1,11 @@
 """Applying a plan: parameters, optimizer and config change together or not at all."""
 
-import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from hf_compressm.compression.comparing import count_state_bytes
@@ -16,17 +14,17 @@ from hf_compressm.compression.planning import plan_compression, plan_cut
 from hf_compressm.compression.record import record_cut
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import CompreSSMConfig, Settings, as_config
-from hf_compressm.families import LayerCut, SSMLayer, find_layers
-from hf_compressm.models import adopt_config, own_class, own_config_class
+from hf_compressm.families import Holder, LayerCut, SSMLayer, find_layers
+from hf_compressm.models import own_class
 from hf_compressm.peft import underlying
 from hf_compressm.surgery import (
     NonFiniteError,
     Operation,
     Snapshot,
-    write_sizes,
-    write_sizes_of_mamba_ssm,
-    write_sizes_per_layer,
+    rewritten,
+    tell_undescribed,
 )
+from hf_compressm.surgery.configuration import Copies
 from hf_compressm.utils.modes import plain_modes
 from hf_compressm.utils.processes import ALONE, Processes, checksum
 
@@ -88,12 +86,12 @@ def apply_cut(model: nn.Module, plan: CompressionPlan, request: CutRequest) -> C
         cuts = _fresh_cuts(plan)
         operation = Operation.prepare(model, cuts, request.optimizer, request.config.optimizer_state)
         adopts = _needs_own_class(model, plan)
-        config = _rewritten_config(model, plan, request.step, adopts) if cuts else None
+        configs = _rewritten_configs(model, plan, request.step, adopts) if cuts else None
         before = Snapshot(model, request.optimizer or None)
     processes.compare(operation.new_tensors, "The weights or moments to be cut")
     try:
         with processes.together():
-            operation.commit(config, adopts)
+            operation.commit(configs, adopts)
     except BaseException:  # an interruption too must not leave half a cut
         before.restore()
         raise
@@ -180,27 +178,24 @@ def _needs_own_class(model: nn.Module, plan: CompressionPlan) -> bool:
     return len(sizes) > 1 or any(item.cut is not None and item.cut.additions for item in plan.layers)
 
 
-def _rewritten_config(model: nn.Module, plan: CompressionPlan, step: int | None, adopts: bool) -> Any:
-    """A copy of the model's config with the new sizes and the cut on record; None for a model without config."""
-    config = copy.deepcopy(getattr(model, "config", None))
-    if hasattr(config, "ssm_cfg"):
-        write_sizes_of_mamba_ssm(config, max(item.new_state_size for item in plan.layers))
-        return config
-    if not isinstance(config, PreTrainedConfig):
-        return None
-    if adopts:
-        adopt_config(config)
-    sizes: dict[str, dict[int, int | None]] = {}
-    has_room = True
-    for item in plan.layers:
-        layer, cut = item.layer, item.cut
-        if layer is not None and cut is not None:
-            for field, size in {layer.family.size_field: item.new_state_size, **cut.config_fields}.items():
-                sizes.setdefault(field, {})[layer.index] = size
-            has_room = has_room and (layer.family.per_layer or own_config_class(type(config)) is type(config))
-    (write_sizes_per_layer if has_room else write_sizes)(config, sizes)
-    record_cut(config, plan, step)
-    return config
+def _rewritten_configs(model: nn.Module, plan: CompressionPlan, step: int | None, adopts: bool) -> Copies:
+    """Copies of the model's configurations with the new sizes, and the cut on record in each."""
+    layers = {layer.name: layer for layer in find_layers(model)}
+    planned = {item.name: item for item in plan.layers}
+    values = {
+        item.name: {layers[item.name].family.size_field: item.new_state_size, **item.cut.config_fields}
+        for item in plan.layers
+        if item.cut is not None
+    }
+
+    def record(config: Any, holder: Holder, names: Sequence[str]) -> None:
+        own = (replace(planned[name], name=holder.relative(name)) for name in names)
+        record_cut(config, CompressionPlan(tuple(own)), step)
+
+    considered = [layers[name] for name in planned]
+    configs = rewritten(model, considered, values, record, adopts)
+    tell_undescribed(model, [layer for layer in considered if layer.name in values])
+    return configs
 
 
 def _fresh_cuts(plan: CompressionPlan) -> list[tuple[SSMLayer, LayerCut]]:

@@ -1,6 +1,6 @@
-"""Which layers the settings pick, how each is ranked, and whether each may have a size of its own."""
+"""Which layers the settings pick, how each is ranked, and which of them have one size together."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -9,11 +9,13 @@ from transformers.utils import logging
 
 from hf_compressm.compression.record import check_record
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.families import CutMethod, SSMLayer, find_layers
+from hf_compressm.families import CutMethod, SSMLayer, find_layers, holders_of
 from hf_compressm.models import own_class
 from hf_compressm.peft import underlying
+from hf_compressm.surgery import has_room
 from hf_compressm.surgery.lora import check_adapters
 from hf_compressm.surgery.obstacles import check_layers, check_memory
+from hf_compressm.utils.configurations import configurations
 
 
 logger = logging.get_logger(__name__)
@@ -26,12 +28,12 @@ class LayerChoice:
     Attributes:
         layer: the layer.
         method: how its states are ranked.
-        per_layer: whether it may have a size of its own.
+        group: layers of the same group have one size together.
     """
 
     layer: SSMLayer
     method: CutMethod
-    per_layer: bool
+    group: Hashable
 
     @property
     def needs_data(self) -> bool:
@@ -51,36 +53,37 @@ def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) 
         ValueError: for a model without SSM layers, settings that do not fit it, or a record of cuts in its config that
             this version cannot read.
     """
-    check_record(getattr(getattr(model, "config", None), "compressm", None))
+    for each in configurations(model):
+        check_record(getattr(each, "compressm", None))
     found = find_layers(model)
     layers = _matching_layers(found, config)
     _check_target(layers, config)
-    choices = []
     own = own_class(type(underlying(model)))
+    groups = {layer.name: _group(layer, found, config, own) for layer in found}
+    choices = []
     for layer in layers:
         name = layer.family.criterion(config.criterion, calibrated, config.realization)
         project = config.compat == "best" and own is not None
         method = CutMethod(name, config.keep, config.realization, config.sampling_seed, project)
-        choices.append(LayerChoice(layer, method, _per_layer(underlying(model), layer, config)))
+        choices.append(LayerChoice(layer, method, groups[layer.name]))
     methods = [(choice.layer, choice.method) for choice in choices]
     check_layers(methods, _cut_before(model, layers))
     if any(choice.needs_data for choice in choices):
         check_memory(model)
     check_adapters(model, methods)
-    uniform = [choice.layer for choice in choices if not choice.per_layer]
-    if uniform and len(layers) < len(found):
-        raise ValueError(
-            f"layers / ignore_layers pick {len(layers)} of {len(found)} layers, but these {uniform[0].family.name} "
-            "models have one state size for all. Drop layers / ignore_layers, or use per_layer=True where it applies."
-        )
+    _check_whole_groups(found, layers, groups)
     return choices
 
 
 def _cut_before(model: nn.Module, layers: Sequence[SSMLayer]) -> set[str]:
     """Names of the layers whose state was larger before the first recorded cut."""
-    record = getattr(getattr(model, "config", None), "compressm", None) or {}
-    before = record.get("state_sizes_before", {})
-    return {layer.name for layer in layers if before.get(layer.name, 0) > layer.state_size}
+    found = set()
+    for layer in layers:
+        for holder in holders_of(underlying(model), layer.name):
+            before = (getattr(holder.config, "compressm", None) or {}).get("state_sizes_before", {})
+            if before.get(holder.relative(layer.name), 0) > layer.state_size:
+                found.add(layer.name)
+    return found
 
 
 def _matching_layers(found: Sequence[SSMLayer], config: CompreSSMConfig) -> list[SSMLayer]:
@@ -115,16 +118,41 @@ def _check_target(layers: Sequence[SSMLayer], config: CompreSSMConfig) -> None:
         )
 
 
-def _per_layer(model: nn.Module, layer: SSMLayer, config: CompreSSMConfig) -> bool:
-    """Whether the layer may have its own size: its class has room for one, or may be replaced by one that has."""
-    own = own_class(type(model))
-    has_room = layer.family.per_layer or own is type(model)
-    if config.per_layer is None:
-        return has_room or (config.compat == "best" and own is not None)
-    if config.per_layer and not has_room and own is None:
+def _group(layer: SSMLayer, found: Sequence[SSMLayer], config: CompreSSMConfig, own: type | None) -> Hashable:
+    """What a layer shares its size with: the layers of its owner, or those that its owner counts as one, or nothing.
+
+    Args:
+        layer: the layer.
+        found: all layers of the model.
+        config: settings.
+        own: this package's class for the model, to which a stock model can move; None where there is none.
+    """
+    if layer.owner is None:
+        return layer.name if config.per_layer is not False else (None, layer.family.name)
+    together = [each for each in found if each.owner is layer.owner and each.family.name == layer.family.name]
+    has_own = len(together) == 1 or all(has_room(each, layer) for each in layer.owner.configs)
+    if config.per_layer and not has_own and own is None:
         raise ValueError(
-            f"per_layer=True needs a model class with a size per layer; {type(model).__name__}, to which {layer.name} "
-            f"({layer.family.name}) belongs, has a single {layer.family.size_field}. There are such classes for "
-            "S5, LRU, Mamba and Mamba-2 language models. Use per_layer=False."
+            f"per_layer=True needs a model class with a size per layer; {type(layer.owner.module).__name__}, to which "
+            f"{layer.name} ({layer.family.name}) belongs, has a single {layer.family.size_field}. There are such "
+            "classes for S5, LRU, Mamba and Mamba-2 language models, by themselves and not inside another model. Use "
+            "per_layer=False."
         )
-    return config.per_layer
+    separate = config.per_layer
+    if separate is None:
+        separate = has_own or (config.compat == "best" and own is not None)
+    return (id(layer.owner), layer.index if separate else None, layer.family.name)
+
+
+def _check_whole_groups(found: Sequence[SSMLayer], chosen: Sequence[SSMLayer], groups: Mapping[str, Hashable]) -> None:
+    """Raise `ValueError` if the settings pick only some of the layers that one configuration gives one size."""
+    names = {layer.name for layer in chosen}
+    for layer in chosen:
+        together = [each for each in found if groups[each.name] == groups[layer.name] and each.owner is not None]
+        picked = sum(each.name in names for each in together)
+        if picked < len(together):
+            raise ValueError(
+                f"layers / ignore_layers pick {picked} of {len(together)} layers, but these {layer.family.name} "
+                "models have one state size for all. Drop layers / ignore_layers, or use per_layer=True where it "
+                "applies."
+            )

@@ -77,12 +77,12 @@ def _choose_sizes(
     config: CompreSSMConfig,
     reduction_share: float,
 ) -> list[int]:
-    """New state size of every layer, by the rank rule; layers of a family with one size share the largest."""
+    """New state size of every layer, by the rank rule; layers that have one size together share the largest."""
     wanted = for_each(lambda parts: _wanted_size(*parts, config), zip(choices, measurements, strict=True))
     if reduction_share < 1:
         wanted = [_gentler(*parts, config, reduction_share) for parts in zip(choices, wanted, strict=True)]
-    for family in {choice.layer.family.name for choice in choices if not choice.per_layer}:
-        members = [i for i, choice in enumerate(choices) if choice.layer.family.name == family]
+    for group in {choice.group for choice in choices}:
+        members = [i for i, choice in enumerate(choices) if choice.group == group]
         largest = max(wanted[i] for i in members)
         for i in members:
             wanted[i] = min(largest, choices[i].layer.state_size)
@@ -154,24 +154,20 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> Lay
         error_bound=cut.error_bound,
         status="cut",
         reason=cut.note,
-        layer=layer,
+        layer=replace(layer, owner=None),  # plans travel between processes, and each has the configuration
         cut=cut,
         fingerprints=tuple(checksum(change.parameter) for change in cut.changes),
     )
 
 
 def _one_size_or_none(choices: Sequence[LayerChoice], plans: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """The plans; in a family whose layers share one size, none is cut if one of them cannot be cut."""
-    stuck = {
-        plan.family: plan.name
-        for choice, plan in zip(choices, plans, strict=True)
-        if plan.status == "skipped" and not choice.per_layer
-    }
+    """The plans; of layers that have one size together, none is cut if one of them cannot be cut."""
+    stuck = {choice.group: plan.name for choice, plan in zip(choices, plans, strict=True) if plan.status == "skipped"}
     return [
-        _kept(plan, f"{stuck[plan.family]} cannot be cut, and all layers share one size")
-        if plan.status == "cut" and plan.family in stuck
+        _kept(plan, f"{stuck[choice.group]} cannot be cut, and all layers share one size")
+        if plan.status == "cut" and choice.group in stuck
         else plan
-        for plan in plans
+        for choice, plan in zip(choices, plans, strict=True)
     ]
 
 

@@ -6,6 +6,7 @@ from hf_compressm.families.family import (
     CutMethod,
     Family,
     LayerCut,
+    LayerShape,
     Measurement,
     MomentTerm,
     ParameterAddition,
@@ -16,6 +17,7 @@ from hf_compressm.families.family import (
 from hf_compressm.families.lru import LRUFamily
 from hf_compressm.families.mamba import MambaFamily
 from hf_compressm.families.mamba2 import Mamba2Family
+from hf_compressm.families.owners import Holder, Owner, holders_of
 from hf_compressm.families.registry import find_layers, register, registered_families, size_fields
 from hf_compressm.families.s5 import S5Family
 from hf_compressm.families.statistics import collect_statistics, refuse_single_batch, run_batch
@@ -26,13 +28,16 @@ __all__ = [
     "AttributeChange",
     "CutMethod",
     "Family",
+    "Holder",
     "LRUFamily",
     "LayerCut",
+    "LayerShape",
     "Mamba2Family",
     "MambaFamily",
     "Measurement",
     "MomentTerm",
     "NormalizedMambaFamily",
+    "Owner",
     "ParameterAddition",
     "ParameterChange",
     "S5Family",
@@ -41,6 +46,7 @@ __all__ = [
     "ZambaFamily",
     "collect_statistics",
     "find_layers",
+    "holders_of",
     "refuse_single_batch",
     "register",
     "registered_families",

@@ -85,8 +85,13 @@ class NormalizedMambaFamily(MambaFamily):
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
         """The width of `x_proj`, and FalconMamba's placeholders for the norms' weights."""
         norms = [norm for norm in (module.b_layernorm, module.c_layernorm) if not _learns(norm)]
-        placeholders = [(norm, "weight", norm.weight[:size].clone()) for norm in norms if hasattr(norm, "weight")]
+        placeholders = [(norm, "weight", norm.weight[kept[0]]) for norm in norms if hasattr(norm, "weight")]
         return [*super().attributes(module, size, kept), *placeholders]
+
+    def shapes(self, module: Any, size: int) -> dict[str, tuple[int, ...]]:
+        """Those of Mamba, and of the norms' weights."""
+        learnt = [name for name in ("b_layernorm", "c_layernorm") if _learns(getattr(module, name))]
+        return {**super().shapes(module, size), **{f"{name}.weight": (size,) for name in learnt}}
 
     def mismatch(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> float:
         """The residuals of B and C, weighted by each state's share in the output."""

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_compressm.families.owners import Owner
+
 
 @dataclass(frozen=True)
 class CutMethod:
@@ -122,6 +124,19 @@ class LayerCut:
 
 
 @dataclass(frozen=True, eq=False)
+class LayerShape:
+    """What a layer looks like at another state size.
+
+    Attributes:
+        shapes: by name in the layer, of all parameters whose shape depends on the state size.
+        attributes: plain attributes and buffers that follow.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    attributes: tuple[AttributeChange, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Measurement:
     """The spectrum of one layer, and the cost of keeping its first k values.
 
@@ -152,12 +167,14 @@ class SSMLayer:
         module: the layer.
         family: the family it belongs to.
         index: its place among the model's layers, as `per_layer_config` counts them.
+        owner: the configuration that says how large it is, with the part of the model that it describes; or None.
     """
 
     name: str
     module: Any
     family: "Family"
     index: int
+    owner: Owner | None = None
 
     @property
     def state_size(self) -> int:
@@ -326,6 +343,14 @@ class Family(ABC):
     def state_widths(self, module: Any) -> set[int]:
         """Lengths that an axis of the state may have, besides those of the axes in `state_axes`."""
         return {self.state_size(module)}
+
+    def at_size(self, module: Any, size: int) -> LayerShape | None:
+        """What a layer would look like with `size` states, more or fewer than now; None if the family cannot tell.
+
+        It is needed only where no configuration does: a module of one's own takes its sizes from the shapes in a
+        checkpoint.
+        """
+        return None
 
     def granularity(self, module: Any) -> int:
         """The number of which all state sizes of this layer are multiples."""

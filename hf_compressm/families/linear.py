@@ -24,6 +24,7 @@ from hf_compressm.families.family import (
     CutMethod,
     Family,
     LayerCut,
+    LayerShape,
     Measurement,
     MomentTerm,
     ParameterChange,
@@ -128,6 +129,18 @@ class LinearFamily(Family):
     def state_entries(self, module: Any) -> int:
         """Two real numbers for each complex slot, in each direction."""
         return 2 * int(module.B_re.shape[0]) * len(self.directions(module))
+
+    def at_size(self, module: Any, size: int) -> LayerShape:
+        """What a layer would look like: `C_re` and `C_im` have the slots last, all others but D first."""
+        present = int(module.B_re.shape[0])
+        slots = size * present // self.state_size(module)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, parameter in module.named_parameters():
+            if name in ("C_re", "C_im"):
+                shapes[name] = (parameter.shape[0], slots * len(self.directions(module)))
+            elif name != "D":
+                shapes[name] = (slots, *parameter.shape[1:])
+        return LayerShape(shapes, (AttributeChange(module, "state_size", size),))
 
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
         """The criterion to use for `wanted`; complex balancing, the paper's own, uses no measured covariances."""

@@ -215,6 +215,14 @@ class MambaFamily(SelectiveFamily):
         """The width of `x_proj`."""
         return [(module.x_proj, "out_features", step_rank(module, self.state_size(module)) + 2 * size)]
 
+    def shapes(self, module: Any, size: int) -> dict[str, tuple[int, ...]]:
+        """Those of `A_log` and `x_proj`."""
+        rows = step_rank(module, self.state_size(module)) + 2 * size
+        return {
+            "A_log": (*module.A_log.shape[:-1], size),
+            "x_proj.weight": (rows, *module.x_proj.weight.shape[1:]),
+        }
+
 
 def step_rank(module: Any, size: int) -> int:
     """Rank of the step size's projection: the number of rows of `x_proj` above those of B and C."""

@@ -24,6 +24,7 @@ from hf_compressm.families.family import (
     AttributeChange,
     CutMethod,
     LayerCut,
+    LayerShape,
     Measurement,
     MomentTerm,
     ParameterAddition,
@@ -214,6 +215,26 @@ class Mamba2Family(SelectiveFamily):
             rows = shape.projected_rows(kept, module.mup_vector.shape[-1])
             changes.append((module, "mup_vector", module.mup_vector[..., rows.to(module.mup_vector.device)]))
         return changes
+
+    def shapes(self, module: Any, size: int) -> dict[str, tuple[int, ...]]:
+        """Those of projection and convolution, or those of the projections after it."""
+        if getattr(module, "B_proj", None) is not None:
+            return {name: (module.B_proj.shape[0], size, module.B_proj.shape[2]) for name in ("B_proj", "C_proj")}
+        shape = Shape.of(module)
+        convolved = Shape(shape.heads, shape.groups, size, shape.inner).convolved
+        rows = {"in_proj": int(module.in_proj.weight.shape[0]) - shape.convolved + convolved, "conv1d": convolved}
+        found = {
+            f"{part}.{name}": getattr(getattr(module, part), name) for part in rows for name in ("weight", "bias")
+        }
+        return {
+            name: (rows[name.split(".")[0]], *value.shape[1:]) for name, value in found.items() if value is not None
+        }
+
+    def at_size(self, module: Any, size: int) -> LayerShape:
+        """What a layer would look like; the width of the convolution stays where B and C are projected after it."""
+        if getattr(module, "B_proj", None) is not None:
+            return LayerShape(self.shapes(module, size), (AttributeChange(module, self.state_size_name, size),))
+        return super().at_size(module, size)
 
     def _projects(self, layer: SSMLayer, method: CutMethod) -> bool:
         """Whether B and C are projected after the convolution; a layer with projections keeps them."""

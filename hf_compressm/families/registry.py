@@ -3,6 +3,7 @@
 from torch import nn
 
 from hf_compressm.families.family import Family, SSMLayer
+from hf_compressm.families.owners import counted_in, find_owners
 from hf_compressm.peft import underlying
 
 
@@ -40,13 +41,21 @@ def find_layers(model: nn.Module) -> list[SSMLayer]:
     Raises:
         ValueError: if the model has none.
     """
-    layers: list[SSMLayer] = []
-    for name, module in underlying(model).named_modules():
+    base = underlying(model)
+    found: list[tuple[str, nn.Module, Family]] = []
+    for name, module in base.named_modules():
         paths = map(_path, type(module).__mro__)
         family = next((_FAMILIES[path] for path in paths if path in _FAMILIES), None)
         if family is not None:
-            index = getattr(module, "layer_idx", None)
-            layers.append(SSMLayer(name, module, family, len(layers) if index is None else index))
+            found.append((name, module, family))
+    owners = find_owners(base, [(name, family.size_field) for name, _, family in found])
+    layers: list[SSMLayer] = []
+    counts: dict[str, int] = {}
+    for (name, module, family), owner in zip(found, owners, strict=True):
+        scope = counted_in(base, name)
+        counts[scope] = counts.get(scope, 0) + 1
+        index = getattr(module, "layer_idx", None)
+        layers.append(SSMLayer(name, module, family, counts[scope] - 1 if index is None else index, owner))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no SSM layer of a known family ({', '.join(registered_families())}). "

@@ -28,6 +28,7 @@ from hf_compressm.families.family import (
     CutMethod,
     Family,
     LayerCut,
+    LayerShape,
     Measurement,
     ParameterChange,
     SSMLayer,
@@ -146,6 +147,18 @@ class SelectiveFamily(Family):
     @abstractmethod
     def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
         """Attributes and buffers, besides the state size, that follow a cut to `size` states."""
+
+    @abstractmethod
+    def shapes(self, module: Any, size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes with `size` states, by name, of the parameters whose shape depends on it."""
+
+    def at_size(self, module: Any, size: int) -> LayerShape:
+        """What a layer would look like; buffers that a larger state needs repeat the present entries."""
+        present = self.state_size(module)
+        groups = int(getattr(module, "n_groups", None) or getattr(module, "ngroups", None) or 1)
+        kept = (torch.arange(size) % present).expand(groups, size)
+        attributes = [(module, self.state_size_name, size), *self.attributes(module, size, kept)]
+        return LayerShape(self.shapes(module, size), tuple(AttributeChange(*attribute) for attribute in attributes))
 
     def mismatch(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> float:
         """Relative mean square error of a cut layer's output, besides that of dropping and reading out states."""

@@ -66,6 +66,12 @@ class ZambaFamily(MambaFamily):
         """Nothing besides the state size."""
         return []
 
+    def shapes(self, module: Any, size: int) -> dict[str, tuple[int, ...]]:
+        """Those of `A_log` and `x_proj_weight`."""
+        heads, rows, channels = module.x_proj_weight.shape
+        rank = rows - 2 * self.state_size(module)
+        return {"A_log": (*module.A_log.shape[:-1], size), "x_proj_weight": (heads, rank + 2 * size, channels)}
+
 
 register(
     ZambaFamily(

@@ -165,10 +165,11 @@ def _check_parts(model: nn.Module, parts: dict[str, nn.Module]) -> None:
 
 
 def _check_configs(model: nn.Module, configs: list[PreTrainedConfig]) -> None:
-    """Raise `ValueError` unless every configuration in the model is exactly the stock one of its family."""
-    expected = {stock for stock, own in _CONFIGS.items() if own is _MODELS[type(model)].config_class}
+    """Raise `ValueError` unless every configuration in the model is of its family."""
+    own_config = _MODELS[type(model)].config_class
+    expected = {stock for stock, own in _CONFIGS.items() if own is own_config}
     for config in configs:
-        if type(config) not in expected:
+        if type(config) not in {own_config, *expected}:  # the own one where the caller has moved it already
             raise ValueError(
                 f"The model's configuration is a {type(config).__name__}; a {type(model).__name__} that is to be "
                 f"adopted needs exactly {', '.join(stock.__name__ for stock in expected)}."

@@ -1,7 +1,7 @@
 """The only code that replaces parameters of a model and of its optimizer, and sizes in its config."""
 
 from hf_compressm.surgery.caches import refuse_stale_caches
-from hf_compressm.surgery.configuration import write_sizes, write_sizes_of_mamba_ssm, write_sizes_per_layer
+from hf_compressm.surgery.configuration import has_room, is_described, rewritten, tell_undescribed
 from hf_compressm.surgery.ddp import find_wrappers, rebuild_reducers, unsupported_feature
 from hf_compressm.surgery.lora import check_adapters, follow, resized
 from hf_compressm.surgery.operation import Operation
@@ -14,7 +14,7 @@ from hf_compressm.surgery.parameters import (
     prepare_additions,
     prepare_replacements,
 )
-from hf_compressm.surgery.reshaping import reshape_model, skeleton
+from hf_compressm.surgery.reshaping import follows_config, reshape_layers, reshape_model, skeleton
 from hf_compressm.surgery.snapshot import Snapshot
 from hf_compressm.surgery.stores import check_optimizer, held_parameter
 
@@ -31,7 +31,10 @@ __all__ = [
     "commit_replacements",
     "find_wrappers",
     "follow",
+    "follows_config",
+    "has_room",
     "held_parameter",
+    "is_described",
     "misfit",
     "prepare_additions",
     "prepare_optimizer",
@@ -39,12 +42,12 @@ __all__ = [
     "rebuild_reducers",
     "refuse_stale_caches",
     "reset",
+    "reshape_layers",
     "reshape_model",
     "resized",
+    "rewritten",
     "skeleton",
+    "tell_undescribed",
     "unsupported_feature",
     "unwrap",
-    "write_sizes",
-    "write_sizes_of_mamba_ssm",
-    "write_sizes_per_layer",
 ]

@@ -13,7 +13,7 @@ M only selects, the rows that stay keep their norms, and m is selected too.
 Nothing here imports peft: its layers are recognised by `adapter_layer_names`, which all of them have.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,11 +84,15 @@ def follow(layer: SSMLayer, cut: LayerCut) -> LayerCut:
     return replace(cut, changes=tuple(changes), attributes=tuple(attributes))
 
 
-def resized(layer: SSMLayer, goal: nn.Module) -> Iterator[ParameterChange | AttributeChange]:
-    """Changes that fit a layer's LoRA adapters to the sizes of another layer; B holds zeros until it is loaded."""
-    goals = dict(goal.named_modules())
+def resized(layer: SSMLayer, widths: Mapping[str, int]) -> Iterator[ParameterChange | AttributeChange]:
+    """Changes that fit a layer's LoRA adapters to other projections; B holds zeros until it is loaded.
+
+    Args:
+        layer: the layer, as it is.
+        widths: by plain name, of projections in it, the number of rows that they will have.
+    """
     for name, plain in plain_modules(layer.module):
-        wanted = getattr(goals.get(name), "out_features", None)
+        wanted = widths.get(name)
         for place, module in layer.module.named_modules():
             if (
                 wrapped_module(module) is None

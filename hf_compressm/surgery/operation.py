@@ -11,6 +11,7 @@ from hf_compressm.models import adopt
 from hf_compressm.peft import underlying
 from hf_compressm.peft.saved_base import keep_base_beside
 from hf_compressm.surgery.caches import refuse_stale_caches
+from hf_compressm.surgery.configuration import Copies
 from hf_compressm.surgery.mapping import carry_gradients
 from hf_compressm.surgery.optimizer import OptimizerPlan, commit_optimizer, prepare_optimizer
 from hf_compressm.surgery.parameters import (
@@ -69,23 +70,21 @@ class Operation:
         moments = self.optimizer.new_tensors() if self.optimizer is not None else []
         return [*(item.new for item in self.replacements), *(item.new for item in self.additions), *moments]
 
-    def commit(self, config: Any = None, adopts: bool = False) -> None:
+    def commit(self, configs: Copies | None = None, adopts: bool = False) -> None:
         """Put everything in place; a `Snapshot` from before can undo it.
 
         Args:
-            config: the model's configuration with its new sizes; None leaves the present one unchanged.
+            configs: the model's configurations with their new sizes; None leaves the present ones unchanged.
             adopts: whether a stock model moves into this package's class.
         """
         if self.layers:
             keep_base_beside(self.model)
+        if configs is not None:
+            configs.commit()
         if adopts:
             adopt(underlying(self.model))
         commit_replacements(self.replacements, self.attributes, self.additions)
         if self.optimizer is not None:
             commit_optimizer(self.optimizer)
-        if config is not None:
-            own = vars(getattr(self.model, "config"))  # noqa: B009 - a module has no such attribute for mypy
-            own.clear()
-            own.update(vars(config))
         for layer in self.layers:
             refuse_stale_caches(layer)

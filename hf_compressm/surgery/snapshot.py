@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hf_compressm.surgery.stores import stores_in
+from hf_compressm.utils.configurations import configurations
 
 
 class Snapshot:
@@ -22,7 +23,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
         """Take the snapshot."""
-        holders = [*model.modules(), *_configs(model)]
+        holders = [*model.modules(), *configurations(model)]
         self._classes = [(holder, type(holder)) for holder in holders]
         self._contents: list[tuple[Any, dict[Any, Any]]] = [(vars(holder), dict(vars(holder))) for holder in holders]
         for module in model.modules():  # parameters, buffers and hooks are in dicts of their own
@@ -42,9 +43,3 @@ class Snapshot:
             present.update(contents)
         for group, parameters in self._groups:
             group["params"] = parameters
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """The distinct configurations of a model and its parts."""
-    found = (getattr(part, "config", None) for part in model.modules())
-    return list({id(config): config for config in found if hasattr(config, "__dict__")}.values())

@@ -9,13 +9,13 @@ from typing import Any
 from transformers import Trainer, TrainerControl
 from transformers.utils import logging
 
-from hf_compressm.checkpoints import seal_checkpoint
+from hf_compressm.checkpoints import check_resizable, records_of, seal_checkpoint
 from hf_compressm.compression import Scores, recorded_cuts, requested_scores
 from hf_compressm.compression.history import CALLBACK, CutEvent, from_record, read_history, rollback_event, to_record
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.files.atomic import write_json
 from hf_compressm.files.names import HISTORY_FILE, TRAINER_STATE_FILE
-from hf_compressm.peft import is_wrapped
+from hf_compressm.peft import is_wrapped, underlying
 from hf_compressm.peft.saved_base import check_base, keeps_base_beside, save_base
 from hf_compressm.scans import enable_fast_selective_scan
 from hf_compressm.surgery import rebuild_reducers
@@ -33,6 +33,7 @@ from hf_compressm.training.telling import tell_cut
 from hf_compressm.training.trainer import output_folder, run_folder, wrap_methods
 from hf_compressm.training.warmup import Rewarmup
 from hf_compressm.utils.checks import is_number, quoted
+from hf_compressm.utils.configurations import configurations
 from hf_compressm.utils.processes import ALONE, Processes
 
 
@@ -112,6 +113,8 @@ class CompressedRun:
         refuse_engines(trainer)
         check_base(model)
         refuse_optimizer(optimizer, model)
+        if trainer.args.load_best_model_at_end or self.config.recovery_steps is not None:
+            check_resizable(underlying(model))
         enable_fast_selective_scan()
         self.calibration.begin(model, self.config, self._processes)
 
@@ -121,7 +124,7 @@ class CompressedRun:
         self._trigger = trigger_for(self.config, state.max_steps, measure)
         self._restore()
         cut_on_disk = any(event.step == state.global_step and event.outcome == "cut" for event in self.events)
-        self.rewarmup.last_cut = state.global_step if cut_on_disk else _last_cut_before(model, state.global_step)
+        self.rewarmup.last_cut = state.global_step if cut_on_disk else self._last_cut_before(model, state.global_step)
         self._measured = state.global_step
         self.clock = StepClock()
         check_guards(trainer, self.config, self._trigger, state.max_steps)
@@ -190,7 +193,9 @@ class CompressedRun:
         """Warn if nothing was cut, and write the history of the run."""
         trainer, state = self.trainer, self.trainer.state
         when = self._trigger.describe() if self._trigger else ""
-        tell_outcome(self.events, self.config, when, state.global_step, _last_cut_before(model, state.global_step))
+        tell_outcome(
+            self.events, self.config, when, state.global_step, self._last_cut_before(model, state.global_step)
+        )
         folder = run_folder(trainer)
         if trainer.args.should_save and self.events and folder.is_dir():
             self._finish_push()
@@ -290,7 +295,7 @@ class CompressedRun:
         self.events.append(event)
         self._reduction_share = cut.reduction_share / 2
         self._recovery.end()
-        self.rewarmup.last_cut = _last_cut_before(model, step)
+        self.rewarmup.last_cut = self._last_cut_before(model, step)
         if self._processes.is_first:
             logger.warning(
                 f"The cut after step {pending.step} is rolled back: {metric_name(self.trainer.args)} went from "
@@ -301,9 +306,11 @@ class CompressedRun:
 
     def _record(self) -> dict[str, Any]:
         """The history of the run and all that is needed to resume it, JSON-ready."""
+        records = records_of(underlying(self.trainer.model))
         best = {} if self._model_step is None else {"model_step": self._model_step}
         return (
             to_record(self.events)
+            | ({"records": records} if records else {})
             | best
             | {
                 "reduction_share": self._reduction_share,
@@ -364,8 +371,14 @@ class CompressedRun:
         if self._trigger is not None:
             self._trigger.restore(trigger)
 
-
-def _last_cut_before(model: Any, step: int) -> int | None:
-    """Step of the last recorded cut of a run that has done `step` steps; later ones are those of an earlier run."""
-    cuts = recorded_cuts(getattr(model, "config", None))
-    return max((cut["step"] for cut in cuts if cut["step"] and cut["step"] < step), default=None)
+    def _last_cut_before(self, model: Any, step: int) -> int | None:
+        """Step of the last cut of a run that has done `step` steps; later ones are those of an earlier run."""
+        records = [recorded_cuts(each) for each in (getattr(model, "config", None), *configurations(model))]
+        steps = next(([cut["step"] for cut in cuts] for cuts in records if cuts), None)
+        if steps is None:  # a model without any configuration keeps no record
+            steps = []
+            for event in self.events:
+                steps = (
+                    steps[:-1] if event.outcome == "rolled back" else steps + [event.step] * (event.outcome == "cut")
+                )
+        return max((cut for cut in steps if cut and cut < step), default=None)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_compressm import CompreSSMConfig, compress, compress_checkpoint
 from hf_compressm.files.names import SEAL
 from tests.cli.running import complaint, run
-from tests.family_table import FAMILIES, LRU, STATE_SIZE, Family, family_id
+from tests.family_table import FAMILIES, LRU, MAMBA, STATE_SIZE, Family, family_id
+from tests.own_modules import llava, own_layers
 from tests.trainers import trainer_of
 
 
@@ -44,6 +46,40 @@ def test_a_checkpoint_says_its_step(checkpoint: Path, capsys: Any) -> None:
     assert f"SSM layers of {STATE_SIZE // 2} states, step 6, sealed." in out
     assert "error" not in err
     assert run(capsys, "verify", checkpoint, "--quiet")[:2] == (0, "")
+
+
+def test_weights_of_a_module_without_a_configuration_are_counted(tmp_path: Path, capsys: Any) -> None:
+    model = own_layers()
+    save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    code, out, _ = run(capsys, "verify", tmp_path)
+    assert code == 0
+    assert f"{len(model.state_dict())} tensors of a model without a configuration" in out
+
+
+def test_a_composite_model_is_verified_as_a_whole(tmp_path: Path, capsys: Any) -> None:
+    model = llava()
+    compress(model, CompreSSMConfig(fraction=0.5), MAMBA.calibration())
+    model.save_pretrained(tmp_path)
+    code, out, _ = run(capsys, "verify", tmp_path, "--json")
+    assert code == 0
+    assert set(json.loads(out)["state_sizes"].values()) == {4}
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["text_config"]["mamba_d_state"] = 6
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert "at odds with the weights" in complaint(capsys, "verify", tmp_path)
+    values["text_config"]["mamba_d_state"] = "six"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert "text_config.mamba_d_state must be a whole number" in complaint(capsys, "verify", tmp_path)
+
+
+def test_a_composite_model_is_cut_on_the_command_line_like_any_other(tmp_path: Path, capsys: Any) -> None:
+    llava().save_pretrained(tmp_path / "model")
+    command = ("compress", tmp_path / "model", "--output", tmp_path / "smaller", "--fraction", 0.5)
+    assert "measured on data: give --train-file" in complaint(capsys, *command)
+    compress_checkpoint(tmp_path / "model", tmp_path / "smaller", CompreSSMConfig(fraction=0.5), MAMBA.calibration())
+    code, out, _ = run(capsys, "verify", tmp_path / "smaller")
+    assert code == 0
+    assert "2 SSM layers of 4 states" in out
 
 
 def change(path: Path, value: float) -> str:
