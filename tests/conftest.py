@@ -102,7 +102,7 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
         fsync(descriptor)
 
     def no_directories(path: Any, *args: Any, **kwargs: Any) -> int:
-        if os.path.isdir(path):
+        if os.path.isdir(path) and "dir_fd" not in kwargs:  # by which shutil.rmtree opens them, and not on Windows
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return open_file(path, *args, **kwargs)
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from hf_compressm.checkpoints.reading import find_last_complete_checkpoint, read_saved
 from hf_compressm.checkpoints.saved_model import SavedModel
 from hf_compressm.files.names import ADAPTER_CONFIG, CONFIG_FILE
@@ -11,8 +13,12 @@ from hf_compressm.files.weights import adapter_folders
 OF_A_MODEL = (CONFIG_FILE, ADAPTER_CONFIG, "*.safetensors")
 
 
-def read_whole(directory: str | Path) -> SavedModel:
+def read_whole(directory: str | Path, to_resume: bool = False) -> SavedModel:
     """Read a directory, and make sure that it holds a whole model or whole adapters, with their configuration.
+
+    Args:
+        directory: of a saved model or a checkpoint.
+        to_resume: whether a Trainer's checkpoint of a module without a configuration will do, which can be resumed.
 
     Raises:
         ValueError: naming the file, if it does not; naming its last complete checkpoint, if it is the folder of a run.
@@ -25,7 +31,8 @@ def read_whole(directory: str | Path) -> SavedModel:
     found = [each for each in (saved, saved.base) if each is not None and each.values is not None]
     for each in found:
         each.verify()
-    if saved not in found and not any(adapter_folders(directory, ADAPTER_CONFIG)):
+    resumable = to_resume and bool(saved.headers) and directory.name.startswith(PREFIX_CHECKPOINT_DIR)
+    if saved not in found and not resumable and not any(adapter_folders(directory, ADAPTER_CONFIG)):
         raise ValueError(
             f"{directory} has neither {CONFIG_FILE} nor {ADAPTER_CONFIG}: give a directory that save_pretrained or a "
             "Trainer wrote."

@@ -30,7 +30,7 @@ def verify(
     directory = Path(local_directory(checkpoint))
     console = Console(stderr=True, quiet=quiet)
     with console.status("Reading every file ..."):
-        saved = read_whole(directory)
+        saved = read_whole(directory, to_resume=True)
     found: dict[str, Any] = {"sealed": saved.is_sealed}
     if saved.trainer_state is not None:
         best = read_history(directory).get("model_step")

@@ -143,11 +143,22 @@ def unchanged(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     finally:
-        attributes.clear()
-        attributes.update(before)
+        for name in attributes.keys() - before.keys():
+            del attributes[name]
+        for name, value in before.items():
+            if attributes.get(name) is not value:
+                attributes[name] = value
         for held, original in contents:
-            held.clear()
-            (held.extend if isinstance(held, list | deque) else held.update)(original)
+            if not _same_members(held, original):
+                held.clear()
+                (held.extend if isinstance(held, list | deque) else held.update)(original)
+
+
+def _same_members(one: Any, other: Any) -> bool:
+    """Whether two containers hold the same objects."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _held(value: Any, depth: int = 4) -> Iterator[Any]:

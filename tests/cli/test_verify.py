@@ -50,8 +50,11 @@ def test_a_checkpoint_says_its_step(checkpoint: Path, capsys: Any) -> None:
 
 def test_weights_of_a_module_without_a_configuration_are_counted(tmp_path: Path, capsys: Any) -> None:
     model = own_layers()
-    save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
-    code, out, _ = run(capsys, "verify", tmp_path)
+    for name in ("checkpoint-4", "elsewhere"):
+        (tmp_path / name).mkdir()
+        save_file(model.state_dict(), tmp_path / name / "model.safetensors", {"format": "pt"})
+    assert "has neither config.json nor adapter_config.json" in complaint(capsys, "verify", tmp_path / "elsewhere")
+    code, out, _ = run(capsys, "verify", tmp_path / "checkpoint-4")  # from which training can resume
     assert code == 0
     assert f"{len(model.state_dict())} tensors of a model without a configuration" in out
 

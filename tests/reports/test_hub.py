@@ -23,6 +23,7 @@ CODE_OF_S5 = {
     "layers_diagonal_ssm.py",
     "modeling_diagonal_ssm.py",
     "modeling_s5.py",
+    "packing_diagonal_ssm.py",
 }
 
 LOADER = """

@@ -229,6 +229,24 @@ def test_what_a_loss_notes_in_its_trainer_is_noted_once_a_step(tmp_path: Path) -
     assert trainer._metrics == {"train": {"calls": [1] * 6}, "eval": {}}
 
 
+@pytest.mark.parametrize("family", [MAMBA, LRU], ids=lambda family: family.name)
+def test_a_run_that_cuts_nothing_equals_one_without_the_callback(family: Family, tmp_path: Path) -> None:
+    ends = []
+    for settings in (None, {"tolerance": 0.0, "end": 4, "num_cuts": 3, "max_loss_increase": 1.0}):
+        trainer = run(family, tmp_path, settings, eval_dataset=Examples(family, 4), gradient_accumulation_steps=2)
+        log = [
+            {key: entry[key] for key in ("loss", "grad_norm") if key in entry} for entry in trainer.state.log_history
+        ]
+        moments = [state["exp_avg"] for state in trainer.optimizer.state_dict()["state"].values()]
+        ends.append(
+            [dict(trainer.model.state_dict()), moments, [entry for entry in log if entry], torch.get_rng_state()]
+        )
+    assert same(ends[0][0], ends[1][0])
+    assert all(map(torch.equal, ends[0][1], ends[1][1]))
+    assert ends[0][2] == ends[1][2]
+    assert torch.equal(ends[0][3], ends[1][3])
+
+
 def batches_of(folder: Path) -> tuple[list, list]:
     return tuple(read_batches(folder / "compressm_batches_0.safetensors", torch.device("cpu")))
 

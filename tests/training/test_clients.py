@@ -107,7 +107,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 SFT = {
     "plain": {},
-    "packed": {"packing": True, "packing_strategy": "wrapped", "max_length": 16},
     "completions": {"completion_only_loss": True},
 }
 

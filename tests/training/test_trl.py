@@ -5,31 +5,30 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModel, LoraConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_compressm import CompreSSMCallback
 from hf_compressm.checkpoints import read_saved
 from tests.family_table import JAMBA, MAMBA, MAMBA2, S5, Family
-from tests.models.test_trl import CLIENTS, WORDS, tokenizer
 from tests.trainers import callback_of
+from tests.trl_clients import CLIENTS, WORDS, tokenizer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of trl about its own plans
 
 TWICE = {"fraction": 0.5, "end": 4, "num_cuts": 2, "calibration_batches": 2}
 TARGETS = {"mamba": ["x_proj", "in_proj"], "mamba2": ["in_proj"], "s5": ["gate"], "jamba": ["x_proj", "q_proj"]}
-NAMES = ("SFT", "SFT without padding", "DPO", "KTO", "GRPO", "Reward")
-FAST = (("GRPO", "mamba", "plain"), ("DPO", "s5", "LoRA"))
+NAMES = ("SFT", "SFT without padding", "SFT packed", "DPO", "KTO", "GRPO", "Reward")
+FAST = (("GRPO", "mamba", "plain"), ("DPO", "s5", "LoRA"), ("Reward", "s5", "plain"), ("SFT packed", "s5", "LoRA"))
 
 
 def cells() -> list[Any]:
-    """Every client on every family, plain and with LoRA; rewards on the Mamba that has a classifier."""
+    """Every client on every family, plain and with LoRA; rewards on a Mamba of which there is a classifier."""
     found = []
     for client in NAMES:
-        for family in (JAMBA if client == "Reward" else MAMBA, MAMBA2, S5):
-            if client == "Reward" and family is MAMBA2:  # transformers has no classifier of it
-                continue
+        packs = client in ("SFT without padding", "SFT packed")  # where states run on, all is as with padding
+        for family in (S5,) if packs else (JAMBA, S5) if client == "Reward" else (MAMBA, MAMBA2, S5):
             for kind in ("plain", "LoRA"):
                 marks = [] if (client, family.name, kind) in FAST else [pytest.mark.slow]
                 found.append(
@@ -71,8 +70,8 @@ def test_trains_through_two_cuts_saves_and_loads(client: str, family: Family, wr
     read_saved(tmp_path / "run" / "checkpoint-6")
     trained = trainer.model.eval()
     if wrapped:
-        loaded = AutoPeftModel.from_pretrained(tmp_path / "saved")
-        assert isinstance(loaded, PeftModel)
+        kind = AutoPeftModelForSequenceClassification if is_classifier else AutoPeftModelForCausalLM
+        loaded = kind.from_pretrained(tmp_path / "saved", **({"num_labels": 1} if is_classifier else {}))
     else:
         loaded = type(trained).from_pretrained(tmp_path / "saved")
     tokens = torch.arange(6)[None]
