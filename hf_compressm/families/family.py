@@ -242,24 +242,6 @@ class Statistics(ABC):
         """Add up what one forward call of the layer shows; `tokens` must be among the sums."""
 
 
-SAMPLES_PER_STATE = 4
-"""Tokens of a batch, for each state, on which covariances are measured at least, if there are as many."""
-LARGEST_STRIDE = 16
-
-
-def sampling_stride(signal: Tensor, mask: Tensor | None, size: int) -> int:
-    """A power of two: of the states of a long batch, those after every so many steps suffice for their covariance.
-
-    Args:
-        signal: any signal of the layer, `(batch, length, ...)`.
-        mask: `(batch, length)`, 1 for real tokens, or None if all are. It is counted, so that padding changes nothing.
-        size: states of a channel.
-    """
-    tokens = signal.shape[0] * signal.shape[1] if mask is None else int(mask.sum())
-    enough = min(tokens // (SAMPLES_PER_STATE * size), signal.shape[1], LARGEST_STRIDE)
-    return 1 << max(enough.bit_length() - 1, 0)
-
-
 def summing_dtype(device: torch.device) -> torch.dtype:
     """Float64 where the device has it."""
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32

@@ -34,6 +34,7 @@ from hf_compressm.families.family import (
     kept_order,
     summing_dtype,
 )
+from hf_compressm.families.sampling import sampled_rows
 from hf_compressm.numerics import BalancedTruncation, Balancing, DiagonalSystem, balance, relative_h2_error, truncate
 from hf_compressm.numerics.balancing import NUMERICAL_RANK
 from hf_compressm.numerics.ranks import tail_sums
@@ -54,8 +55,7 @@ class StateCovariance(Statistics):
 
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take in one forward call of the layer."""
-        u = args[0] if args else kwargs["u"]
-        mask = kwargs.get("mask")
+        u, mask = sampled_rows(args[0] if args else kwargs["u"], kwargs.get("mask"), 2 * module.slots)
         mask = u.new_ones(u.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         u = u.masked_fill(~mask[..., None], 0.0).to(torch.promote_types(u.dtype, torch.float32))
         dtype = torch.complex128 if u.dtype == torch.float64 else torch.complex64

@@ -29,9 +29,9 @@ from hf_compressm.families.family import (
     SSMLayer,
     Statistics,
     kept_order,
-    sampling_stride,
 )
 from hf_compressm.families.registry import register
+from hf_compressm.families.sampling import sampling_stride
 from hf_compressm.families.selective import (
     CovarianceStatistics,
     Selection,

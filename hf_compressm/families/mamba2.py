@@ -32,9 +32,9 @@ from hf_compressm.families.family import (
     SSMLayer,
     Statistics,
     kept_order,
-    sampling_stride,
 )
 from hf_compressm.families.registry import register
+from hf_compressm.families.sampling import sampling_stride
 from hf_compressm.families.selective import Selection, SelectiveFamily, Signals, float64, parameter_name
 from hf_compressm.numerics import interpolation
 from hf_compressm.numerics.projection import balanced_projection, projection_errors

@@ -36,6 +36,7 @@ from hf_compressm.families.family import (
     has_finite_parameters,
     kept_order,
 )
+from hf_compressm.families.sampling import sampled_rows
 from hf_compressm.numerics import interpolation
 
 
@@ -73,7 +74,8 @@ class CovarianceStatistics(Statistics):
     def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Add up P, Q and, where a read-out cannot be folded in, M."""
         self.told_apart = kwargs.get("seq_idx") is not None
-        for hidden_states, mask in self.family.texts(args, kwargs):
+        for text in self.family.texts(args, kwargs):
+            hidden_states, mask = sampled_rows(*text, self.family.state_size(module))
             self._add_up(self.family.signals(module, hidden_states, mask))
 
     def _add_up(self, signals: Signals) -> None:
