@@ -1,13 +1,31 @@
-"""How much of a long batch a layer is measured on: covariances need samples, not every token."""
+"""How much of a long batch a layer is measured on while a model trains: covariances need samples, not every token.
+
+What a layer computes once more for its statistics takes time from the run. Outside of training, all tokens count.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import Tensor
 
 
 SAMPLES_PER_STATE = 4
-"""A batch with more tokens than so many for each state is sampled: what a layer computes once more costs time."""
+"""A batch with more tokens than so many for each state is sampled."""
 LARGEST_STRIDE = 16
 STEPS_OF_A_ROW = 32
 """Fewest steps of a row that are looked at: states grow from zero, and those after whole strides are late."""
+_SAMPLED: ContextVar[bool] = ContextVar("sampled", default=False)
+
+
+@contextmanager
+def sampled() -> Iterator[None]:
+    """Measure on a sample of each long batch meanwhile."""
+    token = _SAMPLED.set(True)
+    try:
+        yield
+    finally:
+        _SAMPLED.reset(token)
 
 
 def sampled_rows(signal: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
@@ -18,22 +36,25 @@ def sampled_rows(signal: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor
         mask: `(batch, length)`, 1 for real tokens, or None if all are.
         size: states of a channel.
     """
-    step = 2 if _count(signal, mask) >= SAMPLES_PER_STATE * size else 1
+    step = 2 if _samples(signal, mask, size) >= 1 else 1
     return signal[::step], None if mask is None else mask[::step]
 
 
 def sampling_stride(signal: Tensor, mask: Tensor | None, size: int) -> int:
-    """A power of two: of the states of a long batch, those after every so many steps suffice for their covariance.
+    """A power of two: the states after every so many steps suffice for their covariance.
 
     Args:
         signal: any signal of the layer, `(batch, length, ...)`.
         mask: `(batch, length)`, 1 for real tokens, or None if all are.
         size: states of a channel.
     """
-    enough = min(_count(signal, mask) // (SAMPLES_PER_STATE * size), signal.shape[1] // STEPS_OF_A_ROW, LARGEST_STRIDE)
+    enough = min(_samples(signal, mask, size), signal.shape[1] // STEPS_OF_A_ROW, LARGEST_STRIDE)
     return 1 << max(enough.bit_length() - 1, 0)
 
 
-def _count(signal: Tensor, mask: Tensor | None) -> int:
-    """The number of real tokens, so that padding changes nothing."""
-    return signal.shape[0] * signal.shape[1] if mask is None else int(mask.sum())
+def _samples(signal: Tensor, mask: Tensor | None, size: int) -> int:
+    """How many samples of sufficient size the real tokens make; 0 where all tokens count."""
+    if not _SAMPLED.get():
+        return 0
+    tokens = signal.shape[0] * signal.shape[1] if mask is None else int(mask.sum())  # padding must not matter
+    return tokens // (SAMPLES_PER_STATE * size)

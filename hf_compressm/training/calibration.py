@@ -15,7 +15,8 @@ from transformers.utils import logging
 from hf_compressm.compression import CutRequest, check_settings, try_calibration
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.families import SSMLayer, Statistics
-from hf_compressm.training.recent import RecentBatches
+from hf_compressm.families.sampling import sampled
+from hf_compressm.training.recent import Batch, RecentBatches
 from hf_compressm.utils.processes import Processes
 
 
@@ -70,7 +71,7 @@ class Calibration:
             batches = itertools.islice(self._loader, self._config.calibration_batches)
             own = itertools.islice(batches, processes.rank, None, processes.size)
             return CutRequest(self._config, own, processes=processes, **others)
-        return CutRequest(self._config, list(self.recent), processes=processes, forward=self.recent.run, **others)
+        return CutRequest(self._config, list(self.recent), processes=processes, forward=self._forward, **others)
 
     def ranking_request(self, processes: Processes) -> CutRequest:
         """A request to measure the ranking, always on the batches of the first time: only the model may differ."""
@@ -113,7 +114,7 @@ class Calibration:
         if self._measures and self._loader is None:
             try:
                 seen = try_calibration(
-                    model, CutRequest(self._config, batches, processes=processes, forward=self.recent.run)
+                    model, CutRequest(self._config, batches, processes=processes, forward=self._forward)
                 )
             except ValueError as error:
                 raise ValueError(
@@ -134,6 +135,11 @@ class Calibration:
             ValueError: naming the file, if it cannot be read.
         """
         self.recent.load(folder)
+
+    def _forward(self, model: nn.Module, batch: Batch) -> None:
+        """Run a batch again, and measure on a sample of it."""
+        with sampled():
+            self.recent.run(model, batch)
 
     @property
     def _needs_steps(self) -> bool:

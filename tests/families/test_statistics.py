@@ -12,6 +12,7 @@ from transformers import BatchEncoding
 
 from hf_compressm import CompreSSMConfig, S5Config, S5ForSequenceClassification, analyze
 from hf_compressm.families import collect_statistics, find_layers, run_batch
+from hf_compressm.families.sampling import sampled
 from tests.family_table import BAMBA, FAMILIES, LRU, MAMBA, MAMBA2, S5, Family, family_id
 
 
@@ -20,12 +21,6 @@ SAMPLED = 0.3
 """Relative: half of 64 random texts, in layers that were never trained."""
 CLOSE = 1e-6
 """Relative: other shapes of the same float32 products."""
-
-
-@pytest.fixture
-def every_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure on all of a batch, however many tokens it has."""
-    monkeypatch.setattr("hf_compressm.families.sampling.SAMPLES_PER_STATE", 10**6)
 
 
 def padded(batch: dict[str, Tensor], length: int, side: str) -> dict[str, Tensor]:
@@ -55,7 +50,7 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("side", [RIGHT, LEFT])
 @pytest.mark.parametrize("length", [16, 40])
 @pytest.mark.parametrize("family", [LRU, S5, MAMBA, MAMBA2], ids=family_id)
-def test_padding_is_not_counted(family: Family, length: int, side: str, every_token: None) -> None:
+def test_padding_is_not_counted(family: Family, length: int, side: str) -> None:
     model, batch = family.build().eval(), {"input_ids": family.batch()["input_ids"]}
     criterion = find_layers(model)[0].family.criterion("auto", calibrated=True)
     alone = sums_of(model, criterion, [batch])
@@ -64,25 +59,23 @@ def test_padding_is_not_counted(family: Family, length: int, side: str, every_to
 
 
 @pytest.mark.parametrize("family", [LRU, S5, MAMBA, MAMBA2], ids=family_id)
-def test_a_sample_of_a_long_batch_does_not_depend_on_padding_and_is_close_to_all_of_it(
-    family: Family, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sample_of_a_long_batch_does_not_depend_on_padding_and_is_close_to_all_of_it(family: Family) -> None:
     model, batch = family.build().eval(), {"input_ids": family.batch(64, 64)["input_ids"]}
     criterion = find_layers(model)[0].family.criterion("auto", calibrated=True)
-    sampled = sums_of(model, criterion, [batch])
-    assert int(sampled["tokens"]) == 32 * 64
-    assert_close(sampled, sums_of(model, criterion, [padded(batch, 100, RIGHT)]))
-    monkeypatch.setattr("hf_compressm.families.sampling.SAMPLES_PER_STATE", 10**6)
+    with sampled():
+        sample = sums_of(model, criterion, [batch])
+        assert int(sample["tokens"]) == 32 * 64
+        assert_close(sample, sums_of(model, criterion, [padded(batch, 100, RIGHT)]))
     whole = sums_of(model, criterion, [batch])
     steady = {name for name in whole if name != "P" or family is not MAMBA2}  # there a few loud tokens decide on P
     for name in steady:
         value = whole[name]
-        mean, found = value / whole["tokens"], sampled[name] / sampled["tokens"]
+        mean, found = value / whole["tokens"], sample[name] / sample["tokens"]
         assert float((found - mean).norm()) <= SAMPLED * float(mean.norm()), name
 
 
 @pytest.mark.parametrize("side", [RIGHT, LEFT])
-def test_padding_is_not_counted_in_either_direction(side: str, every_token: None) -> None:
+def test_padding_is_not_counted_in_either_direction(side: str) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 13, "hidden_size": 6, "state_size": 8, "num_hidden_layers": 2}
     model = S5ForSequenceClassification(S5Config(**sizes, bidirectional=True)).eval()
