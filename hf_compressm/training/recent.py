@@ -7,7 +7,7 @@ import copy
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,14 +36,22 @@ ITEMS = "num_items_in_batch"
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What one call of `compute_loss` was given besides the model."""
+    """What one call of `compute_loss` was given besides the model.
+
+    Attributes:
+        inputs: as the Trainer prepared them.
+        others: further arguments, by name.
+        step: steps done before the step that the call belongs to.
+    """
 
     inputs: Any
     others: Mapping[str, Any]
+    step: int = -1
 
     def copy(self) -> "Batch":
         """A copy that a `compute_loss` may change, with tensors of its own."""
-        return Batch(*(recursively_apply(torch.clone, part) for part in (self.inputs, dict(self.others))))
+        inputs, others = (recursively_apply(torch.clone, part) for part in (self.inputs, dict(self.others)))
+        return replace(self, inputs=inputs, others=others)
 
 
 class RecentBatches:
@@ -100,9 +108,13 @@ class RecentBatches:
 
     def save(self, folder: Path) -> None:
         """Write the batches that a run needs if it resumes from this checkpoint; each process writes its own."""
+        _file(folder).unlink(missing_ok=True)
         if not (self._kept or self.reference):
             return
-        parts = [[[batch.inputs, dict(batch.others)] for batch in part] for part in (self._kept, self.reference)]
+        done = self._trainer.state.global_step  # a step that is interrupted will be run again
+        kept = [batch for batch in self._kept if batch.step < done]
+        parts = [[[batch.inputs, dict(batch.others)] for batch in part] for part in (kept, self.reference)]
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             write_batches(_file(folder), parts)
         except UnsavableBatchError as error:
@@ -130,7 +142,7 @@ class RecentBatches:
     def _compute_loss(self, method: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Keep a batch of a training step before the Trainer's own method may change it."""
         if self.wanted and model.training and torch.is_grad_enabled():
-            self._kept.append(Batch(inputs, kwargs).copy())
+            self._kept.append(Batch(inputs, kwargs, self._trainer.state.global_step).copy())
         return method(model, inputs, *args, **kwargs)
 
 

@@ -30,7 +30,8 @@ class CheckpointSaver:
         trainer: the Trainer whose methods are wrapped.
         prepare: called first, in every process.
         begin: called in the process that writes, with the checkpoint's directory, before the Trainer writes to it.
-        add: called in every process, with the directory, when the Trainer has written the files of that process.
+        add: called in every process, with the directory, likewise before the Trainer writes: a checkpoint that a crash
+            leaves whole, but without a seal, must have these files.
         finish: called in the process that writes, when all files are written.
     """
 
@@ -67,8 +68,8 @@ class CheckpointSaver:
         try:
             with processes.together():  # each process writes a file of its own, and all are needed
                 try:
-                    method(model, trial)
                     self._add(folder)
+                    method(model, trial)
                 except Exception as error:
                     _raise_if_full(folder, error)
                     raise
