@@ -18,6 +18,7 @@ from hf_compressm.families import SSMLayer, Statistics
 from hf_compressm.families.sampling import sampled
 from hf_compressm.training.recent import Batch, RecentBatches
 from hf_compressm.utils.processes import Processes
+from hf_compressm.utils.randomness import undisturbed
 
 
 logger = logging.get_logger(__name__)
@@ -111,18 +112,21 @@ class Calibration:
                 f"{type(self._trainer).__name__} made a step without calling its compute_loss, where the batches for "
                 "calibration are taken. Pass batches of model inputs: CompreSSMCallback(config, calibration=loader)."
             )
-        if self._measures and self._loader is None:
-            try:
-                seen = try_calibration(
-                    model, CutRequest(self._config, batches, processes=processes, forward=self._forward)
-                )
-            except ValueError as error:
-                raise ValueError(
-                    f"{error} (It is the batch of the first step, run again by {type(self._trainer).__name__}."
-                    "compute_loss in evaluation mode and without gradients. If that cannot work, pass batches of "
-                    "model inputs: CompreSSMCallback(config, calibration=loader).)"
-                ) from error
-            warn_of_packed_texts(seen, batches[0].inputs)
+        try:
+            if self._judges:
+                with undisturbed(model), torch.no_grad():
+                    self.recent.loss(model, batches[0])
+            if self._measures and self._loader is None:
+                request = CutRequest(self._config, batches, processes=processes, forward=self._forward)
+                warn_of_packed_texts(try_calibration(model, request), batches[0].inputs)
+        except torch.OutOfMemoryError:  # the Trainer may try again with smaller batches
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{error} (It is the batch of the first step, run again by {type(self._trainer).__name__}."
+                "compute_loss in evaluation mode and without gradients. If that cannot work, pass batches of "
+                "model inputs, CompreSSMCallback(config, calibration=loader), and an eval_dataset for a guard.)"
+            ) from error
 
     def save(self, folder: Path) -> None:
         """Write the batches of this process that a run needs if it resumes from this checkpoint."""

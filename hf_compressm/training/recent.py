@@ -28,8 +28,6 @@ logger = logging.get_logger(__name__)
 CONTAINERS = (dict, list, set, deque)
 DATA = ("train_dataset", "eval_dataset")
 """Attributes of a Trainer that may be long lists of examples, which a step does not change."""
-
-
 ITEMS = "num_items_in_batch"
 """The argument by which a Trainer tells its loss how many tokens a whole step has."""
 

@@ -320,6 +320,11 @@ def test_a_loss_that_cannot_be_computed_again_is_an_error_after_the_first_step(t
         trainer.train()
     assert trainer.state.global_step == 1
     run(MAMBA, tmp_path, trainer_class=Penalty, calibration=MAMBA.calibration())
+    guarded = {**HALVE, "end": 5, "criterion": "hankel", "max_loss_increase": 1.0}
+    trainer = trainer_of(LRU, tmp_path, guarded, trainer_class=Penalty)
+    with pytest.raises(ValueError, match="an eval_dataset for a guard"):
+        trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_a_trainer_that_computes_no_loss_is_an_error_after_the_first_step(tmp_path: Path) -> None:
