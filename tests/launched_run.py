@@ -30,7 +30,7 @@ RUN = {"max_steps": 8}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "s5": {"family": S5, "settings": {**TWICE, "per_layer": False}},
     "s5-per-layer": {"family": S5, "settings": {"tolerance": 0.05, "end": 5, "num_cuts": 2, "min_reduction": 0}},
-    "lru-empirical": {"family": LRU, "settings": {**TWICE, "criterion": "empirical", "calibration_batches": 3}},
+    "lru-empirical": {"family": LRU, "settings": {**TWICE, "criterion": "empirical", "calibration_batches": 4}},
     "mamba": {"family": MAMBA, "settings": TWICE},
     "mamba-per-layer": {
         "family": MAMBA,

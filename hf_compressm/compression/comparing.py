@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from hf_compressm.compression.choices import LayerChoice
-from hf_compressm.compression.measuring import from_measurements, tell_problems
+from hf_compressm.compression.measuring import from_measurements, judged
 from hf_compressm.compression.plan import CompressionPlan
 from hf_compressm.compression.planning import plan_sizes
 from hf_compressm.compression.request import CutRequest
@@ -53,7 +53,7 @@ def compare_tolerances(
     settings = [CompreSSMConfig.from_dict({**others, "tolerance": tolerance}) for tolerance in tolerances]
 
     def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> list[CompressionPlan]:
-        tell_problems(choices, measurements, settings[0])
+        measurements = judged(choices, measurements, settings[0])
         return [plan_sizes(choices, measurements, setting) for setting in settings]
 
     plans = from_measurements(plan, model, CutRequest(settings[0], calibration))

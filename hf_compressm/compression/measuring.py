@@ -1,6 +1,7 @@
 """Measuring the layers of a model, in one process or in several."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
@@ -71,7 +72,8 @@ def _collect(model: nn.Module, choices: Sequence[LayerChoice], request: CutReque
 
 
 def _measure(choice: LayerChoice, seen: Statistics | None) -> Measurement:
-    return choice.layer.family.measure(choice.layer, choice.method, seen)
+    measurement = choice.layer.family.measure(choice.layer, choice.method, seen)
+    return replace(measurement, shortage="" if seen is None else seen.shortage(choice.layer.state_size))
 
 
 def _add_up(statistics: Sequence[Statistics], model: nn.Module, processes: Processes) -> None:
@@ -86,17 +88,21 @@ def _add_up(statistics: Sequence[Statistics], model: nn.Module, processes: Proce
         item.samples = {name: [rows for seen in every for rows in seen.get(name, ())] for name in every[0]}
 
 
-def tell_problems(
+def judged(
     choices: Sequence[LayerChoice], measurements: Sequence[Measurement], config: CompreSSMConfig
-) -> None:
-    """Warn of layers that cannot be cut.
+) -> list[Measurement]:
+    """The measurements, with a problem where too few tokens were seen for the spectrum to decide; warns of problems.
 
     Raises:
         ValueError: for NaN or Inf under `on_nonfinite="raise"`.
     """
+    if config.rank_rule in ("tolerance", "max_error"):
+        measurements = [replace(one, problem=one.problem or one.shortage) for one in measurements]
     for choice, measurement in zip(choices, measurements, strict=True):
         layer = choice.layer
         if not measurement.problem:
+            if measurement.shortage:
+                logger.warning(f"{layer.name} is cut to the size that the settings name, but {measurement.shortage}.")
             continue
         if config.on_nonfinite == "raise" and "non-finite" in measurement.problem:
             raise ValueError(
@@ -104,3 +110,4 @@ def tell_problems(
                 "on_nonfinite='skip' to leave such layers alone."
             )
         logger.warning(f"{layer.name} is not cut: {measurement.problem}.")
+    return list(measurements)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_compressm.compression.choices import LayerChoice
-from hf_compressm.compression.measuring import from_measurements, tell_problems
+from hf_compressm.compression.measuring import from_measurements, judged
 from hf_compressm.compression.plan import CompressionPlan, LayerPlan
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import CompreSSMConfig, Settings, as_config
@@ -53,7 +53,7 @@ def plan_cut(model: nn.Module, request: CutRequest) -> CompressionPlan:
     """Plan a cut as `plan_compression` does, with the arguments in a request."""
 
     def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> CompressionPlan:
-        tell_problems(choices, measurements, request.config)
+        measurements = judged(choices, measurements, request.config)
         return plan_sizes(choices, measurements, request.config, request.reduction_share)
 
     return from_measurements(plan, model, request)

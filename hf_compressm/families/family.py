@@ -148,6 +148,7 @@ class Measurement:
         detail: what the family needs later to cut.
         note: what the user should know.
         scores: float64 `(groups, n)`, what each present state passes on by itself; empty if not measured.
+        shortage: why the spectrum cannot decide on a size, since too few tokens were seen; or "".
     """
 
     hankel_singular_values: Tensor
@@ -156,6 +157,7 @@ class Measurement:
     detail: Any = None
     note: str = ""
     scores: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    shortage: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,18 +214,21 @@ class Statistics(ABC):
         """The sum of that name, divided by the number of tokens."""
         return self.sums[name] / max(self.tokens, 1)
 
-    def problem(self, needed: int) -> str:
-        """Why too little was seen to measure `needed` states, or ""."""
+    @property
+    def problem(self) -> str:
+        """Why nothing was seen, or ""."""
         if "calls" not in self.sums:
             return "the calibration did not run through it"
-        if not self.tokens:
-            return "the calibration holds nothing but padding"
-        if self.tokens < needed:
-            return (
-                f"{self.tokens} calibration token(s) cannot rank {needed} states; take at least as many tokens as "
-                "states (more or longer batches, or a larger calibration_batches)"
-            )
-        return ""
+        return "" if self.tokens else "the calibration holds nothing but padding"
+
+    def shortage(self, size: int) -> str:
+        """Why too little was seen to tell how many of `size` states matter, or ""."""
+        if self.tokens >= size:
+            return ""
+        return (
+            f"{self.tokens} calibration token(s) cannot rank {size} states; take at least as many tokens as states "
+            "(more or longer batches, or a larger calibration_batches)"
+        )
 
     def observe(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take in one forward call of the layer, and move its sums to the CPU in one copy."""

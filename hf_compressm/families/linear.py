@@ -170,7 +170,7 @@ class LinearFamily(Family):
             return Measurement(nothing, free, f"unstable, max |eigenvalue| {largest:.6g}; {way_out}")
         if not has_finite_parameters(layer.module):
             return Measurement(nothing, free, "non-finite parameters")
-        if statistics is not None and (problem := statistics.problem(layer.state_size)):
+        if statistics is not None and (problem := statistics.problem):
             return Measurement(nothing, free, problem)
         covariance = None if statistics is None else statistics.mean("covariance")
         if covariance is not None and not bool(torch.isfinite(covariance).all()):

@@ -201,8 +201,8 @@ class SelectiveFamily(Family):
         """Why a layer cannot be measured, or ""."""
         if statistics is None:
             raise ValueError(f"{layer.name}: {self.name} layers are measured on calibration data.")
-        if problem := statistics.problem(layer.state_size):
-            return problem
+        if statistics.problem:
+            return statistics.problem
         if not has_finite_parameters(layer.module):
             return "non-finite parameters"
         finite = all(bool(torch.isfinite(total).all()) for total in statistics.sums.values())

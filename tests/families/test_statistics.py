@@ -135,6 +135,18 @@ def test_too_little_data_is_named_as_that(family: Family, rows: int, mask: int, 
     assert all(re.search(reason, layer.reason) for layer in plan.layers)
 
 
+@pytest.mark.parametrize("family", [LRU, MAMBA, MAMBA2], ids=family_id)
+def test_a_size_that_is_named_is_reached_with_few_tokens_too_and_a_warning(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("hf_compressm.compression.measuring.logger.warning", told.append)
+    plan = analyze(family.build(), CompreSSMConfig(target_state_size=4), [{"input_ids": torch.arange(6)[None]}])
+    assert {layer.new_state_size for layer in plan.layers} == {4}
+    assert all("is cut to the size that the settings name, but 6 calibration token(s)" in text for text in told)
+    assert len(told) == len(plan.layers)
+
+
 class CountingCopies(TorchFunctionMode):
     """Counts the copies to the CPU, each of which waits for a GPU."""
 
