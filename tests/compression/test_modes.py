@@ -24,6 +24,7 @@ def default_device(name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
+        vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)  # torch 2.9 reads the None that it left there
 
 
 @contextmanager
