@@ -126,7 +126,8 @@ def _shapes(batch: Any) -> str:
     """The shapes of a dict's tensors, in words."""
     if not isinstance(batch, Mapping):
         return ""
-    return f" with { ({key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}) }"
+    shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
+    return f" with {shapes}"
 
 
 @contextmanager

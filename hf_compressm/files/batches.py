@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from transformers import BatchEncoding
 
@@ -30,11 +31,9 @@ def write_batches(path: Path, batches: list[Any]) -> None:
     Raises:
         UnsavableBatchError: naming what cannot be written; there is then no file.
     """
-    tensors: dict[int, Tensor] = {}
+    tensors: dict[int, tuple[str, Tensor]] = {}
     metadata = {STRUCTURE: json.dumps(_encoded(batches, tensors))}
-    # copies, since safetensors refuses tensors that share memory
-    copies = {str(key): value.cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    save_file(copies, path, metadata=metadata)
+    save_file({name: _copied(value) for name, value in tensors.values()}, path, metadata=metadata)
 
 
 def read_batches(path: Path, device: torch.device) -> list[Any]:
@@ -56,13 +55,28 @@ def read_batches(path: Path, device: torch.device) -> list[Any]:
         raise ValueError(f"{path} cannot be read as batches: {type(error).__name__}: {error}") from error
 
 
-def _encoded(value: Any, tensors: dict[int, Tensor]) -> Any:
-    """A value as JSON, `[kind, content]`, with its tensors in a table by their `id`."""
+def _copied(value: Tensor) -> Tensor:
+    """A copy on the CPU, since safetensors refuses tensors that share memory and does not see conjugate views."""
+    return value.resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache
+def _has_form(dtype: torch.dtype) -> bool:
+    """Whether safetensors has a form for a dtype."""
+    try:
+        save({"x": torch.empty(0, dtype=dtype)})
+    except KeyError:
+        return False
+    return True
+
+
+def _encoded(value: Any, tensors: dict[int, tuple[str, Tensor]]) -> Any:
+    """A value as JSON, `[kind, content]`, with its tensors in a table: names and tensors by their `id`."""
     if isinstance(value, Tensor):
-        if type(value) is not Tensor or value.layout != torch.strided:
-            raise UnsavableBatchError(f"a {type(value).__name__} in them has no plain layout in memory")
-        tensors[id(value)] = value.detach()
-        return ["tensor", str(id(value)), value.device.type != "cpu"]
+        if type(value) is not Tensor or value.layout != torch.strided or not _has_form(value.dtype):
+            raise UnsavableBatchError(f"a {type(value).__name__} of {value.dtype} in them has no form in a file")
+        name, _ = tensors.setdefault(id(value), (str(len(tensors)), value.detach()))
+        return ["tensor", name, value.device.type != "cpu"]
     if value is None or isinstance(value, bool | int | float | str):
         return ["value", value]
     if isinstance(value, Mapping):

@@ -12,11 +12,11 @@ from transformers import (
     MambaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
-    TrainingArguments,
     pipeline,
 )
 
 from tests.models.cases import FAMILIES, LRU, S5, VOCAB_SIZE, tokens
+from tests.trainers import arguments
 
 
 HEADS = ("model_class", "classifier_class", "causal_class")
@@ -148,20 +148,10 @@ def test_gradient_accumulation_counts_the_tokens_of_the_whole_step(name, wrapped
             torch.manual_seed(0)
             targets = {"mamba": ["in_proj"], "llama": ["q_proj"]}.get(name, ["gate"])
             model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets, lora_dropout=0.0))
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=1,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=steps,
-            optim="sgd",
-            learning_rate=0.1,
-            max_grad_norm=0.0,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        one_step = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps}
+        args = arguments(tmp_path, **one_step, **sizes)
+        trainer = Trainer(model=model, args=args, train_dataset=data)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         assert trainer.model_accepts_loss_kwargs
         trainer.train()

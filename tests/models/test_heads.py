@@ -2,9 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from tests.models.cases import FAMILIES, LRU, VOCAB_SIZE, perturbed, tokens
+from tests.trainers import arguments
 
 
 TOLERANCE = 1e-5  # float32 sums in another order
@@ -75,21 +76,6 @@ def test_the_head_is_tied_to_the_embeddings(family):
     assert model(tokens()).logits.shape[-1] == VOCAB_SIZE + 2
 
 
-def training_arguments(folder, **kwargs):
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        eval_strategy="steps",
-        eval_steps=3,
-        save_steps=3,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        **kwargs,
-    )
-
-
 @families
 @pytest.mark.parametrize("task", ["classification", "language"])
 def test_trainer_trains_evaluates_and_saves(family, task, tmp_path):
@@ -100,9 +86,10 @@ def test_trainer_trains_evaluates_and_saves(family, task, tmp_path):
         model = family.causal_class(family.config(vocab_size=VOCAB_SIZE))
         data = [{"input_ids": row, "labels": row} for row in tokens(8)]
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    every_third_step = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
     trainer = Trainer(
         model=model,
-        args=training_arguments(tmp_path, gradient_accumulation_steps=2),
+        args=arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2, **every_third_step),
         train_dataset=data,
         eval_dataset=data[:3],
     )
@@ -122,19 +109,9 @@ def test_gradient_accumulation_averages_the_classification_loss(tmp_path):
     for batch_size, steps in ((4, 1), (2, 2)):
         model = LRU.classifier_class(LRU.config(input_size=2))
         model.load_state_dict(start)
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=1,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=steps,
-            optim="sgd",
-            learning_rate=0.1,
-            max_grad_norm=0.0,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        Trainer(model=model, args=arguments, train_dataset=data).train()
+        one_step = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps}
+        args = arguments(tmp_path, **one_step, **sizes)
+        Trainer(model=model, args=args, train_dataset=data).train()
         weights.append(model.state_dict())
     assert_close(weights[0], weights[1], rtol=TOLERANCE, atol=1e-6)

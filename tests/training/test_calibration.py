@@ -13,7 +13,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 
 from hf_compressm import CompreSSMCallback
 from hf_compressm.families import SSMLayer, Statistics, find_layers
-from hf_compressm.files.batches import read_batches, write_batches
+from hf_compressm.files.batches import UnsavableBatchError, read_batches, write_batches
 from hf_compressm.training.calibration import warn_of_packed_texts
 from tests.family_table import BAMBA, LRU, MAMBA, S5, Family, same
 from tests.trainers import HALVE, Examples, callback_of, trainer_of
@@ -447,6 +447,23 @@ def test_batches_that_are_not_packed_warn_of_nothing(name: str, warnings_told: l
     assert warnings_told == []
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(1, dtype=torch.complex128),
+        torch.zeros(2, 2).to_sparse(),
+        torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)], layout=torch.jagged),
+        {1: torch.zeros(1)},
+        {2.5},
+    ],
+    ids=["dtype", "sparse", "nested", "keys", "set"],
+)
+def test_what_no_file_can_keep_is_named_and_leaves_no_file(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsavableBatchError, match=r"in them|they hold a set"):
+        write_batches(tmp_path / "batches", [{"a": torch.zeros(1), "b": value}])
+    assert not list(tmp_path.iterdir())
+
+
 def test_batches_come_back_as_they_were_written(tmp_path: Path) -> None:
     shared = torch.arange(6).view(2, 3)
     batches = [{"a": shared, "b": (shared.T, [None, 1, 2.5, True, "text"])}, [shared[0]], {}]
@@ -457,6 +474,12 @@ def test_batches_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert found[0]["b"][1] == [None, 1, 2.5, True, "text"]
     assert isinstance(found[0]["b"], tuple)
     assert same(found[1][0], shared[0])
+    before = (tmp_path / "batches").read_bytes()
+    write_batches(tmp_path / "again", batches)
+    assert (tmp_path / "again").read_bytes() == before
+    wave = torch.tensor([1 + 2j])
+    write_batches(tmp_path / "again", [wave.conj()])
+    assert same(read_batches(tmp_path / "again", torch.device("cpu"))[0], wave.conj().resolve_conj())
     (tmp_path / "batches").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="batches cannot be read as batches"):
         read_batches(tmp_path / "batches", torch.device("cpu"))
