@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,22 +84,24 @@ class Processes:
     def run(self, folder: Path, aim: Aim | None = None, **job: Any) -> Life:
         """Train in a new process until it ends, or until it is killed where the aim says."""
         self.server.stdin.write(json.dumps({"folder": str(folder), "pause": PAUSE, **job}).encode() + b"\n")
-        life, deadline, pid, seen = Life(), None, 0, 0
+        life, aimed, deadline, pid, seen = Life(), False, None, 0, 0
         while True:
             line = self.line(deadline)
             if line is None:
-                os.kill(pid, signal.SIGKILL)
-                life.killed, deadline = True, None
+                with suppress(ProcessLookupError):  # it ended by itself a moment ago
+                    os.kill(pid, signal.SIGKILL)
+                aimed, deadline = True, None
             elif line.startswith("ended "):
                 life.code = int(line[6:])
-                assert life.code == (-signal.SIGKILL if life.killed else 0), self.errors.read_text()[-4000:]
+                life.killed = aimed and life.code == -signal.SIGKILL
+                assert life.killed or life.code == 0, self.errors.read_text()[-4000:]
                 return life
             elif line.startswith("pid "):
                 pid = int(line[4:])
             else:
                 life.phases.append(line)
                 seen += aim is not None and line.startswith(aim.phase)
-                if aim is not None and seen == aim.count and deadline is None and not life.killed:
+                if aim is not None and seen == aim.count and deadline is None and not aimed:
                     deadline = time.monotonic() + aim.delay
 
 
