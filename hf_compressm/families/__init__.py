@@ -1,5 +1,6 @@
 """One file per family of SSM layers, found through one registry."""
 
+from hf_compressm.families import mamba as _mamba  # noqa: F401 - registers its layers
 from hf_compressm.families.falcon_mamba import NormalizedMambaFamily
 from hf_compressm.families.family import (
     AttributeChange,
@@ -15,13 +16,12 @@ from hf_compressm.families.family import (
     Statistics,
 )
 from hf_compressm.families.lru import LRUFamily
-from hf_compressm.families.mamba import MambaFamily
 from hf_compressm.families.mamba2 import Mamba2Family
 from hf_compressm.families.owners import Holder, Owner, holders_of
 from hf_compressm.families.registry import find_layers, register, registered_families, size_fields
 from hf_compressm.families.s5 import S5Family
+from hf_compressm.families.selective import SelectiveFamily
 from hf_compressm.families.statistics import collect_statistics, refuse_single_batch, run_batch
-from hf_compressm.families.zamba import ZambaFamily
 
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "LayerCut",
     "LayerShape",
     "Mamba2Family",
-    "MambaFamily",
     "Measurement",
     "MomentTerm",
     "NormalizedMambaFamily",
@@ -42,8 +41,8 @@ __all__ = [
     "ParameterChange",
     "S5Family",
     "SSMLayer",
+    "SelectiveFamily",
     "Statistics",
-    "ZambaFamily",
     "collect_statistics",
     "find_layers",
     "holders_of",

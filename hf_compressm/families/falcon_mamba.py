@@ -7,16 +7,17 @@ into w if the layer has one. If not, it folds exactly into the parameters after 
 `W_out (s y + D u) = (s W_out) (y + D / s u)`. Only the variance of `rho_t` remains; the predicted error includes it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.family import CutMethod, MomentTerm, ParameterChange, SSMLayer
-from hf_compressm.families.mamba import STATE_AXES, MambaFamily, projection_maps, step_rank
+from hf_compressm.families.layout import Layout, states
+from hf_compressm.families.mamba import MAMBA, OTHERS
 from hf_compressm.families.registry import register
-from hf_compressm.families.selective import Selection, float64, parameter_name
+from hf_compressm.families.selective import Selection, SelectiveFamily, float64, parameter_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,70 +29,32 @@ class NormFit:
 
 
 @dataclass(frozen=True)
-class NormalizedMambaFamily(MambaFamily):
+class NormalizedMambaFamily(SelectiveFamily):
     """Family of `FalconMambaMixer` and `JambaMambaMixer`."""
 
     sampled_tokens: int = 1024
-
-    def normalized(self, module: Any, time_step: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Step, B and C, each normalised by its root mean square."""
-        return module.dt_layernorm(time_step), module.b_layernorm(B), module.c_layernorm(C)
 
     def changes(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> tuple[ParameterChange, ...]:
         """The changes of Mamba, and those that correct the factor of the normalisation."""
         module, indices = layer.module, kept[0]
         weight = _norm_weight(module.c_layernorm)
-        forward, adjoint = projection_maps(
-            step_rank(module, R.shape[1]), indices, weight[:, None] * R[0] / weight[indices]
-        )
-        decay, _ = super().changes(layer, kept, R, selection)
-        projection = module.x_proj.weight
-        moments = (MomentTerm(projection, adjoint, dim=0),)
-        x_proj = ParameterChange(
-            parameter_name(layer, "x_proj.weight"), projection, forward @ float64(projection), moments, forward
-        )
-        fits = self._fits(module, kept, R, selection)
-        return decay, x_proj, *self._scale_changes(layer, indices, *fits)
-
-    def _scale_changes(self, layer: SSMLayer, indices: Tensor, B: NormFit, C: NormFit) -> list[ParameterChange]:
-        """Changes that put the factors into the norms' weights, or into D and the output projection."""
-        module = layer.module
+        before_norm = weight[:, None] * R / weight[indices]
+        changes = super().changes(layer, kept, before_norm, selection)
+        B, C = self._fits(module, kept, R, selection)
         if _learns(module.b_layernorm):
-            norms = {"b_layernorm.weight": (module.b_layernorm, B), "c_layernorm.weight": (module.c_layernorm, C)}
-            return [
-                ParameterChange(
-                    parameter_name(layer, name), norm.weight, fit.scale, (MomentTerm(norm.weight, indices, 0),)
-                )
-                for name, (norm, fit) in norms.items()
-            ]
+            scales = {id(module.b_layernorm.weight): B.scale, id(module.c_layernorm.weight): C.scale}
+            return tuple(replace(change, value=scales.get(id(change.parameter), change.value)) for change in changes)
         factor = B.scale[0] * C.scale[0]
-        scaled = {"out_proj.weight": (module.out_proj.weight, factor), "D": (module.D, 1 / factor)}
-        return [
-            ParameterChange(
-                parameter_name(layer, name),
-                parameter,
-                float64(parameter) * by,
-                (MomentTerm(parameter, 1 / by, dim=0),),
-                row_map=by,
-            )
-            for name, (parameter, by) in scaled.items()
-        ]
+        return (
+            *changes,
+            _scaled(layer, "out_proj.weight", module.out_proj.weight, factor),
+            _scaled(layer, "D", module.D, 1 / factor),
+        )
 
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
         """`x_proj`, and what takes the factors."""
         learns = _learns(layer.module.b_layernorm)
         return ("x_proj", "b_layernorm", "c_layernorm") if learns else ("x_proj", "out_proj", "D")
-
-    def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
-        """The width of `x_proj`, and FalconMamba's placeholders for the norms' weights."""
-        norms = [norm for norm in (module.b_layernorm, module.c_layernorm) if not _learns(norm)]
-        placeholders = [(norm, "weight", norm.weight[kept[0]]) for norm in norms if hasattr(norm, "weight")]
-        return [*super().attributes(module, size, kept), *placeholders]
-
-    def shapes(self, module: Any, size: int) -> dict[str, tuple[int, ...]]:
-        """Those of Mamba, and of the norms' weights."""
-        learnt = [name for name in ("b_layernorm", "c_layernorm") if _learns(getattr(module, name))]
-        return {**super().shapes(module, size), **{f"{name}.weight": (size,) for name in learnt}}
 
     def mismatch(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> float:
         """The residuals of B and C, weighted by each state's share in the output."""
@@ -110,6 +73,12 @@ class NormalizedMambaFamily(MambaFamily):
             wanted = full[:, kept[0]] if read is None else full @ read
             fits.append(_fit(wanted, wanted / _norm_weight(norm)[kept[0]], _learns(norm)))
         return fits[0], fits[1]
+
+
+def _scaled(layer: SSMLayer, name: str, parameter: nn.Parameter, factor: Tensor) -> ParameterChange:
+    """A parameter multiplied by a factor."""
+    moments = (MomentTerm(parameter, 1 / factor, dim=0),)
+    return ParameterChange(parameter_name(layer, name), parameter, float64(parameter) * factor, moments, factor)
 
 
 def _fit(wanted: Tensor, direction: Tensor, by_entry: bool) -> NormFit:
@@ -145,11 +114,10 @@ for _family, _type, _field in (
             size_field=_field,
             per_layer=False,
             criteria=("interpolative",),
-            state_axes={
-                **STATE_AXES,
-                "dt_layernorm.weight": None,
-                "b_layernorm.weight": 0,
-                "c_layernorm.weight": 0,
-            },
+            layout=Layout(
+                "ssm_state_size",
+                (*MAMBA, states("b_layernorm"), states("c_layernorm")),
+                others=(*OTHERS, "dt_layernorm.weight"),
+            ),
         )
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_compressm.families.calls import Seen
 from hf_compressm.families.owners import Owner
 
 
@@ -40,9 +41,7 @@ class MomentTerm:
 
     Attributes:
         source: the old parameter.
-        matrix: map along `dim`. Float64 `(new, old)`, `(groups, new, old)` with one matrix per entry of axis 0, or a
-            plain number that scales the whole moment; second moments take its squared entries. Or int64 `(new,)`, the
-            old entries that stay.
+        matrix: map along `dim` in a form of `maps.py`; second moments take the squared entries of a matrix.
         dim: axis of the moment that is mapped.
     """
 
@@ -191,6 +190,7 @@ class Statistics(ABC):
         sums: tensors summed over batches, by name, float64 on the CPU; `calls` and `tokens` are among them.
         samples: rows of signals by name, one tensor per batch.
         told_apart: whether the layer was told which texts of a packed row are apart, if its family listens to that.
+        obstacle: why nothing can be measured of a layer that ran, or "".
     """
 
     def __init__(self) -> None:
@@ -198,6 +198,7 @@ class Statistics(ABC):
         self.sums: dict[str, Tensor] = {}
         self.samples: dict[str, list[Tensor]] = {}
         self.told_apart = True
+        self.obstacle = ""
         self._call: dict[str, Tensor] = {}  # sums of the present call, on the layer's device
 
     @property
@@ -217,6 +218,8 @@ class Statistics(ABC):
     @property
     def problem(self) -> str:
         """Why nothing was seen, or ""."""
+        if self.obstacle:
+            return self.obstacle
         if "calls" not in self.sums:
             return "the calibration did not run through it"
         return "" if self.tokens else "the calibration holds nothing but padding"
@@ -230,11 +233,13 @@ class Statistics(ABC):
             "(more or longer batches, or a larger calibration_batches)"
         )
 
-    def observe(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def observe(self, seen: Seen) -> None:
         """Take in one forward call of the layer, and move its sums to the CPU in one copy."""
         self._call = {}
-        self.update(module, args, kwargs)
+        self.update(seen)
         call, self._call = self._call, {}
+        if not call:
+            return
         call["calls"] = torch.ones_like(call["tokens"])
         flat = torch.cat([value.flatten() for value in call.values()]).to("cpu", torch.float64)
         pieces = flat.split([value.numel() for value in call.values()])
@@ -243,8 +248,8 @@ class Statistics(ABC):
             self.sums[name] = self.sums[name] + total if name in self.sums else total
 
     @abstractmethod
-    def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Add up what one forward call of the layer shows; `tokens` must be among the sums."""
+    def update(self, seen: Seen) -> None:
+        """Add up what one forward call of the layer shows, `tokens` among it; or set `obstacle` and add nothing."""
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:
@@ -264,6 +269,8 @@ class Family(ABC):
         criteria: supported criteria; the default is the first one, or without data the first that needs none.
         data_criteria: criteria that are measured on data.
         tells_texts_apart_by: arguments of packed rows by which its models let no state pass from one text to the next.
+        mask: argument of the layer's forward that is 1 at real tokens and 0 at padding, `(batch, length)`.
+        unfused: attributes of the layer, with the values that make it call its recurrence by itself.
         state_axes: every parameter and buffer that the known layers of this layout may have, by name, each with the
             axis that grows with the state, or None. Anything else in a layer that is as wide as its state is refused.
     """
@@ -275,6 +282,8 @@ class Family(ABC):
     criteria: tuple[str, ...]
     data_criteria: frozenset[str] = field(default=frozenset({"empirical", "surrogate", "interpolative"}))
     tells_texts_apart_by: frozenset[str] = frozenset()
+    mask: str = "attention_mask"
+    unfused: Mapping[str, Any] = field(default_factory=dict, compare=False)
     state_axes: Mapping[str, int | None] = field(default_factory=dict, compare=False)
 
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
@@ -337,6 +346,10 @@ class Family(ABC):
         It is needed only where no configuration does: a module of one's own takes its sizes from the shapes in a
         checkpoint.
         """
+        return None
+
+    def output_of(self, module: Any) -> nn.Module | None:
+        """The projection of a layer at whose input the loudness of its channels is measured, if that is."""
         return None
 
     def granularity(self, module: Any) -> int:

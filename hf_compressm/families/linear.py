@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
+from hf_compressm.families.calls import Seen
 from hf_compressm.families.family import (
     AttributeChange,
     CutMethod,
@@ -32,9 +33,8 @@ from hf_compressm.families.family import (
     Statistics,
     has_finite_parameters,
     kept_order,
-    summing_dtype,
 )
-from hf_compressm.families.sampling import sampled_rows
+from hf_compressm.families.sampling import sample
 from hf_compressm.numerics import BalancedTruncation, Balancing, DiagonalSystem, balance, relative_h2_error, truncate
 from hf_compressm.numerics.balancing import NUMERICAL_RANK
 from hf_compressm.numerics.ranks import tail_sums
@@ -46,30 +46,32 @@ FAILURES = (ValueError, torch.linalg.LinAlgError)
 
 
 class StateCovariance(Statistics):
-    """Covariance of `sqrt(2) [Re h; Im h]` over the tokens of the calibration data."""
+    """Covariance of `sqrt(2) [Re h; Im h]` over the tokens of the calibration data, and over both directions."""
 
-    def __init__(self, family: "LinearFamily") -> None:
-        """Read the layer's systems through its family."""
-        super().__init__()
-        self.family = family
+    def update(self, seen: Seen) -> None:
+        """Add up the states of every scan that the layer runs."""
+        if not seen.calls:
+            self.obstacle = "no recurrence was seen while it ran: its forward does not call diagonal_scan"
+            return
+        for number, call in enumerate(seen.calls):
+            given = call.arguments
+            rows, _ = sample(given["u"].shape[:2], seen.mask, 2 * given["eigenvalues"].numel())
+            u, mask = given["u"][rows], None if seen.mask is None else seen.mask[rows]
+            mask = u.new_ones(u.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+            if number == 0:
+                self.add("tokens", mask.sum())
+            with maybe_autocast(device_type=u.device.type, enabled=False):
+                self._add_up(given, u, mask)
 
-    def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take in one forward call of the layer."""
-        u, mask = sampled_rows(args[0] if args else kwargs["u"], kwargs.get("mask"), 2 * module.slots)
-        mask = u.new_ones(u.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        u = u.masked_fill(~mask[..., None], 0.0).to(torch.promote_types(u.dtype, torch.float32))
-        dtype = torch.complex128 if u.dtype == torch.float64 else torch.complex64
-        eigenvalues, B = (x.detach().to(dtype) for x in module.system(summing_dtype(u.device))[:2])
-        self.add("tokens", mask.sum())
-        with maybe_autocast(device_type=u.device.type, enabled=False):
-            for reverse in self.family.directions(module):
-                places = (mask.flip(1) if reverse else mask).to(u.dtype).unsqueeze(-1)
-                start = 0
-                for states in diagonal_states(u, eigenvalues, B, reverse=reverse):  # (batch, chunk, slots)
-                    real = torch.cat([states.real, states.imag], dim=-1) * places[:, start : start + states.shape[1]]
-                    flat = real.flatten(0, 1)
-                    self.add("covariance", 2 * flat.mT @ flat)
-                    start += states.shape[1]
+    def _add_up(self, given: Mapping[str, Any], u: Tensor, mask: Tensor) -> None:
+        reverse = given.get("reverse", False)
+        places = (mask.flip(1) if reverse else mask).to(u.dtype).unsqueeze(-1)
+        start = 0
+        for states in diagonal_states(u, given["eigenvalues"], given["B"], reverse=reverse):  # (batch, chunk, slots)
+            real = torch.cat([states.real, states.imag], dim=-1) * places[:, start : start + states.shape[1]]
+            flat = real.flatten(0, 1)
+            self.add("covariance", 2 * flat.mT @ flat)
+            start += states.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +106,7 @@ class LinearFamily(Family):
     """Family of layers with a diagonal linear time-invariant system."""
 
     tells_texts_apart_by: frozenset[str] = frozenset({"cu_seq_lens_q", "position_ids", "seq_idx"})
+    mask: str = "mask"
 
     @abstractmethod
     def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:
@@ -155,7 +158,7 @@ class LinearFamily(Family):
 
     def statistics(self, module: Any, criterion: str) -> Statistics | None:
         """An accumulator of state covariances under `criterion="empirical"`, else None."""
-        return StateCovariance(self) if criterion == "empirical" else None
+        return StateCovariance() if criterion == "empirical" else None
 
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
         """Balance the layer's system, in closed form or against the measured covariance."""

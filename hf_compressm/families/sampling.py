@@ -28,33 +28,28 @@ def sampled() -> Iterator[None]:
         _SAMPLED.reset(token)
 
 
-def sampled_rows(signal: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
-    """Every other row of a batch with many tokens, and the mask of these rows; otherwise all.
+def sample(shape: tuple[int, int], mask: Tensor | None, size: int) -> tuple[slice, int]:
+    """The rows of a batch to look at, and every how many of their steps.
 
     Args:
-        signal: `(batch, length, ...)`.
-        mask: `(batch, length)`, 1 for real tokens, or None if all are.
+        shape: of the batch, `(batch, length)`.
+        mask: of this shape, 1 for real tokens, or None if all are.
         size: states of a channel.
+
+    Returns:
+        Every other row of a batch with many tokens, otherwise all; and a power of two: the states after every so many
+        steps suffice for their covariance.
     """
-    step = 2 if _samples(signal, mask, size) >= 1 else 1
-    return signal[::step], None if mask is None else mask[::step]
+    rows = slice(None, None, 2 if _samples(shape, mask, size) >= 1 else 1)
+    rest = None if mask is None else mask[rows]
+    count = len(range(*rows.indices(shape[0])))
+    enough = min(_samples((count, shape[1]), rest, size), shape[1] // STEPS_OF_A_ROW, LARGEST_STRIDE)
+    return rows, 1 << max(enough.bit_length() - 1, 0)
 
 
-def sampling_stride(signal: Tensor, mask: Tensor | None, size: int) -> int:
-    """A power of two: the states after every so many steps suffice for their covariance.
-
-    Args:
-        signal: any signal of the layer, `(batch, length, ...)`.
-        mask: `(batch, length)`, 1 for real tokens, or None if all are.
-        size: states of a channel.
-    """
-    enough = min(_samples(signal, mask, size), signal.shape[1] // STEPS_OF_A_ROW, LARGEST_STRIDE)
-    return 1 << max(enough.bit_length() - 1, 0)
-
-
-def _samples(signal: Tensor, mask: Tensor | None, size: int) -> int:
+def _samples(shape: tuple[int, int], mask: Tensor | None, size: int) -> int:
     """How many samples of sufficient size the real tokens make; 0 where all tokens count."""
     if not _SAMPLED.get():
         return 0
-    tokens = signal.shape[0] * signal.shape[1] if mask is None else int(mask.sum())  # padding must not matter
+    tokens = shape[0] * shape[1] if mask is None else int(mask.sum())  # padding must not matter
     return tokens // (SAMPLES_PER_STATE * size)

@@ -13,16 +13,15 @@ A layer has one state size, but every group keeps states of its own. The layer's
 their k-th values, so that its first r entries are the energy that r states per group keep.
 """
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
+from hf_compressm.families.calls import SELECTIVE, Call, Seen, selective_inputs, signals
 from hf_compressm.families.family import (
     AttributeChange,
     CutMethod,
@@ -35,21 +34,11 @@ from hf_compressm.families.family import (
     Statistics,
     has_finite_parameters,
     kept_order,
+    summing_dtype,
 )
-from hf_compressm.families.sampling import sampled_rows
-from hf_compressm.numerics import interpolation
-
-
-@dataclass(frozen=True, eq=False)
-class Signals:
-    """What a layer's scan computes in one forward call, in float32 at least."""
-
-    states: Iterator[Tensor]  # chunks in time, (steps, batch, groups, channels, N), which may be overwritten
-    every: int  # the states are those after every so many steps
-    gain: Tensor  # (length, batch, groups, channels), 0 at padding
-    B: Tensor  # (batch, length, groups, N)
-    C: Tensor  # (batch, length, groups, N)
-    mask: Tensor  # (batch, length), 1 for real tokens and 0 for padding
+from hf_compressm.families.layout import STATE, Layout
+from hf_compressm.numerics import interpolation, surrogate
+from hf_compressm.peft import plain_modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,41 +52,106 @@ class Selection:
     samples: Mapping[str, Tensor] = field(default_factory=dict)  # B and C, (tokens, groups, N)
 
 
-class CovarianceStatistics(Statistics):
+class RecurrenceStatistics(Statistics):
+    """Sums over the calls of recurrences that a layer makes, by groups.
+
+    Args:
+        family: the family of the layer.
+        module: the layer.
+    """
+
+    def __init__(self, family: "SelectiveFamily", module: Any) -> None:
+        super().__init__()
+        self.family, self.groups = family, family.layout.groups_of(module)
+
+    def update(self, seen: Seen) -> None:
+        """Add up what the calls show."""
+        calls, size = seen.calls, self.family.state_size(seen.module)
+        self.obstacle = self.obstacle or _obstacle(calls, self.family, size)
+        if self.obstacle:
+            return
+        self.told_apart = any(call.arguments.get("seq_idx") is not None for call in calls)
+        with maybe_autocast(device_type=calls[0].output.device.type, enabled=False):
+            sums = [self.sums_of(call, seen.mask) for call in calls]
+        tokens = [each.pop("tokens") for each in sums]
+        self.add("tokens", tokens[0])
+        for name in sums[0]:
+            every = torch.cat([each[name] for each in sums])  # (calls * groups, ...)
+            if every.shape[0] % self.groups:
+                self.obstacle = (
+                    f"it calls recurrences with {every.shape[0]} group(s) of channels, and its layout has "
+                    f"{self.groups}"
+                )
+                return
+            self.add(name, every.unflatten(0, (-1, self.groups)).sum(dim=0))
+
+    def sums_of(self, call: Call, mask: Tensor | None) -> dict[str, Tensor]:
+        """Sums of one call, `(groups, ...)` by name, and its `tokens`."""
+        raise NotImplementedError
+
+
+class CovarianceStatistics(RecurrenceStatistics):
     """Loudness-weighted state covariance P and read-out covariance Q of every group."""
 
-    def __init__(self, family: "SelectiveFamily") -> None:
-        """Start with nothing seen, for layers of this family."""
-        super().__init__()
-        self.family = family
-
-    def update(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Add up P, Q and, where a read-out cannot be folded in, M."""
-        self.told_apart = kwargs.get("seq_idx") is not None
-        for text in self.family.texts(args, kwargs):
-            hidden_states, mask = sampled_rows(*text, self.family.state_size(module))
-            self._add_up(self.family.signals(module, hidden_states, mask))
-
-    def _add_up(self, signals: Signals) -> None:
-        tokens, every = signals.mask.sum(), signals.every
-        self.add("tokens", tokens)
-        gains, reads = signals.gain[every - 1 :: every], signals.C[:, every - 1 :: every].transpose(0, 1)
-        share = tokens / signals.mask[:, every - 1 :: every].sum().clamp_min(1)
-        with maybe_autocast(device_type=signals.B.device.type, enabled=False):
-            start = 0
-            for states in signals.states:
-                weighted = states.mul_(gains[start : start + states.shape[0], ..., None])
-                self.add("P", share * _second_moment(weighted.movedim(2, 0)))
-                if not self.family.reads_out:
-                    read = reads[start : start + states.shape[0]].unsqueeze(3)
-                    self.add("M", share * _second_moment((weighted * read).movedim(2, 0)))
-                start += states.shape[0]
-            self.add("Q", _second_moment((signals.C * signals.mask[..., None, None]).movedim(2, 0)))
+    def sums_of(self, call: Call, mask: Tensor | None) -> dict[str, Tensor]:
+        """P, Q and, where a read-out cannot be folded in, M."""
+        seen = signals(call, mask)
+        every, sums = seen.every, {"tokens": seen.mask.sum()}
+        gains, reads = seen.gain[every - 1 :: every], seen.C[:, every - 1 :: every].transpose(0, 1)
+        share = sums["tokens"] / seen.mask[:, every - 1 :: every].sum().clamp_min(1)
+        start = 0
+        for states in seen.states:
+            weighted = states.mul_(gains[start : start + states.shape[0], ..., None])
+            moments = {"P": _second_moment(weighted.movedim(2, 0))}
+            if not self.family.reads_out:
+                read = reads[start : start + states.shape[0]].unsqueeze(3)
+                moments["M"] = _second_moment((weighted * read).movedim(2, 0))
+            for name, moment in moments.items():
+                moment = share * moment.to(summing_dtype(moment.device))
+                sums[name] = sums[name] + moment if name in sums else moment
+            start += states.shape[0]
+        sums["Q"] = _second_moment((seen.C * seen.mask[..., None, None]).movedim(2, 0))
         if self.family.sampled_tokens:
-            for name, signal in (("B", signals.B), ("C", signals.C)):
-                rows = signal.detach()[signals.mask > 0]
-                every = max(1, rows.shape[0] // self.family.sampled_tokens)
-                self.samples.setdefault(name, []).append(rows[::every].to("cpu", torch.float64))
+            for name, signal in (("B", seen.B), ("C", seen.C)):
+                rows = signal.detach()[seen.mask > 0]
+                step = max(1, rows.shape[0] // self.family.sampled_tokens)
+                self.samples.setdefault(name, []).append(rows[::step].to("cpu", torch.float64))
+        return sums
+
+
+class SurrogateStatistics(RecurrenceStatistics):
+    """The averages that the paper's surrogate needs: of `exp(Delta A)`, `Delta B` and C."""
+
+    def sums_of(self, call: Call, mask: Tensor | None) -> dict[str, Tensor]:
+        """The three averages of every group."""
+        seen = selective_inputs(call, mask=mask)
+        groups = seen.B.shape[1]
+        delta, A = seen.delta.unflatten(1, (groups, -1)), seen.A.unflatten(0, (groups, -1))
+        sums = {"tokens": seen.mask.sum(), "c": seen.C.sum(dim=(0, 3))}
+        for step in range(delta.shape[-1]):
+            size = delta[..., step]  # (batch, groups, channels)
+            decay = torch.exp(size[..., None] * A) * seen.mask[:, step, None, None, None]
+            moments = {"a": decay.sum(dim=0), "b": torch.einsum("bgd,bgn->gdn", size, seen.B[..., step])}
+            for name, moment in moments.items():
+                moment = moment.to(summing_dtype(moment.device))
+                sums[name] = sums[name] + moment if name in sums else moment
+        return sums
+
+
+def _obstacle(calls: Sequence[Call], family: "SelectiveFamily", size: int) -> str:
+    """Why the calls of a layer cannot be measured, or ""."""
+    if not calls:
+        return (
+            "no recurrence was seen while it ran: its forward calls none of selective_scan_fn, "
+            "mamba_chunk_scan_combined, selective_scan and ssd_scan"
+        )
+    if any(call.gain is None for call in calls):
+        return f"its {family.layout.output} did not run after its recurrence"
+    for call in calls:
+        found = call.arguments["A"].shape[1] if call.kind == SELECTIVE else call.arguments["B"].shape[-1]
+        if found != size:
+            return f"its recurrence has {found} states, and its {family.layout.state_size} is {size}"
+    return ""
 
 
 def _second_moment(signal: Tensor) -> Tensor:
@@ -110,57 +164,69 @@ def _second_moment(signal: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SelectiveFamily(Family):
-    """One layout of selective layers.
+    """Layers of one layout, whose states are selected.
 
     Attributes:
-        state_size_name: the layer's attribute with the state size.
-        input_name: the first argument of the layer's forward.
-        reads_out: whether a linear map of the read-out can be folded into the layer's parameters.
+        layout: which axes of which parameters hold states.
         sampled_tokens: for how many tokens of a batch, evenly spaced, `statistics` keeps B and C.
     """
 
-    state_size_name: str = "ssm_state_size"
-    input_name: str = "hidden_states"
-    reads_out: bool = True
+    layout: Layout = field(default=Layout("", ()), compare=False)
     sampled_tokens: int = 0
 
-    def texts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The inputs of one call, `(batch, length, hidden)`, with their masks; packed texts one by one."""
-        hidden_states = args[0] if args else kwargs[self.input_name]
-        mask, seq_idx = kwargs.get("attention_mask"), kwargs.get("seq_idx")
-        if seq_idx is None or "seq_idx" not in self.tells_texts_apart_by:
-            yield hidden_states, mask
-            return
-        begins = torch.ones_like(seq_idx, dtype=torch.bool)
-        begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-        bounds = [*begins.flatten().nonzero().flatten().tolist(), seq_idx.numel()]
-        tokens = hidden_states.flatten(0, 1)
-        for start, end in pairwise(bounds):
-            yield tokens[None, start:end], None if mask is None else mask.flatten()[None, start:end]
+    def __post_init__(self) -> None:
+        """Take over what the layout says."""
+        for name in ("mask", "unfused", "state_axes"):
+            object.__setattr__(self, name, getattr(self.layout, name))
 
-    @abstractmethod
-    def signals(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
-        """The signals of the layer's scan for `(batch, length, hidden)`, with padding set to zero as in the layer."""
+    @property
+    def reads_out(self) -> bool:
+        """Whether a linear map of the read-out can be folded into the layer's parameters."""
+        return self.layout.folds
 
-    @abstractmethod
+    def output_of(self, module: Any) -> nn.Module | None:
+        """The output projection."""
+        owner = module
+        for name in self.layout.output.split("."):
+            owner = getattr(owner, name, None)
+        return owner if isinstance(owner, nn.Module) else None
+
     def changes(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> tuple[ParameterChange, ...]:
         """The parameters of a layer that keeps `kept` `(groups, r)` and reads out `R^T C`, R `(groups, N, r)`."""
+        return self.layout.changes(layer.module, f"{layer.name}." if layer.name else "", kept, R)
 
-    @abstractmethod
-    def attributes(self, module: Any, size: int, kept: Tensor) -> list[tuple[nn.Module, str, Any]]:
-        """Attributes and buffers, besides the state size, that follow a cut to `size` states."""
+    def attributes(self, module: Any, size: int, kept: Tensor) -> tuple[AttributeChange, ...]:
+        """Attributes and buffers that follow a cut to `size` states."""
+        return self.layout.attributes(module, size, kept)
 
-    @abstractmethod
     def shapes(self, module: Any, size: int) -> dict[str, tuple[int, ...]]:
         """Shapes with `size` states, by name, of the parameters whose shape depends on it."""
+        return self.layout.shapes(module, size)
 
     def at_size(self, module: Any, size: int) -> LayerShape:
         """What a layer would look like; buffers that a larger state needs repeat the present entries."""
-        present = self.state_size(module)
-        groups = int(getattr(module, "n_groups", None) or getattr(module, "ngroups", None) or 1)
-        kept = (torch.arange(size) % present).expand(groups, size)
-        attributes = [(module, self.state_size_name, size), *self.attributes(module, size, kept)]
-        return LayerShape(self.shapes(module, size), tuple(AttributeChange(*attribute) for attribute in attributes))
+        kept = (torch.arange(size) % self.state_size(module)).expand(self.layout.groups_of(module), size)
+        return LayerShape(self.shapes(module, size), self.attributes(module, size, kept))
+
+    def state_entries(self, module: Any) -> int:
+        """One number for each channel and state."""
+        held = [slot.tensor.numel() for slot in self.layout.slots(module) if slot.part.segments == (STATE,)]
+        output: Any = self.output_of(module)
+        return sum(held) if held else self.state_size(module) * int(output.weight.shape[1])
+
+    def state_widths(self, module: Any) -> set[int]:
+        """The states of one group, and of all groups side by side."""
+        return {self.state_size(module), self.layout.groups_of(module) * self.state_size(module)}
+
+    @property
+    def selects_rows(self) -> bool:
+        """Whether nothing is folded into the projections."""
+        return not self.reads_out
+
+    def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
+        """The projections and convolutions that make B and C."""
+        modules = dict(plain_modules(layer.module))
+        return tuple(part.name for part in self.layout.parts if part.name in modules)
 
     def mismatch(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> float:
         """Relative mean square error of a cut layer's output, besides that of dropping and reading out states."""
@@ -168,17 +234,20 @@ class SelectiveFamily(Family):
 
     def state_size(self, module: Any) -> int:
         """Number of states per channel."""
-        return int(getattr(module, self.state_size_name))
+        return self.layout.size_of(module)
 
     def statistics(self, module: Any, criterion: str) -> Statistics | None:
         """An empty accumulator; all criteria need data."""
-        return CovarianceStatistics(self)
+        kind = SurrogateStatistics if criterion == "surrogate" else CovarianceStatistics
+        return kind(self, module)
 
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
-        """Empirical HSVs, and the order in which states are kept."""
+        """Empirical HSVs, or those of the averaged systems, and the order in which states are kept."""
         problem = self.problem(layer, statistics)
         if problem or statistics is None:
             return unmeasurable(layer, problem)
+        if method.criterion == "surrogate":
+            return _surrogate(layer, method, statistics)
         P, Q = statistics.mean("P"), statistics.mean("Q")
         sigma = interpolation.empirical_hankel_singular_values(P, Q).sum(dim=0)
         if not float(sigma[0]) > 0:
@@ -216,14 +285,30 @@ class SelectiveFamily(Family):
         error = selection_error(selection.P, selection.Q, kept, R)
         mismatch = self.mismatch(layer, kept, R, selection)
         sigma = measurement.hankel_singular_values
-        attributes = [(layer.module, self.state_size_name, size), *self.attributes(layer.module, size, kept)]
         return LayerCut(
             changes=self.changes(layer, kept, R, selection),
-            attributes=tuple(AttributeChange(*attribute) for attribute in attributes),
+            attributes=self.attributes(layer.module, size, kept),
             predicted_error=min(1.0, (error**2 + mismatch) ** 0.5),
             error_bound=None,
             energy_kept=float(sigma[:size].sum() / sigma.sum()),
         )
+
+
+def _surrogate(layer: SSMLayer, method: CutMethod, statistics: Statistics) -> Measurement:
+    """The spectrum of the averaged systems, and the order of their states."""
+    averages = [statistics.mean(name) for name in ("a", "b", "c")]
+    gramians = [surrogate.surrogate_gramians(*group) for group in zip(*averages, strict=True)]
+    sigma = torch.stack([surrogate.surrogate_hankel_singular_values(P, Q) for P, Q in gramians]).sum(dim=0)
+    if not float(sigma[0]) > 0:
+        return unmeasurable(layer, "no output energy")
+    scores = torch.stack([surrogate.surrogate_scores(P, Q) for P, Q in gramians])
+    orders = [group.argsort(descending=True, stable=True) for group in scores]
+    orders = [order[kept_order(order.numel(), method, layer)] for order in orders]
+    losses = [surrogate.surrogate_losses(*pair, order) for pair, order in zip(gramians, orders, strict=True)]
+    errors = interpolation.relative_errors(torch.stack(losses).sum(dim=0))
+    shared = torch.stack([(P * Q).sum(dim=0) for P, Q in gramians])  # the loss that two states share
+    selection = Selection(torch.stack(orders), shared, torch.ones_like(shared), reads_out=False)
+    return Measurement(sigma, errors, detail=selection, scores=scores)
 
 
 def _read_out(selection: Selection, kept: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Statistics of SSM layers, collected while calibration batches run through the model."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_compressm.families.family import SSMLayer, Statistics
+from hf_compressm.families.watching import watching
 from hf_compressm.peft import underlying
 from hf_compressm.utils.randomness import undisturbed
 
@@ -76,7 +76,7 @@ def collect_statistics(
         return collected
     refuse_single_batch(calibration)
     count = 0
-    with _watching(watched), undisturbed(model), torch.no_grad():
+    with watching(model, watched), undisturbed(model), torch.no_grad():
         for count, batch in enumerate(calibration or (), start=1):
             try:
                 forward(model, batch)
@@ -128,20 +128,3 @@ def _shapes(batch: Any) -> str:
         return ""
     shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
     return f" with {shapes}"
-
-
-@contextmanager
-def _watching(watched: Sequence[tuple[SSMLayer, Statistics]]) -> Iterator[None]:
-    """Feed every forward call of the layers to their statistics."""
-    handles = []
-    for layer, item in watched:
-
-        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], item: Statistics = item) -> None:
-            item.observe(module, args, kwargs)
-
-        handles.append(layer.module.register_forward_pre_hook(observe, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.family import MomentTerm
+from hf_compressm.families.maps import apply_map
 from hf_compressm.surgery.parameters import Replacement
 
 
@@ -18,7 +19,7 @@ def mapped(terms: Sequence[MomentTerm], value_of: Callable[[nn.Parameter], Tenso
         squared: whether the values are second moments, which take the squared entries of the maps.
     """
     values = [value_of(term.source) for term in terms]
-    parts = [_apply(term, value, squared) for term, value in zip(terms, values, strict=True)]
+    parts = [apply_map(value, term.matrix, term.dim, squared) for term, value in zip(terms, values, strict=True)]
     return torch.stack(parts).sum(dim=0).to(device=values[0].device, dtype=values[0].dtype).contiguous()
 
 
@@ -36,19 +37,3 @@ def carry_gradients(replacements: Sequence[Replacement]) -> None:
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
-
-
-def _apply(term: MomentTerm, value: Tensor, squared: bool) -> Tensor:
-    """Apply the term's map along its axis, in float64 unless it only selects."""
-    dim, matrix = term.dim, term.matrix.to(value.device)
-    if not matrix.is_floating_point():
-        return value.index_select(dim, matrix)
-    value = value.double()
-    matrix = matrix.square() if squared else matrix
-    if matrix.dim() == 0:
-        return matrix * value
-    if matrix.dim() == 2:
-        return torch.tensordot(matrix, value, dims=([1], [dim])).movedim(0, dim)
-    grouped = value.movedim(dim, 1)  # (groups, old, ...)
-    product = matrix @ grouped.flatten(2) if grouped.dim() > 2 else (matrix @ grouped[..., None])[..., 0]
-    return product.reshape(*product.shape[:2], *grouped.shape[2:]).movedim(1, dim)

@@ -1,0 +1,195 @@
+"""One call of a recurrence, as its layer made it, and what is measured of it.
+
+| symbol | meaning | shape |
+|---|---|---|
+| h | states; the channels of a group share B and C | `(steps, batch, groups, channels, N)` |
+| B, C | input and read-out | `(batch, length, groups, N)` |
+| gain | loudness: from a channel's read-out to the layer's output | `(length, batch, groups, channels)` |
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_compressm.families.sampling import sample
+from hf_compressm.scans import diagonal_scan, selective_scan, selective_states, ssd_scan, ssd_states
+from hf_compressm.scans.kernels import torch_path
+from hf_compressm.scans.selective import step_sizes
+
+
+SELECTIVE, SSD, DIAGONAL = "selective_scan", "ssd_scan", "diagonal_scan"
+ALIASES = {
+    SELECTIVE: {"hidden_states": "u", "dt": "delta"},
+    SSD: {"hidden_states": "x"},
+    DIAGONAL: {},
+}
+"""Other names of arguments, by kind of recurrence."""
+_OWN: dict[str, Callable[..., Any]] = {SELECTIVE: selective_scan, SSD: ssd_scan, DIAGONAL: diagonal_scan}
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a recurrence.
+
+    Attributes:
+        kind: `"selective_scan"`, `"ssd_scan"` or `"diagonal_scan"`, whose argument names are used.
+        arguments: by name; absent ones are left out.
+        output: what it returned first.
+        gain: loudness of every entry of the output, in its shape; None where the layer has no output projection.
+    """
+
+    kind: str
+    arguments: Mapping[str, Any]
+    output: Tensor
+    gain: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """One forward call of a layer, as it was seen.
+
+    Attributes:
+        module: the layer.
+        args: its positional arguments.
+        kwargs: its other arguments.
+        mask: `(batch, length)`, 1 for real tokens and 0 for padding; None if all are real.
+        calls: of recurrences, in their order.
+    """
+
+    module: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    mask: Tensor | None
+    calls: Sequence[Call]
+
+
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """What the recurrence of one call computes, in float32 at least."""
+
+    states: Iterator[Tensor]  # chunks in time, (steps, batch, groups, channels, N), which may be overwritten
+    every: int  # the states are those after every so many steps
+    gain: Tensor  # (length, batch, groups, channels), 0 at padding
+    B: Tensor  # (batch, length, groups, N)
+    C: Tensor  # (batch, length, groups, N)
+    mask: Tensor  # (batch, length), 1 for real tokens and 0 for padding
+
+
+def bound(kind: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that the recurrences of this package have for them."""
+    named = inspect.signature(torch_path(function))
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in named.parameters.values()):
+        named = inspect.signature(_OWN[kind])  # a wrapper that names no arguments
+    arguments = named.bind(*args, **kwargs).arguments
+    arguments |= arguments.pop("kwargs", {}) | arguments.pop("ignored", {})
+    return {ALIASES[kind].get(name, name): value for name, value in arguments.items() if value is not None}
+
+
+def signals(call: Call, mask: Tensor | None) -> Signals:
+    """The signals of a call of a selective recurrence.
+
+    Args:
+        call: a call with a gain.
+        mask: `(batch, length)`, 1 for real tokens, in the order of the layer's input; None if all are. Where a call
+            runs over the tokens in another order, its padding is where nothing is heard.
+
+    Raises:
+        ValueError: if B or C are constant.
+    """
+    return (_ssd_signals if call.kind == SSD else _selective_signals)(call, mask)
+
+
+@dataclass(frozen=True, eq=False)
+class SelectiveInputs:
+    """What a selective scan works on, in float32 at least."""
+
+    u: Tensor  # (batch, channels, length)
+    delta: Tensor  # (batch, channels, length), after bias and softplus
+    A: Tensor  # (channels, N)
+    B: Tensor  # (batch, groups, N, length)
+    C: Tensor  # (batch, groups, N, length)
+    gain: Tensor  # (length, batch, groups, channels), 0 at padding
+    mask: Tensor  # (batch, length), 1 for real tokens and 0 for padding
+
+
+def selective_inputs(call: Call, rows: slice = slice(None), mask: Tensor | None = None) -> SelectiveInputs:
+    """The inputs of a call of a selective scan.
+
+    Args:
+        call: a call with a gain.
+        rows: the rows of the batch to take.
+        mask: as for `signals`.
+
+    Raises:
+        ValueError: if B or C are constant.
+    """
+    given, gain = call.arguments, call.gain
+    assert gain is not None  # a layer without an output projection has no selective family
+    if given["B"].dim() == 2 or given["C"].dim() == 2:
+        raise ValueError("its B or C is constant, not selective")
+    u = given["u"][rows]
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    delta = step_sizes(given["delta"][rows].to(dtype), given.get("delta_bias"), given.get("delta_softplus", False))
+    B, C = (given[name][rows].to(dtype) for name in ("B", "C"))
+    B, C = (vectors if vectors.dim() == 4 else vectors[:, None] for vectors in (B, C))
+    groups = max(B.shape[1], C.shape[1])
+    B, C = (vectors.expand(-1, groups, -1, -1) for vectors in (B, C))
+    gain = gain[rows]
+    if "z" in given:
+        gain = gain * F.silu(given["z"][rows].to(dtype)).abs()
+    gain = gain.to(dtype).unflatten(1, (groups, -1)).permute(3, 0, 1, 2)
+    return SelectiveInputs(u.to(dtype), delta, given["A"].to(dtype), B, C, gain, _real_tokens(gain, mask))
+
+
+def _selective_signals(call: Call, mask: Tensor | None) -> Signals:
+    batch, _, length = call.arguments["u"].shape
+    rows, every = sample((batch, length), mask, call.arguments["A"].shape[1])
+    seen = selective_inputs(call, rows, mask)
+    groups = seen.B.shape[1]
+    channels = seen.u.shape[1] // groups
+    parts = [slice(group * channels, (group + 1) * channels) for group in range(groups)]
+    streams = [
+        selective_states(seen.u[:, part], seen.delta[:, part], seen.A[part], seen.B[:, group])
+        for group, part in enumerate(parts)
+    ]
+    B, C = (vectors.permute(0, 3, 1, 2) for vectors in (seen.B, seen.C))
+    return Signals(_together(streams, every), every, seen.gain, B, C, seen.mask)
+
+
+def _together(streams: list[Iterator[Tensor]], every: int) -> Iterator[Tensor]:
+    """The states of all groups after every so many steps; chunks have a multiple of them, but for the last."""
+    kept = slice(every - 1, None, every)
+    if len(streams) == 1:  # most layouts: no copy
+        return (chunk[kept].unsqueeze(2) for chunk in streams[0])
+    return (torch.stack([chunk[kept] for chunk in chunks], dim=2) for chunks in zip(*streams, strict=True))
+
+
+def _ssd_signals(call: Call, mask: Tensor | None) -> Signals:
+    given, gain = call.arguments, call.gain
+    assert gain is not None  # as above
+    groups = given["B"].shape[2]
+    rows, every = sample(given["x"].shape[:2], mask, given["B"].shape[-1])
+    x = given["x"][rows]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    B, C = (given[name][rows].to(dtype) for name in ("B", "C"))
+    gain = gain[rows]
+    if "z" in given:
+        gain = gain * F.silu(given["z"][rows].to(dtype)).abs()
+    gain = gain.to(dtype).transpose(0, 1).unflatten(2, (groups, -1)).flatten(3, 4)
+    options = {name: given[name] for name in ("dt_bias", "dt_softplus", "dt_limit") if name in given}
+    options |= {name: given[name][rows] for name in ("seq_idx", "initial_states") if name in given}
+    chunks = ssd_states(x.to(dtype), given["dt"][rows], given["A"], B, every=every, **options)
+    states = (chunk.unflatten(2, (groups, -1)).flatten(3, 4) for chunk in chunks)
+    return Signals(states, every, gain, B, C, _real_tokens(gain, mask))
+
+
+def _real_tokens(gain: Tensor, mask: Tensor | None) -> Tensor:
+    """1 at the tokens of a call that are heard, 0 at padding, `(batch, length)`."""
+    if mask is None:
+        return gain.new_ones(gain.shape[1], gain.shape[0])
+    return (gain.flatten(2) != 0).any(dim=-1).T.to(gain.dtype)

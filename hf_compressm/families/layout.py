@@ -1,0 +1,281 @@
+"""The layout of a layer: which axes of which of its parameters hold states, and what follows when there are fewer.
+
+| word | meaning |
+|---|---|
+| N | states of a channel, the layer's state size |
+| group | channels that share B and C, and so keep the same states; one call of a recurrence has one or several |
+| segment | a stretch of an axis: states, the rows that make B, those that make C, or a rest without states |
+
+The groups of a layer are counted through its calls of recurrences: two directions with one group each are groups 0
+and 1.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_compressm.families.family import AttributeChange, MomentTerm, ParameterChange
+from hf_compressm.families.maps import apply_map
+
+
+STATE, B, C, REST = "state", "B", "C", "*"
+Width = int | str | Callable[[Any], int]
+"""A number, the name of an attribute of the layer, or a function of the layer."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter, or a module with weight and bias, that has a state axis.
+
+    Attributes:
+        name: dotted name in the layer.
+        axis: the axis of the parameter; a bias has only one.
+        segments: what lies along the axis: `"state"`, `"B"`, `"C"`, `"*"` for a rest (the only one of unknown width),
+            or the width of a rest. Several groups lie side by side in each of the first three.
+        group: the only group whose states these are; None for all.
+        by_group: whether axis 0 has one equal block for each group instead.
+        folds: whether the recurrence's C is a linear map of the rows `"C"`, so that these may be mixed.
+    """
+
+    name: str
+    axis: int
+    segments: tuple[Width, ...]
+    group: int | None = None
+    by_group: bool = False
+    folds: bool = False
+
+
+def states(name: str, axis: int = -1, *, group: int | None = None, by_group: bool = False) -> Part:
+    """A parameter with one entry per state along an axis, such as `A_log`; see [`Part`]."""
+    return Part(name, axis, (STATE,), group, by_group)
+
+
+def rows(name: str, *segments: Width, folds: bool = False, group: int | None = None, by_group: bool = False) -> Part:
+    """A projection, or a convolution, whose rows make B and C, such as `x_proj`; see [`Part`].
+
+    Args:
+        name: dotted name in the layer, of a module or of a parameter.
+        segments: what the rows make, from the first to the last: `rows("x_proj", "*", "B", "C")`.
+        folds: whether nothing but linear maps lies between these rows and the recurrence's C.
+        group: the only group whose B and C they make; None for all.
+        by_group: whether axis 0 has one block for each group, and the rows are on axis 1.
+    """
+    return Part(name, 1 if by_group else 0, segments, group, by_group, folds)
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One tensor of a part."""
+
+    part: Part
+    name: str  # in the layer
+    owner: nn.Module
+    own: str  # in its owner
+    tensor: Tensor
+    axis: int  # not negative
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a layer's tensors and attributes say about its state.
+
+    Attributes:
+        state_size: the attribute with N.
+        parts: all that has a state axis.
+        output: the projection after the recurrence, at whose input the loudness of every channel is measured.
+        groups: how many groups there are; by default as many as `parts` tell apart.
+        mask: the argument of the layer's forward that is 1 at real tokens and 0 at padding, `(batch, length)`.
+        follows: attributes that depend on N, each with a function of layer and new size.
+        unfused: attributes, with the values that make the layer call its recurrence by itself.
+        others: names of all tensors without a state axis. If there are any, a tensor that is neither here nor in
+            `parts` and is as wide as the state is refused.
+    """
+
+    state_size: str
+    parts: tuple[Part, ...]
+    output: str = "out_proj"
+    groups: Width | None = None
+    mask: str = "attention_mask"
+    follows: Mapping[str, Callable[[Any, int], int]] = field(default_factory=dict)
+    unfused: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+    @property
+    def folds(self) -> bool:
+        """Whether a linear map of C can be folded into the layer's parameters."""
+        return all(part.folds for part in self.parts if C in part.segments)
+
+    def size_of(self, module: Any) -> int:
+        """N."""
+        return int(getattr(module, self.state_size))
+
+    def groups_of(self, module: Any) -> int:
+        """The number of groups."""
+        if self.groups is not None:
+            return _width(module, self.groups)
+        return 1 + max((part.group or 0 for part in self.parts), default=0)
+
+    def slots(self, module: Any) -> Iterator[Slot]:
+        """The tensors of the parts, as they are in a layer.
+
+        Raises:
+            ValueError: naming a part that the layer does not have.
+        """
+        for part in self.parts:
+            owner, name = _resolve(module, part.name)
+            held = getattr(owner, name, None)
+            if held is None:
+                raise ValueError(f"{type(module).__name__} has no {part.name!r}, which its layout names.")
+            if isinstance(held, nn.Module):
+                tensors = {own: getattr(held, own, None) for own in ("weight", "bias")}
+                found = [(f"{part.name}.{own}", held, own, tensor) for own, tensor in tensors.items()]
+            else:
+                found = [(part.name, owner, name, held)]
+            for full, holder, own, tensor in found:
+                if not isinstance(tensor, Tensor):
+                    continue
+                yield Slot(part, full, holder, own, tensor, 0 if own == "bias" else part.axis % tensor.dim())
+
+    def rest_width(self, module: Any, slot: Slot) -> int:
+        """The width of the rest of unknown width, 0 without one."""
+        part = slot.part
+        known = sum(_width(module, one) for one in part.segments if one not in (STATE, B, C, REST))
+        known += sum(one in (STATE, B, C) for one in part.segments) * self._beside(module, part) * self.size_of(module)
+        return slot.tensor.shape[slot.axis] - known if REST in part.segments else 0
+
+    def length(self, module: Any, slot: Slot, size: int) -> int:
+        """How long the axis of a tensor would be with `size` states."""
+        stretches = sum(one in (STATE, B, C) for one in slot.part.segments) * self._beside(module, slot.part)
+        return int(slot.tensor.shape[slot.axis]) + stretches * (size - self.size_of(module))
+
+    def maps(self, module: Any, slot: Slot, kept: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+        """What a cut does along the axis of a tensor, and the map of its gradient.
+
+        Args:
+            module: the layer.
+            slot: one of its tensors.
+            kept: `(groups, r)`, ascending.
+            R: `(groups, N, r)`; C becomes `R^T C` where it can.
+        """
+        part = slot.part
+        groups = list(range(kept.shape[0])) if part.group is None else [part.group]
+        if part.by_group:
+            pairs = [self._maps(module, slot, [group], kept, R) for group in groups]
+            return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
+        return self._maps(module, slot, groups, kept, R)
+
+    def changes(self, module: Any, prefix: str, kept: Tensor, R: Tensor) -> tuple[ParameterChange, ...]:
+        """The parameters of a layer that keeps `kept` and reads out `R^T C`; as for `maps`.
+
+        The gradient of a read-out that is kept stays the same; that of an input includes what the dropped states
+        passed on, `R^T g`.
+        """
+        found = []
+        for slot in self.slots(module):
+            if isinstance(slot.tensor, nn.Parameter):
+                forward, adjoint = self.maps(module, slot, kept, R)
+                value = apply_map(
+                    slot.tensor.detach() if forward.dtype == torch.int64 else _exact(slot.tensor), forward, slot.axis
+                )
+                found.append(
+                    ParameterChange(
+                        f"{prefix}{slot.name}",
+                        slot.tensor,
+                        value,
+                        (MomentTerm(slot.tensor, adjoint, slot.axis),),
+                        row_map=forward if slot.axis == 0 and forward.dim() <= 2 else None,
+                    )
+                )
+        return tuple(found)
+
+    def attributes(self, module: Any, size: int, kept: Tensor) -> tuple[AttributeChange, ...]:
+        """The attributes and buffers that follow a cut to `size` states, which keeps `kept` `(groups, size)`."""
+        found = [AttributeChange(module, self.state_size, size)]
+        R = torch.zeros(*kept.shape, 0)
+        for slot in self.slots(module):
+            if not isinstance(slot.tensor, nn.Parameter):
+                selected = apply_map(slot.tensor, self.maps(module, slot, kept, R)[0], slot.axis)
+                found.append(AttributeChange(slot.owner, slot.own, selected))
+            elif slot.own == "weight" and slot.axis == 0:
+                present, length = slot.tensor.shape[0], self.length(module, slot, size)
+                found += [AttributeChange(slot.owner, name, length) for name in _channels(slot.owner, present)]
+        follows = {name: rule(module, size) for name, rule in self.follows.items() if hasattr(module, name)}
+        return (*found, *(AttributeChange(module, name, value) for name, value in follows.items()))
+
+    def shapes(self, module: Any, size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes with `size` states, by name, of the parameters that have a state axis."""
+        found = {}
+        for slot in self.slots(module):
+            if isinstance(slot.tensor, nn.Parameter):
+                shape = list(slot.tensor.shape)
+                shape[slot.axis] = self.length(module, slot, size)
+                found[slot.name] = tuple(shape)
+        return found
+
+    @property
+    def state_axes(self) -> dict[str, int | None]:
+        """The axis of every tensor that the layout knows, None for those without one."""
+        found: dict[str, int | None] = dict.fromkeys(self.others)
+        for part in self.parts:
+            found |= {part.name: part.axis, f"{part.name}.weight": part.axis, f"{part.name}.bias": 0}
+        return found
+
+    def _beside(self, module: Any, part: Part) -> int:
+        """How many groups lie side by side in a segment."""
+        return 1 if part.by_group or part.group is not None else self.groups_of(module)
+
+    def _maps(self, module: Any, slot: Slot, groups: list[int], kept: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+        """`maps` of one block of axis 0."""
+        size, part = self.size_of(module), slot.part
+        forward: list[Tensor] = []
+        adjoint: list[Tensor] = []
+        start = 0
+        for segment in part.segments:
+            if segment not in (STATE, B, C):
+                width = self.rest_width(module, slot) if segment == REST else _width(module, segment)
+                blocks = [(torch.arange(width), None)]
+            else:
+                blocks = [(kept[group], R[group]) for group in groups]
+            for indices, mixed in blocks:
+                if part.folds:
+                    old = size if mixed is not None else indices.numel()
+                    selected = torch.eye(old, dtype=torch.float64)[indices]
+                    read = selected if mixed is None or segment == STATE else mixed.mT
+                    forward.append(read if segment == C else selected)
+                    adjoint.append(read if segment == B else selected)
+                else:
+                    forward.append(start + indices)
+                    start += size if mixed is not None else indices.numel()
+        if part.folds:
+            return torch.block_diag(*forward), torch.block_diag(*adjoint)
+        return torch.cat(forward), torch.cat(forward)
+
+
+def _resolve(module: Any, name: str) -> tuple[Any, str]:
+    """The owner of a dotted name, and the last part of it."""
+    *path, own = name.split(".")
+    for part in path:
+        module = getattr(module, part, None)
+    return module, own
+
+
+def _width(module: Any, width: Width) -> int:
+    if isinstance(width, str):
+        return int(getattr(module, width))
+    return int(width(module)) if callable(width) else int(width)
+
+
+def _exact(parameter: Tensor) -> Tensor:
+    """The parameter in float64 on the CPU, without gradients."""
+    return parameter.detach().to("cpu", torch.float64)
+
+
+def _channels(owner: Any, present: int) -> Iterator[str]:
+    """The attributes of a projection or convolution that count its rows."""
+    names = ("out_features", "out_channels")
+    if getattr(owner, "groups", 1) == present:  # one row for each channel of the input
+        names = ("in_channels", "out_channels", "groups")
+    yield from (name for name in names if getattr(owner, name, None) == present)

@@ -1,0 +1,109 @@
+"""Taking the statistics of norms as constants, while a derivative through them is wanted.
+
+Between a recurrence and the output projection of its layer there are gates and norms. What a channel passes on is its
+own factor; that it also changes the root mean square of all is left out.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+_STATISTICS = frozenset(
+    {
+        torch.rsqrt,
+        Tensor.rsqrt,
+        torch.sqrt,
+        Tensor.sqrt,
+        torch.var,
+        Tensor.var,
+        torch.std,
+        Tensor.std,
+        torch.norm,
+        Tensor.norm,
+        torch.linalg.vector_norm,
+    }
+)
+
+
+class ConstantNorms(TorchFunctionMode):
+    """Gradients do not flow through the scale of a norm, nor through the mean of a layer norm."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function of torch, or what stands for it."""
+        kwargs = kwargs or {}
+        if function in _STATISTICS:
+            return function(*args, **kwargs).detach()
+        if function in _NORMS:
+            with torch.no_grad():
+                result = function(*args, **kwargs)
+            return _NORMS[function](result, *args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _rms_norm(
+    result: Tensor, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """`x w / rms`."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    scale = (wide.square().mean(dims, keepdim=True) + eps).rsqrt().to(x.dtype)
+    return _with_value(x * scale if weight is None else x * scale * weight, result)
+
+
+def _layer_norm(
+    result: Tensor,
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`(x - mean) w / deviation + b`."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    scale = (wide.var(dims, correction=0, keepdim=True) + eps).rsqrt().to(x.dtype)
+    return _with_value(x * scale if weight is None else x * scale * weight, result)
+
+
+def _group_norm(
+    result: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The same for each of several groups of channels, `(batch, channels, ...)`."""
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (num_groups, -1))
+    scale = (wide.flatten(2).var(2, correction=0) + eps).rsqrt().to(x.dtype)  # (batch, groups)
+    scale = scale.repeat_interleave(x.shape[1] // num_groups, dim=1)
+    factor = scale if weight is None else scale * weight
+    return _with_value(x * factor.view(*factor.shape, *[1] * (x.dim() - 2)), result)
+
+
+def _normalize(result: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`x / |x|`; a zero passes nothing on."""
+    scale = torch.where(x == 0, torch.zeros_like(x), result / x).detach()
+    return _with_value(x * scale, result)
+
+
+def _with_value(linear: Tensor, value: Tensor) -> Tensor:
+    """The value of one tensor with the derivative of the other."""
+    return linear + (value - linear.detach())
+
+
+_NORMS = {
+    F.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.normalize: _normalize,
+}

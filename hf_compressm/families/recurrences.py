@@ -1,0 +1,102 @@
+"""The functions that run a layer's recurrence, by their dotted paths, and putting stand-ins in their places.
+
+A module of Python that imported a function holds it under a name of its own, and so may a module of torch as an
+attribute. Both are looked through, since a layer may call its recurrence by way of a helper in another file.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_compressm.families.calls import DIAGONAL, SELECTIVE, SSD
+from hf_compressm.families.unfused import mamba_inner_fn, mamba_inner_fn_no_out_proj, not_available
+from hf_compressm.scans import selective_scan
+
+
+_INTERFACE, _COMBINED = "mamba_ssm.ops.selective_scan_interface", "mamba_ssm.ops.triton.ssd_combined"
+_MAMBA = ("mamba", "falcon_mamba", "jamba", "zamba")
+_MAMBA2 = ("mamba2", "bamba", "zamba2", "falcon_h1", "granitemoehybrid", "nemotron_h")
+
+
+def _stock(names: tuple[str, ...], function: str) -> list[str]:
+    return [f"transformers.models.{name}.modeling_{name}.{function}" for name in names]
+
+
+RECURRENCES: dict[str, str] = {
+    "hf_compressm.scans.selective.selective_scan": SELECTIVE,
+    "hf_compressm.scans.selective.selective_scan_reference": SELECTIVE,
+    "hf_compressm.scans.ssd.ssd_scan": SSD,
+    "hf_compressm.scans.ssd.ssd_scan_reference": SSD,
+    "hf_compressm.scans.diagonal.diagonal_scan": DIAGONAL,
+    "hf_compressm.scans.diagonal.diagonal_scan_reference": DIAGONAL,
+    f"{_INTERFACE}.selective_scan_fn": SELECTIVE,
+    f"{_INTERFACE}.selective_scan_ref": SELECTIVE,
+    f"{_COMBINED}.mamba_chunk_scan_combined": SSD,
+    **dict.fromkeys(_stock(_MAMBA, "mamba_selective_scan"), SELECTIVE),
+    **dict.fromkeys(_stock(_MAMBA2, "mamba2_chunk_scan"), SSD),
+}
+"""The functions that are seen, each with the recurrence of this package that has its arguments."""
+FUSED: dict[str, Callable[..., Callable[..., Any]]] = {
+    **dict.fromkeys(_stock(_MAMBA, "mamba_inner_fn"), lambda scan, heard: not_available),
+    **dict.fromkeys(_stock(_MAMBA2, "mamba2_split_conv1d_scan_combined"), lambda scan, heard: not_available),
+    f"{_INTERFACE}.mamba_inner_fn": lambda scan, heard: partial(mamba_inner_fn, scan, heard),
+    f"{_INTERFACE}.mamba_inner_fn_no_out_proj": lambda scan, heard: partial(mamba_inner_fn_no_out_proj, scan),
+}
+"""Functions that do more than a recurrence, each with what makes its parts of a scan and a listener."""
+_LOOKED_THROUGH = ("hf_compressm.scans.", "hf_compressm.families.")
+"""Modules that keep the functions they hold: those of the functions themselves, and those that measure."""
+_WITHOUT_LAYERS = sys.stdlib_module_names | {"torch", "transformers", "numpy", "scipy", "pandas", "pyarrow", "sympy"}
+
+
+@contextmanager
+def replaced(
+    model: nn.Module,
+    stand_in: Callable[[str, Callable[..., Any]], Callable[..., Any]],
+    heard: Callable[[Tensor, Tensor], Tensor],
+) -> Iterator[None]:
+    """Replace all known functions meanwhile, wherever a layer of the model may find them.
+
+    Args:
+        model: any module.
+        stand_in: makes what takes the place of a function, of a kind of recurrence.
+        heard: is given the input of an output projection inside a fused function, and its weight; returns the input.
+    """
+    wanted = {id(function): stand_in(kind, function) for kind, function in _found(RECURRENCES)}
+    scan = stand_in(SELECTIVE, selective_scan)
+    wanted |= {id(function): parts(scan, heard) for parts, function in _found(FUSED)}
+    holders = [*(vars(module) for module in _modules(model)), *(vars(module) for module in model.modules())]
+    places = [(held, name) for held in holders for name, value in list(held.items()) if id(value) in wanted]
+    originals = [held[name] for held, name in places]
+    try:
+        for (held, name), original in zip(places, originals, strict=True):
+            held[name] = wanted[id(original)]
+        yield
+    finally:
+        for (held, name), original in zip(places, originals, strict=True):
+            held[name] = original
+
+
+def _found(table: dict[str, Any]) -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """The functions of a table whose modules are imported, each with its entry."""
+    for path, entry in table.items():
+        module, _, name = path.rpartition(".")
+        function = getattr(sys.modules.get(module), name, None)
+        if function is not None:
+            yield entry, function
+
+
+def _modules(model: nn.Module) -> list[Any]:
+    """The modules of Python that a layer of the model may call functions of."""
+    own = {type(part).__module__ for part in model.modules()} | {path.rpartition(".")[0] for path in RECURRENCES}
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if module is not None
+        and not f"{name}.".startswith(_LOOKED_THROUGH)
+        and (name in own or name.partition(".")[0] not in _WITHOUT_LAYERS)
+        and isinstance(getattr(module, "__dict__", None), dict)
+    ]
