@@ -82,12 +82,11 @@ class Signals:
 
 def bound(kind: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by the names that the recurrences of this package have for them."""
-    named = inspect.signature(torch_path(function))
-    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in named.parameters.values()):
-        named = inspect.signature(_OWN[kind])  # a wrapper that names no arguments
-    arguments = named.bind(*args, **kwargs).arguments
-    arguments |= arguments.pop("kwargs", {}) | arguments.pop("ignored", {})
-    return {ALIASES[kind].get(name, name): value for name, value in arguments.items() if value is not None}
+    places = inspect.signature(torch_path(function)).parameters.values()
+    if any(place.kind is inspect.Parameter.VAR_POSITIONAL for place in places):  # a wrapper that names no arguments
+        places = inspect.signature(_OWN[kind]).parameters.values()
+    given = dict(zip([place.name for place in places], args, strict=False)) | kwargs
+    return {ALIASES[kind].get(name, name): value for name, value in given.items() if value is not None}
 
 
 def signals(call: Call, mask: Tensor | None) -> Signals:

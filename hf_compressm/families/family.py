@@ -271,8 +271,7 @@ class Family(ABC):
         tells_texts_apart_by: arguments of packed rows by which its models let no state pass from one text to the next.
         mask: argument of the layer's forward that is 1 at real tokens and 0 at padding, `(batch, length)`.
         unfused: attributes of the layer, with the values that make it call its recurrence by itself.
-        state_axes: every parameter and buffer that the known layers of this layout may have, by name, each with the
-            axis that grows with the state, or None. Anything else in a layer that is as wide as its state is refused.
+        mark: a tensor that tells the family's layers from others of the same class, or "".
     """
 
     name: str
@@ -284,7 +283,7 @@ class Family(ABC):
     tells_texts_apart_by: frozenset[str] = frozenset()
     mask: str = "attention_mask"
     unfused: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    state_axes: Mapping[str, int | None] = field(default_factory=dict, compare=False)
+    mark: str = ""
 
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
         """The criterion to use for `wanted`, which may be `"auto"`.
@@ -335,6 +334,13 @@ class Family(ABC):
     def values_kept(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> int:
         """Number of singular values that a cut to `size` states keeps."""
         return size * measurement.hankel_singular_values.numel() // layer.state_size
+
+    def state_axes(self, module: Any) -> Mapping[str, int | None]:
+        """The tensors that a layer of this kind may have, by name, each with the axis of its states, or None.
+
+        If any has none, a tensor that is not among them and is as wide as the state is refused.
+        """
+        return {}
 
     def state_widths(self, module: Any) -> set[int]:
         """Lengths that an axis of the state may have, besides those of the axes in `state_axes`."""

@@ -215,13 +215,9 @@ class Layout:
                 found[slot.name] = tuple(shape)
         return found
 
-    @property
-    def state_axes(self) -> dict[str, int | None]:
+    def state_axes(self, module: Any) -> dict[str, int | None]:
         """The axis of every tensor that the layout knows, None for those without one."""
-        found: dict[str, int | None] = dict.fromkeys(self.others)
-        for part in self.parts:
-            found |= {part.name: part.axis, f"{part.name}.weight": part.axis, f"{part.name}.bias": 0}
-        return found
+        return dict.fromkeys(self.others) | {slot.name: slot.axis for slot in self.slots(module)}
 
     def _beside(self, module: Any, part: Part) -> int:
         """How many groups lie side by side in a segment."""

@@ -103,8 +103,13 @@ class Reduction:
 
 @dataclass(frozen=True)
 class LinearFamily(Family):
-    """Family of layers with a diagonal linear time-invariant system."""
+    """Family of layers with a diagonal linear time-invariant system.
 
+    Attributes:
+        axes: every tensor of a layer by name, each with the axis that has the slots, or None.
+    """
+
+    axes: Mapping[str, int | None] = field(default_factory=dict, compare=False)
     tells_texts_apart_by: frozenset[str] = frozenset({"cu_seq_lens_q", "position_ids", "seq_idx"})
     mask: str = "mask"
 
@@ -121,6 +126,10 @@ class LinearFamily(Family):
         with torch.no_grad():
             return DiagonalSystem(*(x.detach().cpu() for x in module.system(torch.float64)))
 
+    def state_axes(self, module: Any) -> Mapping[str, int | None]:
+        """Those of the declaration."""
+        return self.axes
+
     def directions(self, module: Any) -> tuple[bool, ...]:
         """Whether each pass over the sequence is reversed."""
         return (False, True) if module.bidirectional else (False,)
@@ -134,15 +143,14 @@ class LinearFamily(Family):
         return 2 * int(module.B_re.shape[0]) * len(self.directions(module))
 
     def at_size(self, module: Any, size: int) -> LayerShape:
-        """What a layer would look like: `C_re` and `C_im` have the slots last, all others but D first."""
-        present = int(module.B_re.shape[0])
-        slots = size * present // self.state_size(module)
+        """What a layer would look like: all axes of slots grow alike, also those of two directions."""
+        present = self.state_size(module)
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, parameter in module.named_parameters():
-            if name in ("C_re", "C_im"):
-                shapes[name] = (parameter.shape[0], slots * len(self.directions(module)))
-            elif name != "D":
-                shapes[name] = (slots, *parameter.shape[1:])
+        for name, axis in self.axes.items():
+            if axis is not None:
+                shape = list(getattr(module, name).shape)
+                shape[axis] = shape[axis] * size // present
+                shapes[name] = tuple(shape)
         return LayerShape(shapes, (AttributeChange(module, "state_size", size),))
 
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:

@@ -45,15 +45,6 @@ register(
         size_field="state_size",
         per_layer=True,
         criteria=("empirical", "hankel"),
-        state_axes={
-            "nu_log": 0,
-            "theta": 0,
-            "gamma_log": 0,
-            "B_re": 0,
-            "B_im": 0,
-            "C_re": 1,
-            "C_im": 1,
-            "D": None,
-        },
+        axes={"nu_log": 0, "theta": 0, "gamma_log": 0, "B_re": 0, "B_im": 0, "C_re": 1, "C_im": 1, "D": None},
     )
 )

@@ -13,6 +13,7 @@ drops those whose loss costs least without repair. A layer whose class projects 
 (`B_proj`, `C_proj`) is cut by balanced projection, which is optimal; see `numerics.projection`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +85,10 @@ class Mamba2Family(SelectiveFamily):
         """Projection and convolution if states are selected; none if B and C are projected."""
         return () if self._projects(layer, method) else super().cut_parts(layer, method)
 
+    def state_axes(self, module: Any) -> Mapping[str, int | None]:
+        """Those of the layout, and of the projections after the convolution."""
+        return {**super().state_axes(module), "B_proj": 1, "C_proj": 1}
+
     def shapes(self, module: Any, size: int) -> dict[str, tuple[int, ...]]:
         """Those of projection and convolution, or those of the projections after it."""
         if getattr(module, "B_proj", None) is not None:
@@ -150,7 +155,7 @@ _PARTS = (
     rows("in_proj", "*", "B", "C", heads),
     rows("conv1d", "*", "B", "C"),
 )
-_OTHERS = ("A_log", "D", "dt_bias", "norm.weight", "out_proj.weight", "out_proj.bias", "B_proj", "C_proj")
+_OTHERS = ("A_log", "D", "dt_bias", "norm.weight", "out_proj.weight", "out_proj.bias")
 _FOLLOWS = {
     "conv_dim": lambda module, size: inner_width(module) + 2 * module.n_groups * size,
     "groups_time_state_size": lambda module, size: module.n_groups * size,

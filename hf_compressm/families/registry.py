@@ -7,7 +7,8 @@ from hf_compressm.families.owners import counted_in, find_owners
 from hf_compressm.peft import underlying
 
 
-_FAMILIES: dict[str, Family] = {}
+_FAMILIES: dict[str, dict[str, Family]] = {}
+"""By the path of the layer's class, and by the tensor that tells its layers from others of the same class."""
 
 
 def register(family: Family) -> None:
@@ -17,20 +18,32 @@ def register(family: Family) -> None:
         ValueError: if its module type belongs to another family.
     """
     path = _path(family.module_type)
-    present = _FAMILIES.get(path)
+    present = _FAMILIES.get(path, {}).get(family.mark)
     if present is not None and present.name != family.name:
         raise ValueError(f"{path} already belongs to the family {present.name!r}.")
-    _FAMILIES[path] = family
+    _FAMILIES.setdefault(path, {})[family.mark] = family
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family of a layer, that of its class before those of its bases; None for anything else."""
+    for path in map(_path, type(module).__mro__):
+        known = _FAMILIES.get(path, {})
+        marks = [mark for mark in known if mark and getattr(module, mark, None) is not None]
+        family = known.get(marks[0] if marks else "")
+        if family is not None:
+            return family
+    return None
 
 
 def registered_families() -> list[str]:
     """Names of the known families, sorted."""
-    return sorted({family.name for family in _FAMILIES.values()})
+    return sorted({family.name for known in _FAMILIES.values() for family in known.values()})
 
 
 def size_fields() -> list[str]:
     """The configuration fields in which the known families keep their state sizes, sorted."""
-    return sorted({family.size_field for family in _FAMILIES.values()})
+    fields = {family.size_field for known in _FAMILIES.values() for family in known.values()}
+    return sorted(fields - {""})
 
 
 def find_layers(model: nn.Module) -> list[SSMLayer]:
@@ -44,8 +57,7 @@ def find_layers(model: nn.Module) -> list[SSMLayer]:
     base = underlying(model)
     found: list[tuple[str, nn.Module, Family]] = []
     for name, module in base.named_modules():
-        paths = map(_path, type(module).__mro__)
-        family = next((_FAMILIES[path] for path in paths if path in _FAMILIES), None)
+        family = family_of(module)
         if family is not None:
             found.append((name, module, family))
     owners = find_owners(base, [(name, family.size_field) for name, _, family in found])

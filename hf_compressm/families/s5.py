@@ -83,15 +83,6 @@ register(
         size_field="state_size",
         per_layer=True,
         criteria=("empirical", "hankel"),
-        state_axes={
-            "Lambda_re": 0,
-            "Lambda_im": 0,
-            "log_step": 0,
-            "B_re": 0,
-            "B_im": 0,
-            "C_re": 1,
-            "C_im": 1,
-            "D": None,
-        },
+        axes={"Lambda_re": 0, "Lambda_im": 0, "log_step": 0, "B_re": 0, "B_im": 0, "C_re": 1, "C_im": 1, "D": None},
     )
 )

@@ -176,7 +176,7 @@ class SelectiveFamily(Family):
 
     def __post_init__(self) -> None:
         """Take over what the layout says."""
-        for name in ("mask", "unfused", "state_axes"):
+        for name in ("mask", "unfused"):
             object.__setattr__(self, name, getattr(self.layout, name))
 
     @property
@@ -213,6 +213,10 @@ class SelectiveFamily(Family):
         held = [slot.tensor.numel() for slot in self.layout.slots(module) if slot.part.segments == (STATE,)]
         output: Any = self.output_of(module)
         return sum(held) if held else self.state_size(module) * int(output.weight.shape[1])
+
+    def state_axes(self, module: Any) -> Mapping[str, int | None]:
+        """Those of the layout."""
+        return self.layout.state_axes(module)
 
     def state_widths(self, module: Any) -> set[int]:
         """The states of one group, and of all groups side by side."""

@@ -80,7 +80,7 @@ def _replaced(layer: SSMLayer, method: CutMethod) -> Iterator[tuple[str, nn.Modu
     """What a cut replaces: names of the module in the layer, the module, and name in it."""
     parts = layer.family.cut_parts(layer, method)
     modules = dict(plain_modules(layer.module))
-    for full, axis in layer.family.state_axes.items():
+    for full, axis in layer.family.state_axes(layer.module).items():
         name, _, own = full.rpartition(".")
         wanted = name in parts if name else axis is not None or own in parts
         if wanted and name in modules and getattr(modules[name], own, None) is not None:
@@ -123,8 +123,8 @@ def _refuse_computed(name: str, owner: nn.Module, own: str) -> None:
 
 def _refuse_unknown(layer: SSMLayer) -> None:
     """Raise `ValueError` for a parameter or buffer of the state's width that the layer's family does not know."""
-    known = layer.family.state_axes
-    if not known or layer.state_size == 1:  # nothing to cut
+    known = layer.family.state_axes(layer.module)
+    if None not in known.values() or layer.state_size == 1:  # nothing to compare with, or nothing to cut
         return
     tensors = {
         f"{name}.{own}" if name else own: tensor
@@ -139,8 +139,7 @@ def _refuse_unknown(layer: SSMLayer) -> None:
             raise ValueError(
                 f"{layer.name} has {name} of shape {tuple(tensor.shape)}, which {layer.family.name} layers do not "
                 f"have: its axis of {width} looks like one of the state (N = {layer.state_size}), and a cut would "
-                f"leave it as it is. Leave the layer out with ignore_layers, or add a family for "
-                f"{type(layer.module).__name__} as CONTRIBUTING.md describes."
+                "leave it as it is. Declare the layer (hf_compressm.declare_layer), or leave it out with ignore_layers."
             )
 
 

@@ -9,6 +9,7 @@ from hf_compressm.families import SSMLayer, find_layers
 from hf_compressm.families.linear import _fill
 from hf_compressm.numerics import DiagonalSystem, balance, truncate
 from hf_compressm.numerics.balancing import _project
+from tests.families.measuring import run
 from tests.family_table import LINEAR, S5_CLASSIFIER, Family, ssm_layers
 
 
@@ -91,13 +92,11 @@ def test_under_autocast_the_measured_covariance_keeps_its_precision(family: Fami
     calibration = [family.batch()]
     layer = next(iter(ssm_layers(model).values()))
     inputs: list[Tensor] = []
-    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    hook = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.autocast("cpu", torch.bfloat16):
         plan = plan_compression(model, config, calibration)
-    layer._forward_pre_hooks.clear()
-    adapter = find_layers(model)[0].family
-    statistics = adapter.statistics(layer, "empirical")
-    statistics.observe(layer, (inputs[0],), {})
+    hook.remove()
+    statistics = run(layer, "empirical", (inputs[0], {}))
     expected = balance(system(layer), "real", statistics.mean("covariance")).hankel_singular_values
     torch.testing.assert_close(plan.layers[0].hankel_singular_values, expected, rtol=1e-6, atol=1e-9)
 

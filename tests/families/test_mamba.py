@@ -8,6 +8,7 @@ from torch import Tensor
 from hf_compressm import CompreSSMConfig, compress, enable_fast_selective_scan, plan_compression
 from hf_compressm.families import find_layers
 from hf_compressm.scans import disable_fast_selective_scan
+from tests.families.measuring import calls_of, run
 from tests.family_table import MAMBA, outputs, ssm_layers, token_batch
 
 
@@ -41,19 +42,12 @@ def plain_states(mixer: torch.nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor
     return torch.stack(states), C, z[0].T
 
 
-def streamed(mixer: torch.nn.Module, hidden: Tensor, mask: Tensor | None = None, criterion: str = "interpolative"):
-    statistics = find_layers(mixer)[0].family.statistics(mixer, criterion)
-    with torch.no_grad():
-        statistics.observe(mixer, (hidden,), {"attention_mask": mask})
-    return statistics
-
-
 @pytest.mark.parametrize(("bias", "every"), [(False, 1), (True, 1), (True, 2), (True, 8)])
 @torch.no_grad()
 def test_streamed_covariances_are_those_of_a_plain_loop(
     bias: bool, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_compressm.families.mamba.sampling_stride", lambda *_: every)
+    monkeypatch.setattr("hf_compressm.families.calls.sample", lambda *_: (slice(None), every))
     model = MAMBA.build(use_bias=bias)
     for mixer, hidden in zip(ssm_layers(model).values(), mixer_inputs(model, token_batch(3, 37)), strict=True):
         P, Q = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)
@@ -62,7 +56,7 @@ def test_streamed_covariances_are_those_of_a_plain_loop(
             loud = F.silu(gate).abs() * mixer.out_proj.weight.norm(dim=0)
             flat = (states * loud[..., None])[every - 1 :: every].reshape(-1, 8).double()
             P, Q = P + flat.T @ flat, Q + C.double().T @ C.double()
-        statistics = streamed(mixer, hidden)
+        statistics = run(mixer, "interpolative", (hidden, {}))
         torch.testing.assert_close(statistics.mean("P")[0], P / (3 * (37 // every)), rtol=SINGLE, atol=1e-5)
         torch.testing.assert_close(statistics.mean("Q")[0], Q / (3 * 37), rtol=SINGLE, atol=1e-5)
 
@@ -79,7 +73,8 @@ def test_padding_weighs_nothing(bias: bool, side: str, criterion: str) -> None:
     padded = torch.cat([junk, real] if side == "left" else [real, junk], dim=1)
     mask = torch.ones(2, 13, dtype=torch.long)
     mask[:, slice(0, 4) if side == "left" else slice(9, None)] = 0
-    alone, with_padding = streamed(mixer, real, None, criterion), streamed(mixer, padded, mask, criterion)
+    alone = run(mixer, criterion, (real, {}))
+    with_padding = run(mixer, criterion, (padded, {"attention_mask": mask}))
     if bias and side == "left":
         return  # the stock layer lets its input bias pass into the convolution there
     assert alone.tokens == with_padding.tokens == 18
@@ -88,38 +83,13 @@ def test_padding_weighs_nothing(bias: bool, side: str, criterion: str) -> None:
 
 
 @torch.no_grad()
-def test_scan_inputs_are_what_the_stock_layer_scans(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = MAMBA.build()
-    mixer = next(iter(ssm_layers(model).values()))
-    module = __import__(type(mixer).__module__, fromlist=["x"])
-    seen: list[dict] = []
-    stock = module.mamba_selective_scan
-
-    def spy(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: object) -> Tensor:
-        seen.append(
-            {"u": u, "dt": F.softplus(dt + kwargs["delta_bias"][:, None]), "A": A, "B": B, "C": C, "z": kwargs["z"]}
-        )
-        return stock(u, dt, A, B, C, **kwargs)
-
-    monkeypatch.setattr(module, "mamba_selective_scan", spy)
-    hidden, mask = torch.randn(2, 11, 6), torch.ones(2, 11, dtype=torch.long)
-    mask[0, :3] = 0
-    mixer(hidden, attention_mask=mask)
-    found = find_layers(mixer)[0].family.scan_inputs(mixer, hidden, mask)
-    for name, value in seen[0].items():
-        mine = getattr(found, {"dt": "delta"}.get(name, name))
-        torch.testing.assert_close(mine[0] if name == "A" else mine[:, 0], value, rtol=1e-5, atol=1e-6)
-
-
-@torch.no_grad()
 def test_under_autocast_the_statistics_keep_their_precision() -> None:
-    mixer = next(iter(ssm_layers(MAMBA.build()).values()))
-    hidden = torch.randn(2, 20, 6)
-    statistics = find_layers(mixer)[0].family.statistics(mixer, "interpolative")
+    model = MAMBA.build(num_hidden_layers=1)
     with torch.autocast("cpu", torch.bfloat16):
-        inputs = find_layers(mixer)[0].family.scan_inputs(mixer, hidden)
-        statistics.observe(mixer, (hidden,), {})
-    C = inputs.C[:, 0].double().transpose(0, 1).reshape(8, -1)
+        (seen,) = calls_of(model, {"input_ids": token_batch(2, 20)["input_ids"]})
+        statistics = find_layers(model)[0].family.statistics(seen.module, "interpolative")
+        statistics.observe(seen)
+    C = seen.calls[0].arguments["C"].double().transpose(0, 1).reshape(8, -1)
     torch.testing.assert_close(statistics.sums["Q"][0], C @ C.T, rtol=1e-5, atol=1e-6)
 
 

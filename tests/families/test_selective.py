@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress, plan_compression
 from hf_compressm.families import find_layers
+from tests.families.measuring import signals_of
 from tests.family_table import (
     BAMBA,
     FALCON_H1,
@@ -68,25 +69,21 @@ def test_the_measured_states_read_out_are_the_stock_scan(family: Family, monkeyp
     batch = token_batch(2, 23)
     batch["attention_mask"] = torch.ones(2, 23, dtype=torch.long)
     batch["attention_mask"][0, :4] = 0
-    inputs: list[tuple[Tensor, Tensor | None]] = []
-    for layer in ssm_layers(model).values():
-        layer.register_forward_pre_hook(
-            lambda module, args, kwargs: inputs.append(
-                (args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask"))
-            ),
-            with_kwargs=True,
-        )
     stock = scans_of(model, batch, monkeypatch)
     heads = 2 if family is ZAMBA else 1
     expected = [torch.cat(stock[i : i + heads], dim=-1) for i in range(0, len(stock), heads)]
     assert len(expected) == LAYERS
-    for layer, (hidden, mask), wanted in zip(find_layers(model), inputs, expected, strict=True):
-        signals = layer.family.signals(layer.module, hidden, mask)
-        states = torch.cat([chunk.clone() for chunk in signals.states])  # (length, batch, groups, channels, N)
-        found = torch.einsum("lbgcn,blgn->blgc", states, signals.C).flatten(2)
-        real = signals.mask.bool()
-        torch.testing.assert_close(found[real], wanted[real], rtol=SINGLE, atol=1e-4 * float(wanted.abs().max()))
-        assert (signals.gain.transpose(0, 1)[~real] == 0).all()
+    real = batch["attention_mask"].bool()
+    for calls, wanted in zip(signals_of(model, batch), expected, strict=True):
+        found, gains = [], []
+        for seen in calls:
+            states = torch.cat([chunk.clone() for chunk in seen.states])  # (length, batch, groups, channels, N)
+            found.append(torch.einsum("lbgcn,blgn->blgc", states, seen.C).flatten(2))
+            gains.append(seen.gain.transpose(0, 1).flatten(2))
+            assert torch.equal(seen.mask.bool(), real)
+        together = torch.cat(found, dim=-1)
+        torch.testing.assert_close(together[real], wanted[real], rtol=SINGLE, atol=1e-4 * float(wanted.abs().max()))
+        assert (torch.cat(gains, dim=-1)[~real] == 0).all()
 
 
 @every_mamba
@@ -102,18 +99,16 @@ def test_the_gain_is_that_from_the_scan_to_the_output(family: Family) -> None:
         layer.module.D.zero_()
     if out.bias is not None:
         out.bias.zero_()
-    inputs: list[Tensor] = []
-    hook = layer.module.register_forward_pre_hook(
-        lambda module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    outputs(model, token_batch(2, 9))
-    hook.remove()
-    signals = layer.family.signals(layer.module, inputs[0], None)
-    states = torch.cat([chunk.clone() for chunk in signals.states])
-    y = torch.einsum("lbgcn,blgn->lbgc", states, signals.C)
-    expected = layer.module(inputs[0]).abs()
-    found = (y * signals.gain).abs().flatten(2).transpose(0, 1)[..., :shown]
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+    shown_outputs: list[Tensor] = []
+    layer.module.register_forward_hook(lambda module, args, result: shown_outputs.append(result))
+    batch = token_batch(2, 9)
+    found = []
+    for seen in signals_of(model, {"input_ids": batch["input_ids"]})[0]:
+        states = torch.cat([chunk.clone() for chunk in seen.states])
+        y = torch.einsum("lbgcn,blgn->lbgc", states, seen.C)
+        found.append((y * seen.gain).abs().flatten(2).transpose(0, 1))
+    expected, together = shown_outputs[0].abs(), torch.cat(found, dim=-1)[..., :shown]
+    torch.testing.assert_close(together, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
 
 
 def assert_loads_as_itself(model: Any, family: Family, folder: Path) -> None:

@@ -91,6 +91,9 @@ class ToyFamily(Family):
     def state_entries(self, module: Any) -> int:
         return int(module.state_size)
 
+    def state_axes(self, module: Any) -> dict[str, int | None]:
+        return {"decay": 0, "B_re": 0, "C_re": 1}
+
     def statistics(self, module: Any, criterion: str) -> Statistics | None:
         return None
 
@@ -137,7 +140,6 @@ def selected(system: DiagonalSystem, kept: Tensor) -> DiagonalSystem:
     return DiagonalSystem(system.eigenvalues[kept], system.B[kept], system.C[:, kept])
 
 
-AXES = {"decay": 0, "B_re": 0, "C_re": 1}
-register(ToyFamily("toy", ToyLayer, "state_size", per_layer=False, criteria=("selection",), state_axes=AXES))
+register(ToyFamily("toy", ToyLayer, "state_size", per_layer=False, criteria=("selection",)))
 AutoConfig.register(ToyConfig.model_type, ToyConfig, exist_ok=True)
 AutoModelForCausalLM.register(ToyConfig, ToyForCausalLM, exist_ok=True)

@@ -101,7 +101,7 @@ def test_a_tensor_of_the_states_width_that_the_family_does_not_know_is_refused(n
 def test_the_table_of_a_family_names_every_tensor_of_its_layers(family: Family) -> None:
     for layer in find_layers(family.build()):
         tensors = dict([*layer.module.named_parameters(), *layer.module.named_buffers()])
-        axes = layer.family.state_axes
+        axes = layer.family.state_axes(layer.module)
         assert tensors.keys() <= axes.keys()
         smaller = find_layers(family.build(state_size=layer.state_size // 2))[0].module
         others = dict([*smaller.named_parameters(), *smaller.named_buffers()])
