@@ -35,7 +35,8 @@ class Part:
         axis: the axis of the parameter; a bias has only one.
         segments: what lies along the axis: `"state"`, `"B"`, `"C"`, `"*"` for a rest (the only one of unknown width),
             or the width of a rest. Several groups lie side by side in each of the first three.
-        group: the only group whose states these are; None for all.
+        group: the only group whose states these are. None for all groups if the layout says how many there are, else
+            for group 0.
         by_group: whether axis 0 has one equal block for each group instead.
         folds: whether the recurrence's C is a linear map of the rows `"C"`, so that these may be mixed.
     """
@@ -60,7 +61,7 @@ def rows(name: str, *segments: Width, folds: bool = False, group: int | None = N
         name: dotted name in the layer, of a module or of a parameter.
         segments: what the rows make, from the first to the last: `rows("x_proj", "*", "B", "C")`.
         folds: whether nothing but linear maps lies between these rows and the recurrence's C.
-        group: the only group whose B and C they make; None for all.
+        group: the only group whose B and C they make; None as in [`Part`].
         by_group: whether axis 0 has one block for each group, and the rows are on axis 1.
     """
     return Part(name, 1 if by_group else 0, segments, group, by_group, folds)
@@ -139,16 +140,33 @@ class Layout:
                     continue
                 yield Slot(part, full, holder, own, tensor, 0 if own == "bias" else part.axis % tensor.dim())
 
+    def known_width(self, module: Any, part: Part) -> int:
+        """The length of all segments of known width, along an axis that is not divided into groups."""
+        known = sum(_width(module, one) for one in part.segments if one not in (STATE, B, C, REST))
+        return known + self._stretches(module, part) * self.size_of(module)
+
     def rest_width(self, module: Any, slot: Slot) -> int:
         """The width of the rest of unknown width, 0 without one."""
-        part = slot.part
-        known = sum(_width(module, one) for one in part.segments if one not in (STATE, B, C, REST))
-        known += sum(one in (STATE, B, C) for one in part.segments) * self._beside(module, part) * self.size_of(module)
-        return slot.tensor.shape[slot.axis] - known if REST in part.segments else 0
+        if REST not in slot.part.segments:
+            return 0
+        return int(slot.tensor.shape[slot.axis]) - self.known_width(module, slot.part)
+
+    def places(self, module: Any, slot: Slot, kind: str, group: int) -> Tensor | None:
+        """Where along its axis a tensor holds the states of one kind and group, `(N,)`; None if it does not.
+
+        With one block of axis 0 for each group, where it does in the group's block.
+        """
+        part, size = slot.part, self.size_of(module)
+        if kind not in part.segments or group not in self._groups_in(module, part):
+            return None
+        before = part.segments[: part.segments.index(kind)]
+        start = sum(self._segment_width(module, slot, segment) for segment in before)
+        start += group * size if self._beside(module, part) > 1 else 0
+        return start + torch.arange(size)
 
     def length(self, module: Any, slot: Slot, size: int) -> int:
         """How long the axis of a tensor would be with `size` states."""
-        stretches = sum(one in (STATE, B, C) for one in slot.part.segments) * self._beside(module, slot.part)
+        stretches = self._stretches(module, slot.part)
         return int(slot.tensor.shape[slot.axis]) + stretches * (size - self.size_of(module))
 
     def maps(self, module: Any, slot: Slot, kept: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +179,7 @@ class Layout:
             R: `(groups, N, r)`; C becomes `R^T C` where it can.
         """
         part = slot.part
-        groups = list(range(kept.shape[0])) if part.group is None else [part.group]
+        groups = self._groups_in(module, part)
         if part.by_group:
             pairs = [self._maps(module, slot, [group], kept, R) for group in groups]
             return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
@@ -221,7 +239,25 @@ class Layout:
 
     def _beside(self, module: Any, part: Part) -> int:
         """How many groups lie side by side in a segment."""
-        return 1 if part.by_group or part.group is not None else self.groups_of(module)
+        return 1 if part.by_group else len(self._groups_in(module, part))
+
+    def _groups_in(self, module: Any, part: Part) -> list[int]:
+        """The groups whose states a part holds."""
+        if part.group is not None or (self.groups is None and not part.by_group):
+            return [part.group or 0]
+        return list(range(self.groups_of(module)))
+
+    def _stretches(self, module: Any, part: Part) -> int:
+        """How many stretches of N entries an axis has."""
+        return sum(one in (STATE, B, C) for one in part.segments) * self._beside(module, part)
+
+    def _segment_width(self, module: Any, slot: Slot, segment: Width) -> int:
+        """The width of one segment, with all the groups in it."""
+        if segment == REST:
+            return self.rest_width(module, slot)
+        if segment in (STATE, B, C):
+            return self._beside(module, slot.part) * self.size_of(module)
+        return _width(module, segment)
 
     def _maps(self, module: Any, slot: Slot, groups: list[int], kept: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         """`maps` of one block of axis 0."""
@@ -231,8 +267,7 @@ class Layout:
         start = 0
         for segment in part.segments:
             if segment not in (STATE, B, C):
-                width = self.rest_width(module, slot) if segment == REST else _width(module, segment)
-                blocks = [(torch.arange(width), None)]
+                blocks = [(torch.arange(self._segment_width(module, slot, segment)), None)]
             else:
                 blocks = [(kept[group], R[group]) for group in groups]
             for indices, mixed in blocks:

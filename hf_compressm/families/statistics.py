@@ -9,6 +9,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_compressm.families.declaring import tried
 from hf_compressm.families.family import SSMLayer, Statistics
 from hf_compressm.families.watching import watching
 from hf_compressm.peft import underlying
@@ -75,9 +76,10 @@ def collect_statistics(
     if not watched:
         return collected
     refuse_single_batch(calibration)
+    calibration = tried(model, layers, calibration, forward)
     count = 0
     with watching(model, watched), undisturbed(model), torch.no_grad():
-        for count, batch in enumerate(calibration or (), start=1):
+        for count, batch in enumerate(calibration, start=1):
             try:
                 forward(model, batch)
             except torch.OutOfMemoryError:  # a Trainer may try again with smaller batches

@@ -139,7 +139,7 @@ def _refuse_unknown(layer: SSMLayer) -> None:
             raise ValueError(
                 f"{layer.name} has {name} of shape {tuple(tensor.shape)}, which {layer.family.name} layers do not "
                 f"have: its axis of {width} looks like one of the state (N = {layer.state_size}), and a cut would "
-                "leave it as it is. Declare the layer (hf_compressm.declare_layer), or leave it out with ignore_layers."
+                "leave it as it is. Declare the layer (hf_compressm.declare_layer), or leave it out (ignore_layers)."
             )
 
 

@@ -6,12 +6,12 @@ from dataclasses import fields, replace
 
 from torch import nn
 
-from hf_compressm.families import CutMethod, MambaFamily, Measurement, SSMLayer, Statistics, register
+from hf_compressm.families import CutMethod, Measurement, SelectiveFamily, SSMLayer, Statistics, register
 from hf_compressm.families.registry import find_layers
 from hf_compressm.families.selective import Selection
 
 
-class EnergyFamily(MambaFamily):
+class EnergyFamily(SelectiveFamily):
     """Keeps the states with the largest `P_ii Q_ii`, state energy times read-out energy; the others are gone."""
 
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
@@ -32,7 +32,7 @@ def ranking_by_energy(model: nn.Module) -> Iterator[None]:
         ValueError: for a model with other layers.
     """
     families = {layer.family for layer in find_layers(model)}
-    others = [family.name for family in families if type(family) is not MambaFamily]
+    others = [family.name for family in families if type(family) is not SelectiveFamily]
     if others:
         raise ValueError(f"Ranking by energy is for Mamba-1 layers; this model has layers of {others[0]}.")
     try:
