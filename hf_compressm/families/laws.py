@@ -199,20 +199,19 @@ def _compare(trial: Trial, before: Sequence[Call], after: Sequence[Call], kind: 
     groups, number = trial.layout.groups_of(trial.layer), 0
     rows = {STATE: "states", B: "rows of B", C: "rows of C"}[kind]
     meant = "A" if kind == STATE else kind
-    for one, other in zip(before, after, strict=True):
+    for call, (one, other) in enumerate(zip(before, after, strict=True), start=1):
         names = [name for name in ("u", "x", "delta", "dt", "A", "B", "C") if name in one.arguments]
         for own in range(_groups(one)):
             pairs = {name: (_of_group(one, name, own), _of_group(other, name, own)) for name in names}
             wanted = meant if number % groups == group else ""
             changed = {name for name, pair in pairs.items() if not _close(*pair)}
-            if changed - {wanted}:
-                raise trial.broken(
-                    "rows",
-                    f"the {rows} of group {group} change the {sorted(changed - {wanted})[0]} of group {number % groups}",
-                )
+            others = sorted(changed - {wanted})
+            if others:
+                text = f"the {rows} of group {group} change the {others[0]} of call {call}, group {number % groups}"
+                raise trial.broken("rows", text)
             if wanted and not changed and float(pairs[wanted][0].abs().max()) > 0:
                 text = (
-                    f"the {rows} of group {group} do not change the {wanted} of the {number + 1}. group that is seen"
+                    f"the {rows} of group {group} do not change the {wanted} of call {call}, group {number % groups}"
                 )
                 raise trial.broken("rows", text)
             if wanted and kind == C and trial.layout.folds and not _close(LOUDER * pairs[C][0], pairs[C][1]):

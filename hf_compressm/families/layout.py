@@ -267,7 +267,9 @@ class Layout:
         start = 0
         for segment in part.segments:
             if segment not in (STATE, B, C):
-                blocks = [(torch.arange(self._segment_width(module, slot, segment)), None)]
+                blocks: list[tuple[Tensor, Tensor | None]] = [
+                    (torch.arange(self._segment_width(module, slot, segment)), None)
+                ]
             else:
                 blocks = [(kept[group], R[group]) for group in groups]
             for indices, mixed in blocks:
@@ -306,7 +308,7 @@ def _exact(parameter: Tensor) -> Tensor:
 
 def _channels(owner: Any, present: int) -> Iterator[str]:
     """The attributes of a projection or convolution that count its rows."""
-    names = ("out_features", "out_channels")
+    names: tuple[str, ...] = ("out_features", "out_channels")
     if getattr(owner, "groups", 1) == present:  # one row for each channel of the input
         names = ("in_channels", "out_channels", "groups")
     yield from (name for name in names if getattr(owner, name, None) == present)

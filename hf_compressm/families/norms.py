@@ -1,7 +1,7 @@
-"""Taking the statistics of norms as constants, while a derivative through them is wanted.
+"""What runs between a recurrence and the output projection of its layer: gates and norms, to be differentiated.
 
-Between a recurrence and the output projection of its layer there are gates and norms. What a channel passes on is its
-own factor; that it also changes the root mean square of all is left out.
+The statistics of norms count as constants. What a channel passes on is its own factor; that it also changes the root
+mean square of all is left out.
 """
 
 from collections.abc import Callable
@@ -30,20 +30,36 @@ _STATISTICS = frozenset(
 )
 
 
-class ConstantNorms(TorchFunctionMode):
-    """Gradients do not flow through the scale of a norm, nor through the mean of a layer norm."""
+class AfterRecurrence(TorchFunctionMode):
+    """Gradients do not flow through the scale of a norm, nor through the mean of a layer norm.
+
+    Args:
+        weight: of the output projection, which a layer may use without calling the projection.
+        heard: is then given the projection's input and the weight, and returns the input.
+
+    Attributes:
+        is_on: whether a recurrence has run and its output projection has not.
+    """
+
+    def __init__(self, weight: Any, heard: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.heard, self.is_on = weight, heard, False
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run a function of torch, or what stands for it."""
         kwargs = kwargs or {}
+        if not self.is_on:
+            return function(*args, **kwargs)
         if function in _STATISTICS:
             return function(*args, **kwargs).detach()
         if function in _NORMS:
             with torch.no_grad():
                 result = function(*args, **kwargs)
             return _NORMS[function](result, *args, **kwargs)
+        if function is F.linear and len(args) > 1 and args[1] is self.weight:
+            args = (self.heard(args[0], args[1]), *args[1:])
         return function(*args, **kwargs)
 
 
@@ -100,7 +116,7 @@ def _with_value(linear: Tensor, value: Tensor) -> Tensor:
     return linear + (value - linear.detach())
 
 
-_NORMS = {
+_NORMS: dict[Any, Callable[..., Tensor]] = {
     F.rms_norm: _rms_norm,
     torch.rms_norm: _rms_norm,
     F.layer_norm: _layer_norm,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_compressm.families.calls import Call, Seen, bound
 from hf_compressm.families.family import SSMLayer, Statistics
-from hf_compressm.families.norms import ConstantNorms
+from hf_compressm.families.norms import AfterRecurrence
 from hf_compressm.families.recurrences import replaced
 from hf_compressm.peft import effective_weight
 
@@ -38,7 +38,7 @@ class Watch:
         self._calls: list[Call] = []
         self._records = False  # whether gradients are recorded, as in a training step
         self._frozen: list[nn.Parameter] = []
-        self._norms: ConstantNorms | None = None
+        self._after: AfterRecurrence | None = None
         self._given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     @contextmanager
@@ -71,13 +71,15 @@ class Watch:
         output, *others = result if isinstance(result, tuple) else (result,)
         call = Call(kind, bound(kind, function, args, kwargs), output)
         self._calls.append(call)
-        if self.layer.family.output_of(self.layer.module) is not None:
+        projection: Any = self.layer.family.output_of(self.layer.module)
+        if projection is not None:
             if not (output.requires_grad and torch.is_grad_enabled()):
                 call.output = output.detach().requires_grad_()
                 torch.set_grad_enabled(True)
-            if self._norms is None:
-                self._norms = ConstantNorms()
-                self._norms.__enter__()
+            if self._after is None:
+                self._after = AfterRecurrence(getattr(projection, "weight", None), self.heard)
+                self._after.__enter__()
+            self._after.is_on = True
             output = call.output.clone()  # not a leaf, which could not be changed in place
         return (output, *others) if isinstance(result, tuple) else output
 
@@ -91,7 +93,8 @@ class Watch:
         calls = [call for call in self._calls if call.gain is None]
         if not calls or not signal.requires_grad:
             return signal
-        self._leave_norms()
+        if self._after is not None:
+            self._after.is_on = False
         cotangent = _loudness(weight.detach(), signal)
         mask = self._mask
         if mask is not None and signal.shape[:2] == mask.shape:
@@ -120,11 +123,18 @@ class Watch:
     def _at_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self._running or self._running[-1] is not self or not self._calls:
             return None
-        return (self.heard(args[0], effective_weight(module)), *args[1:])
+        self._running.append(_BUSY)  # with adapters, this runs the projection
+        try:
+            weight = effective_weight(module)
+        finally:
+            self._running.pop()
+        return (self.heard(args[0], weight), *args[1:])
 
     def _end(self, module: nn.Module, args: Any, result: Any) -> None:
         """Hand over what was seen; this is called after an error too."""
-        self._leave_norms()
+        if self._after is not None:
+            self._after.__exit__(None, None, None)
+            self._after = None
         if self._running and self._running[-1] is self:
             self._running.pop()
         for parameter in self._frozen:
@@ -136,11 +146,6 @@ class Watch:
         if result is not None and not in_backward():
             with torch.no_grad():
                 self.statistics.observe(Seen(module, *self._given, self._mask, calls))
-
-    def _leave_norms(self) -> None:
-        if self._norms is not None:
-            self._norms.__exit__(None, None, None)
-            self._norms = None
 
 
 _BUSY: Any = object()
