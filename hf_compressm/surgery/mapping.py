@@ -1,10 +1,12 @@
 """How gradients and moments of parameters follow a cut: the linear maps that a family gives with each change."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from hf_compressm.families.complex_terms import ComplexTerm
 from hf_compressm.families.family import MomentTerm
 from hf_compressm.surgery.parameters import Replacement
 
@@ -15,7 +17,8 @@ def mapped(terms: Sequence[MomentTerm], value_of: Callable[[nn.Parameter], Tenso
     Args:
         terms: the terms of a change.
         value_of: the gradient or moment of a source.
-        squared: whether the values are second moments, which take the squared entries of the maps.
+        squared: whether the values are second moments, which take the squared entries of the maps. Those of a complex
+            parameter hold the squares of the real and of the imaginary part, as torch's optimizers keep them.
     """
     values = [value_of(term.source) for term in terms]
     parts = [_apply(term, value, squared) for term, value in zip(terms, values, strict=True)]
@@ -40,6 +43,11 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 def _apply(term: MomentTerm, value: Tensor, squared: bool) -> Tensor:
     """Apply the term's map along its axis, in float64 unless it only selects."""
+    if isinstance(term, ComplexTerm):
+        return _apply_to_pairs(term, value, squared)
+    if value.is_complex():
+        along = replace(term, dim=term.dim % value.dim())
+        return torch.view_as_complex(_apply(along, _pairs(value), squared).contiguous())
     dim, matrix = term.dim, term.matrix.to(value.device)
     if not matrix.is_floating_point():
         return value.index_select(dim, matrix)
@@ -52,3 +60,17 @@ def _apply(term: MomentTerm, value: Tensor, squared: bool) -> Tensor:
     grouped = value.movedim(dim, 1)  # (groups, old, ...)
     product = matrix @ grouped.flatten(2) if grouped.dim() > 2 else (matrix @ grouped[..., None])[..., 0]
     return product.reshape(*product.shape[:2], *grouped.shape[2:]).movedim(1, dim)
+
+
+def _apply_to_pairs(term: ComplexTerm, value: Tensor, squared: bool) -> Tensor:
+    """Apply a map of `[Re; Im]` to complex numbers, or to real ones with both parts in their last axis."""
+    pairs = _pairs(value)
+    plain = MomentTerm(term.source, term.matrix, term.dim % (pairs.dim() - 1))
+    stacked = _apply(plain, torch.cat(pairs.unbind(-1), dim=plain.dim), squared)
+    moved = torch.stack(stacked.chunk(2, dim=plain.dim), dim=-1)
+    return torch.view_as_complex(moved) if value.is_complex() else moved
+
+
+def _pairs(value: Tensor) -> Tensor:
+    """Real and imaginary parts in a last axis."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
