@@ -8,8 +8,9 @@ import torch
 from s5 import S5Block
 from s5.s5_model import S5SSM, discretize_bilinear
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
-from hf_compressm import CompreSSMConfig, compress, plan_compression
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress, plan_compression
 from hf_compressm.families import SSMLayer, find_layers
 from hf_compressm.families.linear import _fill
 from hf_compressm.numerics import balance, truncate
@@ -45,11 +46,12 @@ class Frames(nn.Module):
             if isinstance(module, S5SSM) and bilinear:
                 module.discretize = discretize_bilinear
 
-    def forward(self, frames: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, labels: Tensor | None = None) -> Any:
         hidden = self.encoder(frames)
         for block in self.blocks:
             hidden = block(hidden)
-        return self.head(hidden.mean(1))
+        logits = self.head(hidden.mean(1))
+        return logits if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def built(**variant: Any) -> tuple[Frames, SSMLayer]:
@@ -224,6 +226,32 @@ def test_training_goes_on_after_a_cut_and_from_what_was_saved(bidir: bool, tmp_p
     again.load_state_dict(saved["optimizer"])
     assert train(fresh, again, 3) == train(model, optimizer, 3)
     assert same(fresh.state_dict(), model.state_dict())
+
+
+@pytest.mark.slow
+def test_a_trainer_cuts_and_resumes_across_a_cut_bit_for_bit(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    data = [{"frames": torch.randn(8, 3, generator=generator), "labels": torch.tensor(i % 4)} for i in range(24)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=6,
+        save_steps=2,
+        per_device_train_batch_size=4,
+        optim="adamw_torch",  # the fused one refuses complex parameters
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    finished = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-4")):
+        torch.manual_seed(0)
+        model = Frames(bidir=True)
+        callback = CompreSSMCallback(CompreSSMConfig(target_state_size=6, start=2, end=3, num_cuts=1))
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert {tuple(layer.module.C.shape) for layer in find_layers(model)} == {(WIDTH, 12)}
+        finished.append((model.state_dict(), trainer.optimizer.state_dict()["state"]))
+    assert same(finished[0], finished[1])
 
 
 @pytest.mark.parametrize(
