@@ -57,7 +57,8 @@ def _verified(saved: "SavedModel", console: Console) -> dict[str, Any]:
         model = saved.load()
     tensors = read_tensors(saved.headers)
     for name, tensor in track(tensors, "Looking for NaN", len(saved.headers), console=console, transient=True):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        is_number = tensor.is_floating_point() or tensor.is_complex()
+        if is_number and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{saved.directory}: tensor {name} holds NaN or infinity.")
     return {
         "model": type(model).__name__,

@@ -1,6 +1,7 @@
 """One file per family of SSM layers, found through one registry."""
 
 from hf_compressm.families import mamba as _mamba  # noqa: F401 - registers its layers
+from hf_compressm.families.complex_terms import ComplexTerm
 from hf_compressm.families.falcon_mamba import NormalizedMambaFamily
 from hf_compressm.families.family import (
     AttributeChange,
@@ -20,12 +21,14 @@ from hf_compressm.families.mamba2 import Mamba2Family
 from hf_compressm.families.owners import Holder, Owner, holders_of
 from hf_compressm.families.registry import find_layers, register, registered_families, size_fields
 from hf_compressm.families.s5 import S5Family
+from hf_compressm.families.s5_pytorch import S5PytorchFamily
 from hf_compressm.families.selective import SelectiveFamily
 from hf_compressm.families.statistics import collect_statistics, refuse_single_batch, run_batch
 
 
 __all__ = [
     "AttributeChange",
+    "ComplexTerm",
     "CutMethod",
     "Family",
     "Holder",
@@ -40,6 +43,7 @@ __all__ = [
     "ParameterAddition",
     "ParameterChange",
     "S5Family",
+    "S5PytorchFamily",
     "SSMLayer",
     "SelectiveFamily",
     "Statistics",

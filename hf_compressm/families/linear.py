@@ -107,19 +107,37 @@ class LinearFamily(Family):
 
     Attributes:
         axes: every tensor of a layer by name, each with the axis that has the slots, or None.
+        stabilizing: what keeps the eigenvalues of such a layer below 1, in a message.
     """
 
     axes: Mapping[str, int | None] = field(default_factory=dict, compare=False)
+    stabilizing: str = "clip_eigs=True in the config of an S5, or a lower learning rate"
     tells_texts_apart_by: frozenset[str] = frozenset({"cu_seq_lens_q", "position_ids", "seq_idx"})
     mask: str = "mask"
 
     @abstractmethod
     def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:
-        """The layer's own parameters for a reduced system, float64, except `C_re` and `C_im`."""
+        """The layer's own parameters for a reduced system, in double precision, except those of `read_out`."""
 
     @abstractmethod
     def input_gradient_scale(self, module: Any, system: DiagonalSystem, values: Mapping[str, Tensor]) -> Tensor:
         """Complex `(slots,)` factor f with `B of the system = f * stored B`, for the given parameter values."""
+
+    def read_out(self, module: Any, C: Tensor) -> dict[str, Tensor]:
+        """The parameters that hold C `(H, slots)`, or both read-outs side by side; without conjugate symmetry's 2."""
+        C = C / 2 if getattr(module, "conj_sym", False) else C
+        return {"C_re": C.real, "C_im": C.imag}
+
+    def matrix_terms(self, module: Any, B_map: Tensor, C_map: Tensor) -> dict[str, tuple[MomentTerm, ...]]:
+        """The moment terms of the parameters that hold B and C, for maps of `[Re; Im]` of their axis of states."""
+        terms: dict[str, tuple[MomentTerm, ...]] = {}
+        terms |= dict(zip(("B_re", "B_im"), _complex_terms((module.B_re, module.B_im), B_map, dim=0), strict=True))
+        terms |= dict(zip(("C_re", "C_im"), _complex_terms((module.C_re, module.C_im), C_map, dim=1), strict=True))
+        return terms
+
+    def attributes(self, module: Any, size: int) -> tuple[AttributeChange, ...]:
+        """What a layer stores of its size besides the shapes of its parameters."""
+        return (AttributeChange(module, "state_size", size),)
 
     def system(self, module: Any) -> DiagonalSystem:
         """The discrete-time system of a layer, on the CPU; C stacks both read-outs of a bidirectional layer."""
@@ -151,7 +169,7 @@ class LinearFamily(Family):
                 shape = list(getattr(module, name).shape)
                 shape[axis] = shape[axis] * size // present
                 shapes[name] = tuple(shape)
-        return LayerShape(shapes, (AttributeChange(module, "state_size", size),))
+        return LayerShape(shapes, self.attributes(module, size))
 
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
         """The criterion to use for `wanted`; complex balancing, the paper's own, uses no measured covariances."""
@@ -177,8 +195,8 @@ class LinearFamily(Family):
             return Measurement(nothing, free, "non-finite parameters")
         if not system.is_stable:
             largest = float(system.eigenvalues.abs().max())
-            way_out = "clip_eigs=True in the config of an S5, or a lower learning rate, keeps it below 1"
-            return Measurement(nothing, free, f"unstable, max |eigenvalue| {largest:.6g}; {way_out}")
+            why = f"unstable, max |eigenvalue| {largest:.6g}; {self.stabilizing}, keeps it below 1"
+            return Measurement(nothing, free, why)
         if not has_finite_parameters(layer.module):
             return Measurement(nothing, free, "non-finite parameters")
         if statistics is not None and (problem := statistics.problem):
@@ -210,7 +228,7 @@ class LinearFamily(Family):
         kept = sigma[_used(ranked.order, sigma)[: truncation.kept]]
         return LayerCut(
             changes=self._changes(layer, _fill(balancing.system, truncation, slots)),
-            attributes=(AttributeChange(layer.module, "state_size", size),),
+            attributes=self.attributes(layer.module, size),
             predicted_error=_predicted_error(balancing, truncation, kept),
             error_bound=None if balancing.measured else truncation.error_bound * self._bound_factor(layer.module),
             energy_kept=float(kept.sum() / sigma.sum()),
@@ -236,18 +254,13 @@ class LinearFamily(Family):
         module, system = layer.module, reduction.system
         values = self.parametrize(module, reduction)
         C = torch.cat(system.C.chunk(2), dim=1) if len(self.directions(module)) == 2 else system.C
-        values["C_re"], values["C_im"] = self._stored_output(module, C)
+        values |= self.read_out(module, C)
         terms = self._moment_terms(module, reduction, values)
         prefix = f"{layer.name}." if layer.name else ""
         return tuple(
             ParameterChange(f"{prefix}{name}", getattr(module, name), value, terms[name])
             for name, value in values.items()
         )
-
-    def _stored_output(self, module: Any, C: Tensor) -> tuple[Tensor, Tensor]:
-        """`C_re` and `C_im` as stored; conjugate symmetry keeps its factor 2 out of the parameters."""
-        C = C / 2 if getattr(module, "conj_sym", False) else C
-        return C.real, C.imag
 
     def _moment_terms(
         self, module: Any, reduction: Reduction, values: Mapping[str, Tensor]
@@ -264,10 +277,8 @@ class LinearFamily(Family):
         terms: dict[str, tuple[MomentTerm, ...]] = {
             name: (MomentTerm(getattr(module, name), participation, 0),) for name in values
         }
-        terms |= dict(zip(("B_re", "B_im"), _complex_terms((module.B_re, module.B_im), B_map, dim=0), strict=True))
         C_map = _both_directions(C_map) if len(self.directions(module)) == 2 else C_map
-        terms |= dict(zip(("C_re", "C_im"), _complex_terms((module.C_re, module.C_im), C_map, dim=1), strict=True))
-        return terms
+        return terms | self.matrix_terms(module, B_map, C_map)
 
 
 def _slots(layer: SSMLayer, ranked: Ranked, size: int) -> int:

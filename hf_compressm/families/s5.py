@@ -44,9 +44,8 @@ class S5Family(LinearFamily):
         old ones, weighted by their participation, and smaller if `clip_eigs` demands it.
         """
         system = reduction.system
-        weight = reduction.participation.abs()
-        log_step = weight @ module.log_step.detach().to("cpu", torch.float64) / weight.sum(dim=1)
-        product = _step_product(system.eigenvalues, module.discretization)
+        log_step = mean_log_step(module.log_step, reduction)
+        product = step_product(system.eigenvalues, module.discretization)
         if module.clip_eigs:
             log_step = torch.minimum(log_step, (product.real / (1.001 * LARGEST_REAL_PART)).clamp_min(1e-30).log())
         Lambda = product / log_step.exp()
@@ -60,20 +59,30 @@ class S5Family(LinearFamily):
             values[name].detach().to("cpu", torch.float64) for name in ("Lambda_re", "Lambda_im", "log_step")
         )
         real = real.clamp(max=LARGEST_REAL_PART) if module.clip_eigs else real
-        step = log_step.exp()
-        product = torch.complex(real, imaginary) * step
-        if module.discretization == "bilinear":
-            return 2 * step / (2 - product)
-        small = product.abs() < SMALLEST_STEP_PRODUCT
-        safe = torch.where(small, torch.ones_like(product), product)
-        return torch.where(small, step.to(safe.dtype), step * torch.expm1(safe) / safe)
+        return input_factor(torch.complex(real, imaginary), log_step.exp(), module.discretization)
 
 
-def _step_product(eigenvalues: Tensor, discretization: str) -> Tensor:
+def mean_log_step(log_step: Tensor, reduction: Reduction) -> Tensor:
+    """The logarithm of each new state's step size: the mean of the old ones, weighted by their participation."""
+    weight = reduction.participation.abs()
+    return weight @ log_step.detach().to("cpu", torch.float64) / weight.sum(dim=1)
+
+
+def step_product(eigenvalues: Tensor, discretization: str) -> Tensor:
     """`Lambda Delta` of a discrete eigenvalue."""
     if discretization == "bilinear":
         return 2 * (eigenvalues - 1) / (eigenvalues + 1)
     return torch.complex(eigenvalues.abs().clamp_min(SMALLEST_MODULUS).log(), eigenvalues.angle())
+
+
+def input_factor(Lambda: Tensor, step: Tensor, discretization: str) -> Tensor:
+    """The discretisation's factor f, complex `(slots,)`."""
+    product = Lambda * step
+    if discretization == "bilinear":
+        return 2 * step / (2 - product)
+    small = product.abs() < SMALLEST_STEP_PRODUCT
+    safe = torch.where(small, torch.ones_like(product), product)
+    return torch.where(small, step.to(safe.dtype), step * torch.expm1(safe) / safe)
 
 
 register(

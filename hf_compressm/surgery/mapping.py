@@ -1,10 +1,12 @@
 """How gradients and moments of parameters follow a cut: the linear maps that a family gives with each change."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from hf_compressm.families.complex_terms import ComplexTerm
 from hf_compressm.families.family import MomentTerm
 from hf_compressm.families.maps import apply_map
 from hf_compressm.surgery.parameters import Replacement
@@ -16,10 +18,11 @@ def mapped(terms: Sequence[MomentTerm], value_of: Callable[[nn.Parameter], Tenso
     Args:
         terms: the terms of a change.
         value_of: the gradient or moment of a source.
-        squared: whether the values are second moments, which take the squared entries of the maps.
+        squared: whether the values are second moments, which take the squared entries of the maps. Those of a complex
+            parameter hold the squares of the real and of the imaginary part, as torch's optimizers keep them.
     """
     values = [value_of(term.source) for term in terms]
-    parts = [apply_map(value, term.matrix, term.dim, squared) for term, value in zip(terms, values, strict=True)]
+    parts = [_apply(term, value, squared) for term, value in zip(terms, values, strict=True)]
     return torch.stack(parts).sum(dim=0).to(device=values[0].device, dtype=values[0].dtype).contiguous()
 
 
@@ -37,3 +40,27 @@ def carry_gradients(replacements: Sequence[Replacement]) -> None:
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
+
+
+def _apply(term: MomentTerm, value: Tensor, squared: bool) -> Tensor:
+    """Apply the term's map along its axis, in float64 unless it only selects."""
+    if isinstance(term, ComplexTerm):
+        return _apply_to_pairs(term, value, squared)
+    if value.is_complex():
+        along = replace(term, dim=term.dim % value.dim())
+        return torch.view_as_complex(_apply(along, _pairs(value), squared).contiguous())
+    return apply_map(value, term.matrix, term.dim, squared)
+
+
+def _apply_to_pairs(term: ComplexTerm, value: Tensor, squared: bool) -> Tensor:
+    """Apply a map of `[Re; Im]` to complex numbers, or to real ones with both parts in their last axis."""
+    pairs = _pairs(value)
+    plain = MomentTerm(term.source, term.matrix, term.dim % (pairs.dim() - 1))
+    stacked = _apply(plain, torch.cat(pairs.unbind(-1), dim=plain.dim), squared)
+    moved = torch.stack(stacked.chunk(2, dim=plain.dim), dim=-1)
+    return torch.view_as_complex(moved) if value.is_complex() else moved
+
+
+def _pairs(value: Tensor) -> Tensor:
+    """Real and imaginary parts in a last axis."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value

@@ -7,6 +7,9 @@
 | factored second moment | Adafactor `exp_avg_sq_row`, `exp_avg_sq_col` | `|M|^2` on the factor that has the axis |
 | per-parameter scalar | `step`, `RMS` | kept |
 
+A complex parameter's moments are complex too: the first one is a number, the second one holds the squares of the
+gradient's real part and of its imaginary part (`torch.optim` steps such a parameter as a pair of real ones).
+
 State of a parameter with any other entry is reset as a whole: 8-bit and 4-bit blocks, GaLore's and APOLLO's
 projections, the averaged weights of schedule-free optimizers, RMSprop with momentum (whose average of normalised
 steps does not follow a change of basis) or centred (whose variance could become negative).
@@ -31,6 +34,9 @@ ROLES: dict[str, Role] = {
     "exp_avg_sq_row": "row",
     "exp_avg_sq_col": "column",
 }
+
+FACTORS: frozenset[Role] = frozenset({"row", "column"})
+"""Roles of entries that average over an axis; those of complex numbers do not follow a map that mixes their parts."""
 
 BITSANDBYTES: dict[str, dict[str, Role]] = {
     "adam": {"state1": "first", "state2": "second"},
@@ -60,9 +66,15 @@ def unknown_entry(state: Mapping[str, Any], parameter: nn.Parameter, roles: Mapp
             return key
         if not isinstance(value, Tensor):
             continue
-        if value.numel() > 1 and not (key in roles and is_whole(value) and fits(roles[key], value, parameter)):
+        known = key in roles and is_whole(value) and fits(roles[key], value, parameter)
+        if value.numel() > 1 and not (known and _follows_parts(roles[key], value, parameter)):
             return key
     return None
+
+
+def _follows_parts(role: Role, value: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether a complex parameter's entry has values for its real and its imaginary part."""
+    return not parameter.is_complex() or (value.is_complex() and role not in FACTORS)
 
 
 def misshapen_entry(

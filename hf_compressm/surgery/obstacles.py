@@ -95,7 +95,8 @@ def _check_whole(name: str, parameter: Tensor) -> None:
             "`hf-compressm compress CHECKPOINT --output DIR`, or the model before it is split."
         )
     is_wrapper: bool = is_traceable_wrapper_subclass(parameter)
-    if is_wrapper or not parameter.is_floating_point() or parameter.itemsize < 2:
+    is_number = parameter.is_floating_point() or parameter.is_complex()
+    if is_wrapper or not is_number or parameter.itemsize < 2:
         kind = type(parameter.data).__name__ if is_wrapper else str(parameter.dtype)
         raise ValueError(
             f"{name} is quantised ({kind}), and a layer with quantised weights cannot be measured or cut. Load it "

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_compressm.families.complex_terms import ComplexTerm
 from hf_compressm.surgery.mapping import mapped
-from hf_compressm.surgery.moments import Role, fresh_state, misshapen_entry, roles_of, unknown_entry
+from hf_compressm.surgery.moments import FACTORS, Role, fresh_state, misshapen_entry, roles_of, unknown_entry
 from hf_compressm.surgery.parameters import Addition, NonFiniteError, Replacement, parameter_order
 from hf_compressm.surgery.stores import Store, check_optimizer, optimizers_in, parameters_of, state_of, stores_in
 
@@ -225,6 +226,8 @@ def _unknown_entry(item: Replacement, store: Store, roles: Mapping[str, Role]) -
         unknown = unknown_entry(state, source, roles)
         if unknown:
             return unknown
+    if any(isinstance(term, ComplexTerm) for term in item.change.moments):
+        return next((key for key in store.state[item.change.parameter] if roles.get(key) in FACTORS), None)
     return None
 
 
