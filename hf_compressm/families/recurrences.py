@@ -68,7 +68,9 @@ def replaced(
     wanted = {id(function): stand_in(kind, function) for kind, function in _found(RECURRENCES)}
     scan = stand_in(SELECTIVE, selective_scan)
     wanted |= {id(function): parts(scan, heard) for parts, function in _found(FUSED)}
-    holders = [*(vars(module) for module in _modules(model)), *(vars(module) for module in model.modules())]
+    spaces = [vars(module) for module in _modules(model)] + [vars(module) for module in model.modules()]
+    spaces += [getattr(type(module).forward, "__globals__", {}) for module in model.modules()]
+    holders = {id(space): space for space in spaces}.values()
     places = [(held, name) for held in holders for name, value in list(held.items()) if id(value) in wanted]
     originals = [held[name] for held, name in places]
     try:
