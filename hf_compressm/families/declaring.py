@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_compressm.families.family import SSMLayer
 from hf_compressm.families.laws import check_laws
 from hf_compressm.families.layout import Layout
-from hf_compressm.families.registry import register
+from hf_compressm.families.registry import register, registered
 from hf_compressm.families.selective import SelectiveFamily
 from hf_compressm.utils.randomness import undisturbed
 
@@ -26,6 +26,10 @@ _TRIED: set[type] = set()
 @dataclass(frozen=True)
 class DeclaredFamily(SelectiveFamily):
     """Layers that a user has declared."""
+
+    def __reduce__(self) -> Any:
+        """Another process has the same declaration, whose functions could not be sent."""
+        return registered, (self.module_type, self.mark)
 
 
 def declare_layer(

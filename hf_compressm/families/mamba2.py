@@ -113,6 +113,16 @@ def inner_width(module: Any) -> int:
     return int(module.conv1d.weight.shape[0]) - 2 * int(groups) * int(width)
 
 
+def convolved_width(module: Any, size: int) -> int:
+    """Channels of the convolution, with `size` states."""
+    return inner_width(module) + 2 * grouped_width(module, size)
+
+
+def grouped_width(module: Any, size: int) -> int:
+    """Channels of B, with `size` states."""
+    return int(module.n_groups) * size
+
+
 def heads(module: Any) -> int:
     """Rows of `in_proj` that make the step sizes."""
     return int(module.A_log.numel())
@@ -156,10 +166,7 @@ _PARTS = (
     rows("conv1d", "*", "B", "C"),
 )
 _OTHERS = ("A_log", "D", "dt_bias", "norm.weight", "out_proj.weight", "out_proj.bias")
-_FOLLOWS = {
-    "conv_dim": lambda module, size: inner_width(module) + 2 * module.n_groups * size,
-    "groups_time_state_size": lambda module, size: module.n_groups * size,
-}
+_FOLLOWS = {"conv_dim": convolved_width, "groups_time_state_size": grouped_width}
 _STOCK = Layout("ssm_state_size", _PARTS, groups="n_groups", follows=_FOLLOWS, others=_OTHERS)
 _MULTIPLIERS = replace(_STOCK, parts=(*_PARTS, Part("mup_vector", -1, ("*", "B", "C", heads))))
 _NEMOTRON = "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer"

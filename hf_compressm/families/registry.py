@@ -24,6 +24,11 @@ def register(family: Family) -> None:
     _FAMILIES.setdefault(path, {})[family.mark] = family
 
 
+def registered(module_type: type | str, mark: str = "") -> Family:
+    """The family of a class of layers."""
+    return _FAMILIES[_path(module_type)][mark]
+
+
 def family_of(module: nn.Module) -> Family | None:
     """The family of a layer, that of its class before those of its bases; None for anything else."""
     for path in map(_path, type(module).__mro__):

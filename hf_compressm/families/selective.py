@@ -210,7 +210,8 @@ class SelectiveFamily(Family):
 
     def state_entries(self, module: Any) -> int:
         """One number for each channel and state."""
-        held = [slot.tensor.numel() for slot in self.layout.slots(module) if slot.part.segments == (STATE,)]
+        slots = [slot for slot in self.layout.slots(module) if slot.tensor.dim() > 1]
+        held = [slot.tensor.numel() for slot in slots if slot.part.segments == (STATE,)]
         output: Any = self.output_of(module)
         return sum(held) if held else self.state_size(module) * int(output.weight.shape[1])
 
