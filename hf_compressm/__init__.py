@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         plan_compression,
     )
     from hf_compressm.config import CompreSSMConfig
+    from hf_compressm.families import Layout, declare_layer, rows, states
     from hf_compressm.models import (
         CompreSSMamba2Config,
         CompreSSMamba2ForCausalLM,
@@ -56,6 +57,7 @@ __all__ = [
     "LRUForSequenceClassification",
     "LRUModel",
     "LayerPlan",
+    "Layout",
     "S5Config",
     "S5ForCausalLM",
     "S5ForSequenceClassification",
@@ -64,9 +66,12 @@ __all__ = [
     "apply_plan",
     "compress",
     "compress_checkpoint",
+    "declare_layer",
     "enable_fast_selective_scan",
     "find_last_complete_checkpoint",
     "plan_compression",
+    "rows",
+    "states",
     "verify_checkpoint",
 ]
 
@@ -85,6 +90,7 @@ __getattr__, __dir__ = lazy_names(
             "plan_compression",
         ],
         "config": ["CompreSSMConfig"],
+        "families": ["Layout", "declare_layer", "rows", "states"],
         "models": [name for name in __all__ if "Mamba" in name or name.startswith(("LRU", "S5"))],
         "reports": ["compress_checkpoint"],
         "scans": ["enable_fast_selective_scan"],

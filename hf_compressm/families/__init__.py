@@ -2,6 +2,7 @@
 
 from hf_compressm.families import mamba as _mamba  # noqa: F401 - registers its layers
 from hf_compressm.families.complex_terms import ComplexTerm
+from hf_compressm.families.declaring import declare_layer
 from hf_compressm.families.falcon_mamba import NormalizedMambaFamily
 from hf_compressm.families.family import (
     AttributeChange,
@@ -16,6 +17,7 @@ from hf_compressm.families.family import (
     SSMLayer,
     Statistics,
 )
+from hf_compressm.families.layout import Layout, rows, states
 from hf_compressm.families.lru import LRUFamily
 from hf_compressm.families.mamba2 import Mamba2Family
 from hf_compressm.families.owners import Holder, Owner, holders_of
@@ -35,6 +37,7 @@ __all__ = [
     "LRUFamily",
     "LayerCut",
     "LayerShape",
+    "Layout",
     "Mamba2Family",
     "Measurement",
     "MomentTerm",
@@ -48,11 +51,14 @@ __all__ = [
     "SelectiveFamily",
     "Statistics",
     "collect_statistics",
+    "declare_layer",
     "find_layers",
     "holders_of",
     "refuse_single_batch",
     "register",
     "registered_families",
+    "rows",
     "run_batch",
     "size_fields",
+    "states",
 ]

@@ -124,9 +124,10 @@ def _precise(trial: Trial) -> Trial:
 
 def _attributes(trial: Trial) -> None:
     layer, layout = trial.layer, trial.layout
-    size = getattr(layer, layout.state_size, None)
-    if not isinstance(size, int) or size < 1:
-        raise trial.broken("parts", f"its state_size is the attribute {layout.state_size!r}, which is {size!r} here")
+    try:
+        layout.size_of(layer)
+    except ValueError as error:
+        raise trial.broken("parts", str(error).rstrip(".")) from error
     output: Any = trial.family.output_of(layer)
     weight = getattr(output, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
@@ -226,7 +227,8 @@ def _order(trial: Trial, output: Tensor) -> None:
     order = torch.stack([torch.arange(size).roll(1 + group) for group in range(groups)])
     _cut(trial.layout, exchanged, order)
     if not _close(output, trial.run(exchanged)[0]):
-        raise trial.broken("order", "its output is another one when all its states are exchanged")
+        hint = _hint(trial.layout, trial.layer)
+        raise trial.broken("order", f"its output is another one when all its states are exchanged{hint}")
 
 
 def _smaller(trial: Trial) -> None:
@@ -241,8 +243,7 @@ def _smaller(trial: Trial) -> None:
     for group in range(groups):
         _multiply(layout, silent, C, group, torch.arange(size - step, size), 0.0)
     _cut(layout, smaller, kept)
-    suspects = _suspects(layout, trial.layer)
-    hint = f"; {', '.join(suspects)} may have a state axis too" if suspects else ""
+    hint = _hint(layout, trial.layer)
     try:
         output, calls = trial.run(smaller)
     except Exception as error:  # anybody's forward may raise anything
@@ -257,11 +258,12 @@ def _smaller(trial: Trial) -> None:
         raise trial.broken("smaller", f"with {size - step} states it gives something else{hint}")
 
 
-def _suspects(layout: Layout, layer: Any) -> list[str]:
-    """Parameters and buffers of the state's width that the layout does not name."""
+def _hint(layout: Layout, layer: Any) -> str:
+    """The parameters and buffers of the state's width that the layout does not name, in words."""
     known, size = layout.state_axes(layer), layout.size_of(layer)
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
-    return [name for name, tensor in tensors if name not in known and size in tensor.shape]
+    found = [name for name, tensor in tensors if name not in known and size in tensor.shape]
+    return f"; {', '.join(found)} may have a state axis too" if found else ""
 
 
 def _cut(layout: Layout, layer: Any, kept: Tensor) -> None:

@@ -110,8 +110,18 @@ class Layout:
         return all(part.folds for part in self.parts if C in part.segments)
 
     def size_of(self, module: Any) -> int:
-        """N."""
-        return int(getattr(module, self.state_size))
+        """N.
+
+        Raises:
+            ValueError: if the attribute holds no number of states.
+        """
+        size = getattr(module, self.state_size, None)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"{type(module).__name__}.{self.state_size} is {size!r}; the state_size of its layout must name an "
+                "attribute with the number of states."
+            )
+        return size
 
     def groups_of(self, module: Any) -> int:
         """The number of groups."""
