@@ -86,6 +86,7 @@ def bound(kind: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     if any(place.kind is inspect.Parameter.VAR_POSITIONAL for place in places):  # a wrapper that names no arguments
         places = inspect.signature(_OWN[kind]).parameters.values()
     given = dict(zip([place.name for place in places], args, strict=False)) | dict(kwargs)
+    given = {name: value.detach() if isinstance(value, Tensor) else value for name, value in given.items()}
     return {ALIASES[kind].get(name, name): value for name, value in given.items() if value is not None}
 
 

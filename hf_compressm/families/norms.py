@@ -1,10 +1,11 @@
 """What runs between a recurrence and the output projection of its layer: gates and norms, to be differentiated.
 
-The statistics of norms count as constants. What a channel passes on is its own factor; that it also changes the root
-mean square of all is left out.
+The statistics of norms count as constants there. What a channel passes on is its own factor; that it also changes the
+root mean square of all is left out. Other derivatives, those of a training step, are what they would be.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ _STATISTICS = frozenset(
 
 
 class AfterRecurrence(TorchFunctionMode):
-    """Gradients do not flow through the scale of a norm, nor through the mean of a layer norm.
+    """Lets gradients pass by the scale of a norm, and the mean of a layer norm, where that is wanted.
 
     Args:
         weight: of the output projection, which a layer may use without calling the projection.
@@ -44,6 +45,16 @@ class AfterRecurrence(TorchFunctionMode):
     def __init__(self, weight: Any, heard: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.weight, self.heard, self.is_on = weight, heard, False
+        self._constant = False
+
+    @contextmanager
+    def constant_norms(self) -> Iterator[None]:
+        """Take the statistics as constants in derivatives meanwhile."""
+        self._constant = True
+        try:
+            yield
+        finally:
+            self._constant = False
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -53,14 +64,22 @@ class AfterRecurrence(TorchFunctionMode):
         if not self.is_on:
             return function(*args, **kwargs)
         if function in _STATISTICS:
-            return function(*args, **kwargs).detach()
+            return self._passed(function(*args, **kwargs), constant=False)
         if function in _NORMS:
-            with torch.no_grad():
-                result = function(*args, **kwargs)
-            return _NORMS[function](result, *args, **kwargs)
+            result = function(*args, **kwargs)
+            linear = _NORMS[function](result.detach(), *args, **kwargs)
+            return self._passed(result, constant=False) + self._passed(linear - linear.detach(), constant=True)
         if function is F.linear and len(args) > 1 and args[1] is self.weight:
             args = (self.heard(args[0], args[1]), *args[1:])
         return function(*args, **kwargs)
+
+    def _passed(self, result: Tensor, constant: bool) -> Tensor:
+        """A result through which gradients pass only where statistics are constants, or only where they are not."""
+        if result.requires_grad:
+            result.register_hook(
+                lambda gradient: gradient if self._constant == constant else torch.zeros_like(gradient)
+            )
+        return result
 
 
 def _rms_norm(
@@ -71,7 +90,7 @@ def _rms_norm(
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     scale = (wide.square().mean(dims, keepdim=True) + eps).rsqrt().to(x.dtype)
-    return _with_value(x * scale if weight is None else x * scale * weight, result)
+    return x * scale if weight is None else x * scale * weight
 
 
 def _layer_norm(
@@ -86,7 +105,7 @@ def _layer_norm(
     dims = tuple(range(-len(normalized_shape), 0))
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     scale = (wide.var(dims, correction=0, keepdim=True) + eps).rsqrt().to(x.dtype)
-    return _with_value(x * scale if weight is None else x * scale * weight, result)
+    return x * scale if weight is None else x * scale * weight
 
 
 def _group_norm(
@@ -102,18 +121,13 @@ def _group_norm(
     scale = (wide.flatten(2).var(2, correction=0) + eps).rsqrt().to(x.dtype)  # (batch, groups)
     scale = scale.repeat_interleave(x.shape[1] // num_groups, dim=1)
     factor = scale if weight is None else scale * weight
-    return _with_value(x * factor.view(*factor.shape, *[1] * (x.dim() - 2)), result)
+    return x * factor.view(*factor.shape, *[1] * (x.dim() - 2))
 
 
 def _normalize(result: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`x / |x|`; a zero passes nothing on."""
     scale = torch.where(x == 0, torch.zeros_like(x), result / x).detach()
-    return _with_value(x * scale, result)
-
-
-def _with_value(linear: Tensor, value: Tensor) -> Tensor:
-    """The value of one tensor with the derivative of the other."""
-    return linear + (value - linear.detach())
+    return x * scale
 
 
 _NORMS: dict[Any, Callable[..., Tensor]] = {

@@ -37,7 +37,6 @@ class Watch:
         self.layer, self.statistics, self._running = layer, statistics, running
         self._calls: list[Call] = []
         self._records = False  # whether gradients are recorded, as in a training step
-        self._frozen: list[nn.Parameter] = []
         self._after: AfterRecurrence | None = None
         self._given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
@@ -65,7 +64,8 @@ class Watch:
         """Run a recurrence that the layer calls, and note the call."""
         self._running.append(_BUSY)
         try:
-            result = function(*args, **kwargs)
+            with torch.set_grad_enabled(self._records):
+                result = function(*args, **kwargs)
         finally:
             self._running.pop()
         output, *others = result if isinstance(result, tuple) else (result,)
@@ -73,7 +73,7 @@ class Watch:
         self._calls.append(call)
         projection: Any = self.layer.family.output_of(self.layer.module)
         if projection is not None:
-            if not (output.requires_grad and torch.is_grad_enabled()):
+            if not output.requires_grad:  # what lies between recurrence and output projection is differentiated
                 call.output = output.detach().requires_grad_()
                 torch.set_grad_enabled(True)
             if self._after is None:
@@ -91,16 +91,16 @@ class Watch:
             weight: of the projection, `(out, channels, ...)`.
         """
         calls = [call for call in self._calls if call.gain is None]
-        if not calls or not signal.requires_grad:
+        if not calls or not signal.requires_grad or self._after is None:
             return signal
-        if self._after is not None:
-            self._after.is_on = False
+        self._after.is_on = False
         cotangent = _loudness(weight.detach(), signal)
         mask = self._mask
         if mask is not None and signal.shape[:2] == mask.shape:
             cotangent = cotangent * mask.view(*mask.shape, *[1] * (signal.dim() - 2)).to(signal.dtype)
         outputs = [call.output for call in calls]
-        gains = torch.autograd.grad(signal, outputs, cotangent, retain_graph=self._records, allow_unused=True)
+        with self._after.constant_norms():
+            gains = torch.autograd.grad(signal, outputs, cotangent, retain_graph=self._records, allow_unused=True)
         for call, gain in zip(calls, gains, strict=True):
             call.gain = torch.zeros_like(call.output) if gain is None else gain.abs()
         if self._records:
@@ -114,10 +114,6 @@ class Watch:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls, self._given, self._records = [], (args, kwargs), torch.is_grad_enabled()
-        if not self._records:  # only what lies between recurrence and output projection is differentiated
-            self._frozen = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            for parameter in self._frozen:
-                parameter.requires_grad_(False)
         self._running.append(self)
 
     def _at_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -137,11 +133,8 @@ class Watch:
             self._after = None
         if self._running and self._running[-1] is self:
             self._running.pop()
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
         if not self._records:
             torch.set_grad_enabled(False)
-        self._frozen = []
         calls, self._calls = self._calls, []
         if result is not None and not in_backward():
             with torch.no_grad():

@@ -1,0 +1,226 @@
+"""Layers are seen while they run, in whatever mode, and run as if nobody looked."""
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hf_compressm import CompreSSMConfig, Layout, analyze, declare_layer, enable_fast_selective_scan, rows, states
+from hf_compressm.families import find_layers
+from hf_compressm.families.family import Statistics
+from hf_compressm.families.watching import watching
+from tests.blocks import SS2D, OffsetVim
+from tests.families.measuring import calls_of, run
+from tests.family_table import FAMILIES, LAYOUTS, MAMBA, MAMBA2, S5_BIDIRECTIONAL, Family, family_id, outputs, same
+
+
+CLOSE = 1e-5
+"""Relative; float32 sums in another order."""
+TWO_WAYS = Layout(
+    state_size="d_state",
+    parts=(
+        states("A_log"),
+        rows("x_proj", "*", "B", "C", folds=True),
+        states("A_b_log", group=1),
+        rows("x_proj_b", "*", "B", "C", folds=True, group=1),
+    ),
+)
+FOUR_WAYS = Layout(
+    state_size="d_state",
+    parts=(states("A_logs", by_group=True), rows("x_proj_weight", "*", "B", "C", folds=True, by_group=True)),
+    groups=4,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def declared() -> None:
+    declare_layer(OffsetVim, TWO_WAYS)
+    declare_layer(SS2D, FOUR_WAYS)
+
+
+def watched(model: nn.Module, family: Family) -> list[tuple[Any, Statistics]]:
+    found = []
+    for layer in find_layers(model):
+        statistics = layer.family.statistics(layer.module, family.criteria[0])
+        assert statistics is not None
+        found.append((layer, statistics))
+    return found
+
+
+def sums(watches: list[tuple[Any, Statistics]]) -> list[dict[str, Tensor]]:
+    return [item.sums for _, item in watches]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("family", LAYOUTS, ids=family_id)
+def test_in_a_training_step_the_sums_are_the_same_and_so_are_the_gradients(family: Family) -> None:
+    model, batch = family.build(), family.batch()
+    aside = watched(model, family)
+    with watching(model, aside), torch.no_grad():
+        model(**batch)
+    model(**batch).loss.backward()
+    plain = gradients(model)
+    model.zero_grad()
+    inside = watched(model, family)
+    with watching(model, inside):
+        loss = model(**batch).loss
+    loss.backward()
+    assert same(gradients(model), plain)
+    for one, other in zip(sums(aside), sums(inside), strict=True):
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], rtol=CLOSE, atol=CLOSE * float(one[name].abs().max()))
+
+
+def test_what_gradient_checkpointing_runs_again_is_not_seen_again() -> None:
+    model, batch = MAMBA.build().train(), MAMBA.batch()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    seen = watched(model, MAMBA)
+    with watching(model, seen):
+        model(**batch).loss.backward()
+    assert [int(item.sums["calls"]) for _, item in seen] == [1, 1]
+    block = nn.Sequential(OffsetVim(8, 4))
+    found = find_layers(block)[0]
+    statistics = found.family.statistics(found.module, "interpolative")
+    with watching(block, [(found, statistics)]):
+        checkpoint(block, torch.randn(2, 9, 8, requires_grad=True), use_reentrant=True).sum().backward()
+    assert int(statistics.sums["calls"]) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+def test_nothing_is_left_behind(family: Family) -> None:
+    model, batch = family.build(), family.batch()
+    for parameter in list(model.parameters())[::3]:
+        parameter.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    before, attributes = outputs(model, batch), [dict(vars(module)) for module in model.modules()]
+    held = {name: dict(vars(module)) for name, module in sys.modules.items() if "modeling_" in name}
+    for fails in (False, True):
+        handle = model.register_forward_hook(lambda *_: 1 / 0) if fails else None
+        with watching(model, watched(model, family)), torch.no_grad():
+            try:
+                seen = model(**batch).logits
+            except ZeroDivisionError:
+                assert fails
+        if handle is not None:
+            handle.remove()
+        assert torch.is_grad_enabled()
+        assert torch.equal(seen, before)
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags
+        assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
+        assert [vars(module).keys() for module in model.modules()] == [each.keys() for each in attributes]
+        for name, space in held.items():
+            assert all(vars(sys.modules[name])[key] is value for key, value in space.items())
+
+
+def test_an_error_inside_of_a_layer_leaves_nothing_behind() -> None:
+    block = nn.Sequential(OffsetVim(8, 4))
+    block[0].out_proj.forward = lambda _: 1 / 0
+    layer = find_layers(block)[0]
+    with watching(block, [(layer, layer.family.statistics(layer.module, "interpolative"))]), torch.no_grad():
+        with pytest.raises(ZeroDivisionError):
+            block(torch.randn(2, 9, 8))
+        assert not torch.is_grad_enabled()
+    assert all(parameter.requires_grad for parameter in block.parameters())
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+@pytest.mark.parametrize("family", [MAMBA, MAMBA2], ids=family_id)
+def test_fused_functions_do_not_run(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family.build().train()
+    module = sys.modules[type(model).__module__]
+    name = "mamba_inner_fn" if hasattr(module, "mamba_inner_fn") else "mamba2_split_conv1d_scan_combined"
+    monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the fused function was called"))
+    for seen in calls_of(model, family.batch()):
+        assert len(seen.calls) == 1
+
+
+def plain_covariances(block: OffsetVim, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """P and Q of both directions, step by step."""
+    xz, found = (block.in_proj.weight @ x.mT), []
+    for ending, decay in (("", "A_log"), ("_b", "A_b_log")):
+        u, z = (xz.flip(-1) if ending else xz).chunk(2, dim=1)
+        u = F.silu(getattr(block, f"conv1d{ending}")(u))
+        step, B, C = getattr(block, f"x_proj{ending}")(u.mT).split([block.dt_rank, block.d_state, block.d_state], -1)
+        delta = F.softplus(getattr(block, f"dt_proj{ending}")(step)) + block.offset  # (batch, length, channels)
+        A, loud = -getattr(block, decay).exp(), F.silu(z).abs().mT * block.out_proj.weight.norm(dim=0)
+        h, P = torch.zeros(x.shape[0], *A.shape), torch.zeros(block.d_state, block.d_state)
+        for t in range(x.shape[1]):
+            h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * u[:, :, t])[..., None] * B[:, t, None]
+            weighted = (h * loud[:, t, :, None]).flatten(0, 1)
+            P = P + weighted.T @ weighted
+        found.append((P, C.flatten(0, 1).T @ C.flatten(0, 1)))
+    return found
+
+
+@torch.no_grad()
+def test_both_directions_are_measured_each_by_itself() -> None:
+    torch.manual_seed(0)
+    block, x = OffsetVim(8, 6), torch.randn(3, 17, 8)
+    statistics = run(block, "interpolative", (x, {}))
+    for group, (P, Q) in enumerate(plain_covariances(block, x)):
+        torch.testing.assert_close(statistics.sums["P"][group], P.double(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(statistics.sums["Q"][group], Q.double(), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_loudness_behind_a_layer_norm_and_a_gate_is_that_of_the_channel() -> None:
+    """SS2D: what one channel of one direction gives is doubled, with the norm's statistics as they were."""
+    torch.manual_seed(0)
+    block, x = SS2D(8, 4), torch.randn(2, 3, 5, 8)
+    block.out_norm.weight.copy_(torch.rand(16) + 0.5)
+    (seen,) = calls_of(block, {"x": x})
+    (call,) = seen.calls
+    z = F.silu(block.in_proj(x).chunk(2, dim=-1)[1])
+    y = block.scanned(block.act(block.conv2d(block.in_proj(x).chunk(2, dim=-1)[0].permute(0, 3, 1, 2))))
+    scale = (y.var(dim=-1, correction=0, keepdim=True) + block.out_norm.eps).rsqrt()
+    expected = (z * scale * block.out_norm.weight).abs() * block.out_proj.weight.norm(dim=0)  # (batch, 3, 5, channels)
+    rows_first = expected.permute(0, 3, 1, 2).flatten(2)
+    columns_first = expected.permute(0, 3, 2, 1).flatten(2)
+    wanted = [rows_first, columns_first, rows_first.flip(-1), columns_first.flip(-1)]
+    torch.testing.assert_close(call.gain, torch.cat(wanted, dim=1), rtol=1e-4, atol=1e-6)
+
+
+class Apart(OffsetVim):
+    """A block that computes its recurrence itself, and one that keeps what it gives to itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(torch.zeros(*x.shape[:2], self.d_inner))
+
+
+def test_a_layer_without_a_recurrence_is_not_cut_as_what_its_class_says(caplog: pytest.LogCaptureFixture) -> None:
+    model = MAMBA.build()
+    mixer = find_layers(model)[0].module
+    mixer.forward = lambda hidden_states, *_, **__: mixer.out_proj(mixer.in_proj(hidden_states).chunk(2, dim=-1)[0])
+    plan = analyze(model, CompreSSMConfig(fraction=0.5), MAMBA.calibration())
+    assert plan.layers[0].status == "skipped"
+    assert "no recurrence was seen while it ran: its forward calls none of selective_scan_fn" in plan.layers[0].reason
+
+
+def test_a_compiled_model_is_seen() -> None:
+    model = MAMBA.build()
+    expected = analyze(model, CompreSSMConfig(fraction=0.5), MAMBA.calibration())
+    compiled = copy.deepcopy(model)
+    compiled.forward = torch.compile(compiled.forward, backend="eager")
+    found = analyze(compiled, CompreSSMConfig(fraction=0.5), MAMBA.calibration())
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert torch.equal(one.hankel_singular_values, other.hankel_singular_values)
+
+
+@pytest.mark.parametrize("family", [MAMBA, MAMBA2, S5_BIDIRECTIONAL], ids=family_id)
+def test_the_fast_scan_in_place_of_the_stock_one_shows_the_same(family: Family) -> None:
+    model, batch = family.build(), family.batch()
+    before = [[call.arguments for call in seen.calls] for seen in calls_of(model, batch)]
+    enable_fast_selective_scan()
+    after = [[call.arguments for call in seen.calls] for seen in calls_of(model, batch)]
+    for one, other in zip(before, after, strict=True):
+        assert [each.keys() for each in one] == [each.keys() for each in other]
+        assert len(one) == (2 if family is S5_BIDIRECTIONAL else 1)
