@@ -2,6 +2,7 @@
 
 from hf_compressm.families import mamba as _mamba  # noqa: F401 - registers its layers
 from hf_compressm.families.complex_terms import ComplexTerm
+from hf_compressm.families.declaring import declare_layer
 from hf_compressm.families.falcon_mamba import NormalizedMambaFamily
 from hf_compressm.families.family import (
     AttributeChange,
@@ -16,6 +17,7 @@ from hf_compressm.families.family import (
     SSMLayer,
     Statistics,
 )
+from hf_compressm.families.layout import Layout, rows, states
 from hf_compressm.families.lru import LRUFamily
 from hf_compressm.families.mamba2 import Mamba2Family
 from hf_compressm.families.owners import Holder, Owner, holders_of
@@ -24,9 +26,12 @@ from hf_compressm.families.s5 import S5Family
 from hf_compressm.families.s5_pytorch import S5PytorchFamily
 from hf_compressm.families.selective import SelectiveFamily
 from hf_compressm.families.statistics import collect_statistics, refuse_single_batch, run_batch
+from hf_compressm.families.vision import SS2D, VIM
 
 
 __all__ = [
+    "SS2D",
+    "VIM",
     "AttributeChange",
     "ComplexTerm",
     "CutMethod",
@@ -35,6 +40,7 @@ __all__ = [
     "LRUFamily",
     "LayerCut",
     "LayerShape",
+    "Layout",
     "Mamba2Family",
     "Measurement",
     "MomentTerm",
@@ -48,11 +54,14 @@ __all__ = [
     "SelectiveFamily",
     "Statistics",
     "collect_statistics",
+    "declare_layer",
     "find_layers",
     "holders_of",
     "refuse_single_batch",
     "register",
     "registered_families",
+    "rows",
     "run_batch",
     "size_fields",
+    "states",
 ]
