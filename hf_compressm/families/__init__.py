@@ -20,6 +20,7 @@ from hf_compressm.families.family import (
 from hf_compressm.families.layout import Layout, rows, states
 from hf_compressm.families.lru import LRUFamily
 from hf_compressm.families.mamba2 import Mamba2Family
+from hf_compressm.families.mamba3 import Mamba3Family
 from hf_compressm.families.owners import Holder, Owner, holders_of
 from hf_compressm.families.registry import find_layers, register, registered_families, size_fields
 from hf_compressm.families.s5 import S5Family
@@ -42,6 +43,7 @@ __all__ = [
     "LayerShape",
     "Layout",
     "Mamba2Family",
+    "Mamba3Family",
     "Measurement",
     "MomentTerm",
     "NormalizedMambaFamily",

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_compressm.families.calls import DIAGONAL, SELECTIVE, SSD
+from hf_compressm.families.calls import DIAGONAL, MAMBA3, SELECTIVE, SSD
 from hf_compressm.families.unfused import (
     mamba_inner_fn,
     mamba_inner_fn_no_out_proj,
@@ -41,6 +41,7 @@ RECURRENCES: dict[str, str] = {
     f"{_INTERFACE}.selective_scan_fn": SELECTIVE,
     f"{_INTERFACE}.selective_scan_ref": SELECTIVE,
     f"{_COMBINED}.mamba_chunk_scan_combined": SSD,
+    "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined.mamba3_siso_combined": MAMBA3,
     **dict.fromkeys(_stock(_MAMBA, "mamba_selective_scan"), SELECTIVE),
     **dict.fromkeys(_stock(_MAMBA2, "mamba2_chunk_scan"), SSD),
 }

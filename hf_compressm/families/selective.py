@@ -208,6 +208,15 @@ class SelectiveFamily(Family):
         kept = (torch.arange(size) % self.state_size(module)).expand(self.layout.groups_of(module), size)
         return LayerShape(self.shapes(module, size), self.attributes(module, size, kept))
 
+    def first(self, module: Any, size: int) -> Tensor:
+        """States that a layer could keep, `(groups, size)`, ascending: the first ones."""
+        return torch.arange(size).expand(self.layout.groups_of(module), size)
+
+    def exchanged(self, module: Any) -> Tensor:
+        """An order of all states in which the layer is the same, `(groups, N)`."""
+        states = torch.arange(self.state_size(module))
+        return torch.stack([states.roll(1 + group) for group in range(self.layout.groups_of(module))])
+
     def state_entries(self, module: Any) -> int:
         """One number for each channel and state."""
         held = [slot.tensor.numel() for slot in self.layout.slots(module) if slot.part.segments == (STATE,)]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from hf_compressm.families import SS2D, VIM, Layout, declare_layer, registry
 from hf_compressm.scans import selective_scan
 from tests import blocks
-from tests.blocks import FlaMamba, FlaMamba2, Mamba, Mamba2, Mamba2Simple, OffsetVim, Vim, at_path, fused
+from tests.blocks import FlaMamba, FlaMamba2, Mamba, Mamba2, Mamba2Simple, Mamba3, OffsetVim, Vim, at_path, fused
+from tests.blocks import mamba3 as mamba3_blocks
 from tests.blocks import mamba_ssm as mamba_ssm_blocks
 
 
@@ -73,8 +74,14 @@ READY: dict[str, Row] = {
     ),
     "mamba of fla": Row(lambda N: FlaMamba(WIDTH, N), "mamba"),
     "mamba2 of fla": Row(lambda N: FlaMamba2(head_dim=3, hidden_size=WIDTH, state_size=N, n_groups=2), "mamba2"),
+    "mamba3": Row(lambda N: Mamba3(WIDTH, N, headdim=3, ngroups=2), "mamba3", 12, 8),
+    "mamba3, all pairs turning": Row(
+        lambda N: Mamba3(WIDTH, N, headdim=3, rope_fraction=1.0, is_outproj_norm=True), "mamba3", 8, 6
+    ),
+    "mamba3 of an odd number of pairs": Row(lambda N: Mamba3(WIDTH, N, headdim=3), "mamba3", 10, 4),
 }
 INTERFACE, COMBINED = "mamba_ssm.ops.selective_scan_interface", "mamba_ssm.ops.triton.ssd_combined"
+SISO = "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined"
 PACKAGE: dict[str, dict[str, Any]] = {
     INTERFACE: {
         "selective_scan_fn": selective_scan,
@@ -85,6 +92,7 @@ PACKAGE: dict[str, dict[str, Any]] = {
         "mamba_chunk_scan_combined": mamba_ssm_blocks.mamba_chunk_scan_combined,
         "mamba_split_conv1d_scan_combined": fused.mamba_split_conv1d_scan_combined,
     },
+    SISO: {"mamba3_siso_combined": mamba3_blocks.mamba3_siso_combined},
 }
 """Modules of mamba-ssm, with the functions that the stand-ins call."""
 
