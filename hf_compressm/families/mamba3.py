@@ -99,8 +99,6 @@ class Mamba3Family(SelectiveFamily):
     def changes(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> tuple[ParameterChange, ...]:
         """The states that stay, and in the norms' weights the factor by which they divide differently."""
         changes, module = super().changes(layer, kept, R, selection), layer.module
-        if kept.shape[1] == layer.state_size:
-            return changes
         scales = {id(_norm(module, name).weight): _norm_fit(module, name, kept[0], selection)[0] for name in "BC"}
         return tuple(replace(change, value=scales.get(id(change.parameter), change.value)) for change in changes)
 
@@ -161,10 +159,13 @@ def _norm_fit(module: Any, name: str, kept: Tensor, selection: Selection) -> tup
     """The weight of a norm of the kept states, `(r,)`, and the share of each state's mean square that it misses."""
     weight, full = float64(_norm(module, name).weight), selection.samples[name]  # (vectors, N)
     tiny = torch.finfo(full.dtype).tiny
-    direction = torch.where(weight == 0, 0, full / weight)
+    known = weight != 0  # what a weight of zero hides is taken to be as large as the rest
+    direction = torch.where(known, full / torch.where(known, weight, 1), 0)
+    # A norm divides by the root of mean square plus eps; the share of eps is what a normalised mean square lacks.
+    eps = (1 - direction.square().mean(-1, keepdim=True)).clamp_min(0) if bool(known.all()) else 0.0
     wanted, entries = full[:, kept], direction[:, kept]
-    change = direction.square().mean(-1, keepdim=True) / entries.square().mean(-1, keepdim=True).clamp_min(tiny)
-    got = entries * change.sqrt()
+    square = entries.square().sum(-1, keepdim=True) / known[kept].sum().clamp_min(1)
+    got = entries / (square + eps).clamp_min(tiny).sqrt()
     scale = (got * wanted).sum(0) / got.square().sum(0).clamp_min(tiny)
     bias = float64(module.B_bias if name == "B" else module.C_bias)[..., kept].square().mean(dim=(0, 1))
     whole = wanted.square().mean(0) + bias
