@@ -258,21 +258,6 @@ def _smaller(trial: Trial) -> None:
         raise trial.broken("smaller", f"with {size - step} states it gives something else{hint}")
 
 
-def _is_scaled(before: Sequence[Call], after: Sequence[Call], kept: Tensor) -> bool:
-    """Whether the kept states' B is what it was but for a factor at each step: a norm has fewer entries."""
-    number, is_scaled = 0, False
-    for one, other in zip(before, after, strict=True):
-        for group in range(_groups(one)):
-            axis = 1 if one.kind == SELECTIVE else -1
-            full, smaller = _of_group(one, "B", group), _of_group(other, "B", group)
-            full = full.index_select(axis, kept[number % len(kept)])
-            energy = smaller.square().sum(axis, keepdim=True).clamp_min(torch.finfo(smaller.dtype).tiny)
-            factor = (full * smaller).sum(axis, keepdim=True) / energy
-            is_scaled = is_scaled or (not _close(full, smaller) and _close(full, factor * smaller))
-            number += 1
-    return is_scaled
-
-
 def _suspects(layout: Layout, layer: Any) -> list[str]:
     """Parameters and buffers of the state's width that the layout does not name."""
     known, size = layout.state_axes(layer), layout.size_of(layer)
@@ -328,6 +313,21 @@ def _of_group(call: Call, name: str, group: int) -> Tensor:
         return value if value.dim() == 3 else value.select(axis, group)
     axis = {"A": 0, "u": 1, "delta": 1, "initial_states": 1}.get(name, 2)
     return value.chunk(groups, dim=axis)[group]
+
+
+def _is_scaled(before: Sequence[Call], after: Sequence[Call], kept: Tensor) -> bool:
+    """Whether the kept states' B is what it was but for a factor at each step: a norm has fewer entries."""
+    number, is_scaled = 0, False
+    for one, other in zip(before, after, strict=True):
+        for group in range(_groups(one)):
+            axis = 1 if one.kind == SELECTIVE else -1
+            full, smaller = _of_group(one, "B", group), _of_group(other, "B", group)
+            full = full.index_select(axis, kept[number % len(kept)])
+            energy = smaller.square().sum(axis, keepdim=True).clamp_min(torch.finfo(smaller.dtype).tiny)
+            factor = (full * smaller).sum(axis, keepdim=True) / energy
+            is_scaled = is_scaled or (not _close(full, smaller) and _close(full, factor * smaller))
+            number += 1
+    return is_scaled
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
