@@ -54,6 +54,11 @@ class Mamba3Statistics(CovarianceStatistics):
 class Mamba3Family(SelectiveFamily):
     """Family of `mamba_ssm.Mamba3`."""
 
+    @property
+    def normalizes(self) -> bool:
+        """B and C."""
+        return True
+
     def granularity(self, module: Any) -> int:
         """A pair of states, and where only a part of them turn, pairs of both kinds."""
         return int(module.rotary_dim_divisor)

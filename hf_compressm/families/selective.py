@@ -184,6 +184,11 @@ class SelectiveFamily(Family):
         """Whether a linear map of the read-out can be folded into the layer's parameters."""
         return self.layout.folds
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether norms over the states lie before the recurrence, and `changes` makes up for what they divide by."""
+        return False
+
     def output_of(self, module: Any) -> nn.Module | None:
         """The output projection."""
         owner = module

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_compressm import CompreSSMConfig, compress
-from hf_compressm.families import collect_statistics, find_layers, mamba3
+from hf_compressm.families import SSMLayer, collect_statistics, find_layers, mamba3
+from hf_compressm.families.laws import LayoutError, check_laws
 from tests.blocks import Mamba3
 from tests.blocks.mamba3 import mamba3_siso_combined
 from tests.families import ready
@@ -117,6 +118,20 @@ def test_what_the_norms_divide_by_is_made_up_for(monkeypatch: pytest.MonkeyPatch
             monkeypatch.setattr(mamba3.Mamba3Family, "changes", mamba3.SelectiveFamily.changes)
         errors.append(cut(model, 8, data)[0])
     assert errors[0] < 0.8 * errors[1]
+
+
+def test_a_norm_that_nothing_makes_up_for_breaks_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = stack(8), torch.randn(2, 9, WIDTH)
+    (layer,) = find_layers(model)
+    check_laws(mamba3_family(layer), layer.module, (data,), {})
+    monkeypatch.setattr(mamba3.Mamba3Family, "normalizes", False)
+    with pytest.raises(LayoutError, match="the law of smaller: with 4 states it gives something else"):
+        check_laws(mamba3_family(layer), layer.module, (data,), {})
+
+
+def mamba3_family(layer: SSMLayer) -> mamba3.Mamba3Family:
+    assert isinstance(layer.family, mamba3.Mamba3Family)
+    return layer.family
 
 
 def test_sizes_are_those_of_whole_pairs_of_both_kinds() -> None:
