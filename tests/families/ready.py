@@ -99,7 +99,12 @@ PACKAGE: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def as_installed() -> Iterator[None]:
-    """Mamba-ssm's functions are where the package has them, and the classes of the table are declared."""
+    """Mamba-ssm's functions are where the package has them, and the classes of the table are declared.
+
+    One thread: tensors are so small that threads would wait for each other most of the time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     families = {path: dict(known) for path, known in registry._FAMILIES.items()}
     modules = {name: sys.modules.get(name) for name in PACKAGE}
     try:
@@ -110,6 +115,7 @@ def as_installed() -> Iterator[None]:
             declare_layer(kind, layout)
         yield
     finally:
+        torch.set_num_threads(threads)
         registry._FAMILIES.clear()
         registry._FAMILIES.update(families)
         for name, module in modules.items():
