@@ -20,15 +20,19 @@ from hf_compressm.families.family import (
 from hf_compressm.families.layout import Layout, rows, states
 from hf_compressm.families.lru import LRUFamily
 from hf_compressm.families.mamba2 import Mamba2Family
+from hf_compressm.families.mamba3 import Mamba3Family
 from hf_compressm.families.owners import Holder, Owner, holders_of
 from hf_compressm.families.registry import find_layers, register, registered_families, size_fields
 from hf_compressm.families.s5 import S5Family
 from hf_compressm.families.s5_pytorch import S5PytorchFamily
 from hf_compressm.families.selective import SelectiveFamily
 from hf_compressm.families.statistics import collect_statistics, refuse_single_batch, run_batch
+from hf_compressm.families.vision import SS2D, VIM
 
 
 __all__ = [
+    "SS2D",
+    "VIM",
     "AttributeChange",
     "ComplexTerm",
     "CutMethod",
@@ -39,6 +43,7 @@ __all__ = [
     "LayerShape",
     "Layout",
     "Mamba2Family",
+    "Mamba3Family",
     "Measurement",
     "MomentTerm",
     "NormalizedMambaFamily",

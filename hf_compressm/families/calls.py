@@ -20,13 +20,16 @@ from hf_compressm.families.sampling import sample
 from hf_compressm.scans import diagonal_scan, selective_scan, selective_states, ssd_scan, ssd_states
 from hf_compressm.scans.kernels import torch_path
 from hf_compressm.scans.selective import step_sizes
+from hf_compressm.scans.trapezoidal import rotated, trapezoidal_states
 
 
 SELECTIVE, SSD, DIAGONAL = "selective_scan", "ssd_scan", "diagonal_scan"
+MAMBA3 = "mamba3_siso_combined"
 ALIASES = {
     SELECTIVE: {"hidden_states": "u", "dt": "delta"},
     SSD: {"hidden_states": "x"},
     DIAGONAL: {},
+    MAMBA3: {"Q": "C", "K": "B", "V": "x", "Z": "z"},
 }
 """Other names of arguments, by kind of recurrence."""
 _OWN: dict[str, Callable[..., Any]] = {SELECTIVE: selective_scan, SSD: ssd_scan, DIAGONAL: diagonal_scan}
@@ -37,7 +40,8 @@ class Call:
     """One call of a recurrence.
 
     Attributes:
-        kind: `"selective_scan"`, `"ssd_scan"` or `"diagonal_scan"`, whose argument names are used.
+        kind: `"selective_scan"`, `"ssd_scan"`, `"diagonal_scan"` or `"mamba3_siso_combined"`, whose argument names
+            are used, those of the last one's vectors and signals as in `ssd_scan`.
         arguments: by name; absent ones are left out.
         output: what it returned first.
         gain: loudness of every entry of the output, in its shape; None where the layer has no output projection.
@@ -84,7 +88,7 @@ def bound(kind: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     """The arguments of a call by the names that the recurrences of this package have for them."""
     places = inspect.signature(torch_path(function)).parameters.values()
     if any(place.kind is inspect.Parameter.VAR_POSITIONAL for place in places):  # a wrapper that names no arguments
-        places = inspect.signature(_OWN[kind]).parameters.values()
+        places = inspect.signature(_OWN.get(kind, function)).parameters.values()
     given = dict(zip([place.name for place in places], args, strict=False)) | dict(kwargs)
     given = {name: value.detach() if isinstance(value, Tensor) else value for name, value in given.items()}
     return {ALIASES[kind].get(name, name): value for name, value in given.items() if value is not None}
@@ -99,9 +103,10 @@ def signals(call: Call, mask: Tensor | None) -> Signals:
             runs over the tokens in another order, its padding is where nothing is heard.
 
     Raises:
-        ValueError: if B or C are constant.
+        ValueError: if B or C are constant, or if texts of one row cannot be told apart.
     """
-    return (_ssd_signals if call.kind == SSD else _selective_signals)(call, mask)
+    of_kind = {SSD: _ssd_signals, MAMBA3: _mamba3_signals}
+    return of_kind.get(call.kind, _selective_signals)(call, mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +191,29 @@ def _ssd_signals(call: Call, mask: Tensor | None) -> Signals:
     chunks = ssd_states(x.to(dtype), given["dt"][rows], given["A"], B, every=every, **options)
     states = (chunk.unflatten(2, (groups, -1)).flatten(3, 4) for chunk in chunks)
     return Signals(states, every, gain, B, C, _real_tokens(gain, mask))
+
+
+def _mamba3_signals(call: Call, mask: Tensor | None) -> Signals:
+    """As the recurrence uses them: every head has input and read-out of its own, after bias and rotation."""
+    given, gain = call.arguments, call.gain
+    assert gain is not None  # as above
+    if given.get("cu_seqlens") is not None or given.get("Input_States") is not None:
+        raise ValueError("its rows hold several texts (cu_seqlens), or begin with states of earlier ones")
+    rows, every = sample(given["x"].shape[:2], mask, given["B"].shape[-1])
+    x = given["x"][rows]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    names = ("B", "C", "ADT", "DT", "Trap", "Angles")
+    B, C, ADT, DT, trap, angles = (given[name][rows].detach().to(dtype) for name in names)
+    k, q = (
+        rotated(vectors, given[bias].detach().to(dtype), angles, DT)
+        for vectors, bias in ((B, "K_bias"), (C, "Q_bias"))
+    )
+    gain = gain[rows]
+    if "z" in given:
+        gain = gain * F.silu(given["z"][rows].to(dtype)).abs()
+    gain = gain.to(dtype).transpose(0, 1)
+    chunks = trapezoidal_states(x.to(dtype), k, ADT, DT, trap, every)
+    return Signals(chunks, every, gain, k, q, _real_tokens(gain, mask))
 
 
 def _real_tokens(gain: Tensor, mask: Tensor | None) -> Tensor:

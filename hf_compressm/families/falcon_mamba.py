@@ -34,6 +34,11 @@ class NormalizedMambaFamily(SelectiveFamily):
 
     sampled_tokens: int = 1024
 
+    @property
+    def normalizes(self) -> bool:
+        """B and C."""
+        return True
+
     def changes(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> tuple[ParameterChange, ...]:
         """The changes of Mamba, and those that correct the factor of the normalisation."""
         module, indices = layer.module, kept[0]

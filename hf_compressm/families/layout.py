@@ -27,6 +27,22 @@ Width = int | str | Callable[[Any], int]
 
 
 @dataclass(frozen=True)
+class Following:
+    """A stretch of an axis without states, whose entries follow the states that are kept.
+
+    Attributes:
+        width: how many entries there are in a layer, with so many states.
+        kept: which ones of them stay in a layer that keeps the states `(r,)`.
+    """
+
+    width: Callable[[Any, int], int]
+    kept: Callable[[Any, Tensor], Tensor]
+
+
+Segment = Width | Following
+
+
+@dataclass(frozen=True)
 class Part:
     """A parameter, or a module with weight and bias, that has a state axis.
 
@@ -34,19 +50,22 @@ class Part:
         name: dotted name in the layer.
         axis: the axis of the parameter; a bias has only one.
         segments: what lies along the axis: `"state"`, `"B"`, `"C"`, `"*"` for a rest (the only one of unknown width),
-            or the width of a rest. Several groups lie side by side in each of the first three.
+            or the width of a rest. Several groups lie side by side in each of the first three. A `Following` stands
+            for entries that follow the states.
         group: the only group whose states these are. None for all groups if the layout says how many there are, else
             for group 0.
         by_group: whether axis 0 has one equal block for each group instead.
         folds: whether the recurrence's C is a linear map of the rows `"C"`, so that these may be mixed.
+        copies: how often a group's states lie there, side by side in each segment; all copies keep the same ones.
     """
 
     name: str
     axis: int
-    segments: tuple[Width, ...]
+    segments: tuple[Segment, ...]
     group: int | None = None
     by_group: bool = False
     folds: bool = False
+    copies: Width = 1
 
 
 def states(name: str, axis: int = -1, *, group: int | None = None, by_group: bool = False) -> Part:
@@ -126,7 +145,7 @@ class Layout:
     def groups_of(self, module: Any) -> int:
         """The number of groups."""
         if self.groups is not None:
-            return _width(module, self.groups)
+            return _width(module, self.groups, 0)
         return 1 + max((part.group or 0 for part in self.parts), default=0)
 
     def slots(self, module: Any) -> Iterator[Slot]:
@@ -152,8 +171,9 @@ class Layout:
 
     def known_width(self, module: Any, part: Part) -> int:
         """The length of all segments of known width, along an axis that is not divided into groups."""
-        known = sum(_width(module, one) for one in part.segments if one not in (STATE, B, C, REST))
-        return known + self._stretches(module, part) * self.size_of(module)
+        size = self.size_of(module)
+        known = sum(_width(module, one, size) for one in part.segments if one not in (STATE, B, C, REST))
+        return known + self._stretches(module, part) * size
 
     def rest_width(self, module: Any, slot: Slot) -> int:
         """The width of the rest of unknown width, 0 without one."""
@@ -162,7 +182,7 @@ class Layout:
         return int(slot.tensor.shape[slot.axis]) - self.known_width(module, slot.part)
 
     def places(self, module: Any, slot: Slot, kind: str, group: int) -> Tensor | None:
-        """Where along its axis a tensor holds the states of one kind and group, `(N,)`; None if it does not.
+        """Where along its axis a tensor holds the states of one kind and group, `(copies, N)`; None if it does not.
 
         With one block of axis 0 for each group, where it does in the group's block.
         """
@@ -171,13 +191,16 @@ class Layout:
             return None
         before = part.segments[: part.segments.index(kind)]
         start = sum(self._segment_width(module, slot, segment) for segment in before)
-        start += group * size if self._beside(module, part) > 1 else 0
-        return start + torch.arange(size)
+        copies = _width(module, part.copies, size)
+        start += group * copies * size if self._beside(module, part) > copies else 0
+        return start + torch.arange(copies * size).view(copies, size)
 
     def length(self, module: Any, slot: Slot, size: int) -> int:
         """How long the axis of a tensor would be with `size` states."""
-        stretches = self._stretches(module, slot.part)
-        return int(slot.tensor.shape[slot.axis]) + stretches * (size - self.size_of(module))
+        present, stretches = self.size_of(module), self._stretches(module, slot.part)
+        following = [segment for segment in slot.part.segments if isinstance(segment, Following)]
+        others = sum(one.width(module, size) - one.width(module, present) for one in following)
+        return int(slot.tensor.shape[slot.axis]) + stretches * (size - present) + others
 
     def maps(self, module: Any, slot: Slot, kept: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         """What a cut does along the axis of a tensor, and the map of its gradient.
@@ -248,8 +271,9 @@ class Layout:
         return dict.fromkeys(self.others) | {slot.name: slot.axis for slot in self.slots(module)}
 
     def _beside(self, module: Any, part: Part) -> int:
-        """How many groups lie side by side in a segment."""
-        return 1 if part.by_group else len(self._groups_in(module, part))
+        """How many stretches of states lie side by side in a segment: the copies of all groups in it."""
+        copies = _width(module, part.copies, self.size_of(module))
+        return copies * (1 if part.by_group else len(self._groups_in(module, part)))
 
     def _groups_in(self, module: Any, part: Part) -> list[int]:
         """The groups whose states a part holds."""
@@ -261,13 +285,13 @@ class Layout:
         """How many stretches of N entries an axis has."""
         return sum(one in (STATE, B, C) for one in part.segments) * self._beside(module, part)
 
-    def _segment_width(self, module: Any, slot: Slot, segment: Width) -> int:
+    def _segment_width(self, module: Any, slot: Slot, segment: Segment) -> int:
         """The width of one segment, with all the groups in it."""
         if segment == REST:
             return self.rest_width(module, slot)
         if segment in (STATE, B, C):
             return self._beside(module, slot.part) * self.size_of(module)
-        return _width(module, segment)
+        return _width(module, segment, self.size_of(module))
 
     def _maps(self, module: Any, slot: Slot, groups: list[int], kept: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         """`maps` of one block of axis 0."""
@@ -276,22 +300,24 @@ class Layout:
         adjoint: list[Tensor] = []
         start = 0
         for segment in part.segments:
-            if segment not in (STATE, B, C):
-                blocks: list[tuple[Tensor, Tensor | None]] = [
-                    (torch.arange(self._segment_width(module, slot, segment)), None)
+            if segment in (STATE, B, C):
+                copies = range(_width(module, part.copies, size))
+                blocks: list[tuple[int, Tensor, Tensor | None]] = [
+                    (size, kept[group], R[group]) for group in groups for _ in copies
                 ]
             else:
-                blocks = [(kept[group], R[group]) for group in groups]
-            for indices, mixed in blocks:
+                width = self._segment_width(module, slot, segment)
+                stay = segment.kept(module, kept[0]) if isinstance(segment, Following) else torch.arange(width)
+                blocks = [(width, stay, None)]
+            for old, indices, mixed in blocks:
                 if part.folds:
-                    old = size if mixed is not None else indices.numel()
                     selected = torch.eye(old, dtype=torch.float64)[indices]
                     read = selected if mixed is None or segment == STATE else mixed.mT
                     forward.append(read if segment == C else selected)
                     adjoint.append(read if segment == B else selected)
                 else:
                     forward.append(start + indices)
-                    start += size if mixed is not None else indices.numel()
+                    start += old
         if part.folds:
             return torch.block_diag(*forward), torch.block_diag(*adjoint)
         return torch.cat(forward), torch.cat(forward)
@@ -305,7 +331,10 @@ def _resolve(module: Any, name: str) -> tuple[Any, str]:
     return module, own
 
 
-def _width(module: Any, width: Width) -> int:
+def _width(module: Any, width: Segment, size: int) -> int:
+    """The width of a stretch without states, in a layer of `size` states."""
+    if isinstance(width, Following):
+        return width.width(module, size)
     if isinstance(width, str):
         return int(getattr(module, width))
     return int(width(module)) if callable(width) else int(width)

@@ -1,4 +1,4 @@
-"""Mamba-1 layers of transformers and mamba-ssm: a cut selects states, and reads the dropped ones out of the kept ones.
+"""Mamba-1 layers of transformers, mamba-ssm and fla: states are selected, dropped ones read out of the kept ones.
 
 | symbol | meaning | shape |
 |---|---|---|
@@ -48,7 +48,17 @@ register(
         size_field="d_state",
         per_layer=False,
         criteria=CRITERIA,
-        layout=Layout("d_state", MAMBA, unfused={"use_fast_path": False}, others=OTHERS),
+        layout=Layout("d_state", MAMBA, others=OTHERS),
+    )
+)
+register(
+    SelectiveFamily(
+        name="mamba",
+        module_type="fla.layers.mamba.Mamba",
+        size_field="state_size",
+        per_layer=False,
+        criteria=CRITERIA,
+        layout=Layout("ssm_state_size", MAMBA, others=OTHERS),
     )
 )
 register(

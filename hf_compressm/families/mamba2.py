@@ -32,7 +32,7 @@ from hf_compressm.families.family import (
     Statistics,
     kept_order,
 )
-from hf_compressm.families.layout import Layout, Part, rows
+from hf_compressm.families.layout import Layout, Part, rows, states
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import Selection, SelectiveFamily, float64, parameter_name
 from hf_compressm.numerics import interpolation
@@ -41,7 +41,7 @@ from hf_compressm.numerics.projection import balanced_projection, projection_err
 
 @dataclass(frozen=True)
 class Mamba2Family(SelectiveFamily):
-    """Family of `Mamba2Mixer`, the Mamba-2 mixers of hybrids, and `mamba_ssm.Mamba2`."""
+    """Family of `Mamba2Mixer`, the Mamba-2 mixers of hybrids, and the layers of mamba-ssm and fla."""
 
     def state_entries(self, module: Any) -> int:
         """One number for each channel and state."""
@@ -169,7 +169,8 @@ _OTHERS = ("A_log", "D", "dt_bias", "norm.weight", "out_proj.weight", "out_proj.
 _FOLLOWS = {"conv_dim": convolved_width, "groups_time_state_size": grouped_width}
 _STOCK = Layout("ssm_state_size", _PARTS, groups="n_groups", follows=_FOLLOWS, others=_OTHERS)
 _MULTIPLIERS = replace(_STOCK, parts=(*_PARTS, Part("mup_vector", -1, ("*", "B", "C", heads))))
-_NEMOTRON = "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer"
+_MAMBA_SSM = Layout("d_state", _PARTS, groups="ngroups", others=_OTHERS)
+_FIRST_STATE = replace(_MAMBA_SSM, parts=(*_PARTS, states("init_states", by_group=True)))
 _FAMILIES = (
     ("mamba2", "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer", "state_size", _STOCK),
     ("bamba", "transformers.models.bamba.modeling_bamba.BambaMixer", "mamba_d_state", _STOCK),
@@ -187,15 +188,13 @@ _FAMILIES = (
         "ssm_state_size",
         _STOCK,
     ),
-    (
-        "mamba2",
-        "mamba_ssm.modules.mamba2.Mamba2",
-        "d_state",
-        Layout("d_state", _PARTS, groups="ngroups", unfused={"use_mem_eff_path": False}, others=_OTHERS),
-    ),
+    ("mamba2", "fla.layers.mamba2.Mamba2", "state_size", _STOCK),
+    ("mamba2", "mamba_ssm.modules.mamba2.Mamba2", "d_state", _MAMBA_SSM),
+    ("mamba2", "mamba_ssm.modules.mamba2_simple.Mamba2Simple", "d_state", _MAMBA_SSM),
+    ("mamba2", "mamba_ssm.modules.mamba2_simple.Mamba2Simple", "d_state", _FIRST_STATE, "init_states"),
 )
 
-for _family, _type, _field, _layout in _FAMILIES:
+for _family, _type, _field, _layout, *_mark in _FAMILIES:
     register(
         Mamba2Family(
             name=_family,
@@ -205,5 +204,6 @@ for _family, _type, _field, _layout in _FAMILIES:
             criteria=("empirical",),
             tells_texts_apart_by=frozenset({"seq_idx"}),
             layout=_layout,
+            mark=_mark[0] if _mark else "",
         )
     )

@@ -12,9 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_compressm.families.calls import DIAGONAL, SELECTIVE, SSD
-from hf_compressm.families.unfused import mamba_inner_fn, mamba_inner_fn_no_out_proj, not_available
-from hf_compressm.scans import selective_scan
+from hf_compressm.families.calls import DIAGONAL, MAMBA3, SELECTIVE, SSD
+from hf_compressm.families.unfused import (
+    mamba_inner_fn,
+    mamba_inner_fn_no_out_proj,
+    mamba_split_conv1d_scan_combined,
+    not_available,
+)
+from hf_compressm.scans import selective_scan, ssd_scan
 
 
 _INTERFACE, _COMBINED = "mamba_ssm.ops.selective_scan_interface", "mamba_ssm.ops.triton.ssd_combined"
@@ -36,17 +41,23 @@ RECURRENCES: dict[str, str] = {
     f"{_INTERFACE}.selective_scan_fn": SELECTIVE,
     f"{_INTERFACE}.selective_scan_ref": SELECTIVE,
     f"{_COMBINED}.mamba_chunk_scan_combined": SSD,
+    "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined.mamba3_siso_combined": MAMBA3,
     **dict.fromkeys(_stock(_MAMBA, "mamba_selective_scan"), SELECTIVE),
     **dict.fromkeys(_stock(_MAMBA2, "mamba2_chunk_scan"), SSD),
 }
 """The functions that are seen, each with the recurrence of this package that has its arguments."""
 FUSED: dict[str, Callable[..., Callable[..., Any]]] = {
-    **dict.fromkeys(_stock(_MAMBA, "mamba_inner_fn"), lambda scan, heard: not_available),
-    **dict.fromkeys(_stock(_MAMBA2, "mamba2_split_conv1d_scan_combined"), lambda scan, heard: not_available),
-    f"{_INTERFACE}.mamba_inner_fn": lambda scan, heard: partial(mamba_inner_fn, scan, heard),
-    f"{_INTERFACE}.mamba_inner_fn_no_out_proj": lambda scan, heard: partial(mamba_inner_fn_no_out_proj, scan),
+    **dict.fromkeys(_stock(_MAMBA, "mamba_inner_fn"), lambda scans, heard: not_available),
+    **dict.fromkeys(_stock(_MAMBA2, "mamba2_split_conv1d_scan_combined"), lambda scans, heard: not_available),
+    f"{_INTERFACE}.mamba_inner_fn": lambda scans, heard: partial(mamba_inner_fn, scans[SELECTIVE], heard),
+    f"{_INTERFACE}.mamba_inner_fn_no_out_proj": lambda scans, heard: partial(
+        mamba_inner_fn_no_out_proj, scans[SELECTIVE]
+    ),
+    f"{_COMBINED}.mamba_split_conv1d_scan_combined": lambda scans, heard: partial(
+        mamba_split_conv1d_scan_combined, scans[SSD], heard
+    ),
 }
-"""Functions that do more than a recurrence, each with what makes its parts of a scan and a listener."""
+"""Functions that do more than a recurrence, each with what makes its parts of scans, by kind, and a listener."""
 _LOOKED_THROUGH = ("hf_compressm.scans.", "hf_compressm.families.")
 """Modules that keep the functions they hold: those of the functions themselves, and those that measure."""
 _WITHOUT_LAYERS = sys.stdlib_module_names | {"torch", "transformers", "numpy", "scipy", "pandas", "pyarrow", "sympy"}
@@ -66,8 +77,8 @@ def replaced(
         heard: is given the input of an output projection inside a fused function, and its weight; returns the input.
     """
     wanted = {id(function): stand_in(kind, function) for kind, function in _found(RECURRENCES)}
-    scan = stand_in(SELECTIVE, selective_scan)
-    wanted |= {id(function): parts(scan, heard) for parts, function in _found(FUSED)}
+    scans = {SELECTIVE: stand_in(SELECTIVE, selective_scan), SSD: stand_in(SSD, ssd_scan)}
+    wanted |= {id(function): parts(scans, heard) for parts, function in _found(FUSED)}
     spaces = [vars(module) for module in _modules(model)] + [vars(module) for module in model.modules()]
     spaces += [getattr(type(module).forward, "__globals__", {}) for module in model.modules()]
     holders = {id(space): space for space in spaces}.values()

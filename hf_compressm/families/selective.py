@@ -184,6 +184,11 @@ class SelectiveFamily(Family):
         """Whether a linear map of the read-out can be folded into the layer's parameters."""
         return self.layout.folds
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether norms over the states lie before the recurrence, and `changes` makes up for what they divide by."""
+        return False
+
     def output_of(self, module: Any) -> nn.Module | None:
         """The output projection."""
         owner = module
@@ -207,6 +212,15 @@ class SelectiveFamily(Family):
         """What a layer would look like; buffers that a larger state needs repeat the present entries."""
         kept = (torch.arange(size) % self.state_size(module)).expand(self.layout.groups_of(module), size)
         return LayerShape(self.shapes(module, size), self.attributes(module, size, kept))
+
+    def first(self, module: Any, size: int) -> Tensor:
+        """States that a layer could keep, `(groups, size)`, ascending: the first ones."""
+        return torch.arange(size).expand(self.layout.groups_of(module), size)
+
+    def exchanged(self, module: Any) -> Tensor:
+        """An order of all states in which the layer is the same, `(groups, N)`."""
+        states = torch.arange(self.state_size(module))
+        return torch.stack([states.roll(1 + group) for group in range(self.layout.groups_of(module))])
 
     def state_entries(self, module: Any) -> int:
         """One number for each channel and state."""

@@ -63,7 +63,7 @@ def pivoted_selection(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(order), errors
 
 
-def elimination_order(M: Tensor) -> tuple[Tensor, Tensor]:
+def elimination_order(M: Tensor, candidates: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Greedy order of states that are dropped without repair: the last one has the smallest loss, and so on backwards.
 
     Dropping the set D loses `sum_{i, j in D} M_ij` of the mean square output: what states share counts, whereas
@@ -71,6 +71,8 @@ def elimination_order(M: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         M: `(N, N)`, second moment of the states' contributions to the output, `E[g^2 (C_i h_i) (C_j h_j)]`.
+        candidates: bool `(N, N)`, the states among which the one to go first is chosen, then the next one, and so on;
+            None for all.
 
     Returns:
         The order, int64 `(N,)`, most wanted first, and the relative output error after keeping the first k states,
@@ -79,9 +81,10 @@ def elimination_order(M: Tensor) -> tuple[Tensor, Tensor]:
     M = M.double()
     with_dropped = torch.zeros_like(M[0])  # sum of a state's row over the dropped ones
     dropped, order, losses = torch.zeros(M.shape[0], dtype=torch.bool), [], [torch.zeros_like(M[0, 0])]
-    for _ in range(M.shape[0]):
+    for turn in range(M.shape[0]):
         added = M.diagonal() + 2 * with_dropped
-        state = int(torch.where(dropped, torch.inf, added).argmin())
+        excluded = dropped if candidates is None else dropped | ~candidates[turn]
+        state = int(torch.where(excluded, torch.inf, added).argmin())
         dropped[state] = True
         with_dropped += M[:, state]
         order.append(state)

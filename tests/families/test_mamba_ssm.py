@@ -65,9 +65,27 @@ def test_layers_of_mamba_ssm_are_cut_in_a_model_of_ones_own(name: str, config: s
 
 
 @pytest.mark.parametrize("d_state", [16, 12, 24])
-def test_a_fork_at_the_same_path_with_a_second_direction_is_refused_by_name(d_state: int) -> None:
-    """The state is also as wide as the model, or as its inner channels."""
-    model = OwnModel([Fork(12, d_state), Fork(12, d_state)])
-    with pytest.raises(ValueError, match=r"layers\.0 has A_b_log of shape \(24, .*mamba layers do not have"):
-        compress(model, CompreSSMConfig(target_state_size=6), [{"input_ids": torch.randint(20, (3, 11))}])
-    assert model.layers[0].A_log.shape == (24, d_state)
+def test_a_fork_at_the_same_path_with_a_second_direction_is_cut_as_what_it_is(d_state: int) -> None:
+    """The state is also as wide as the model, or as its inner channels; directions keep states of their own."""
+    model = OwnModel([Fork(12, d_state), Mamba(12, d_state)])
+    tokens = torch.randint(20, (3, 11))
+    fork = model.layers[0]
+    with torch.no_grad():
+        for projection, dead in ((fork.x_proj, slice(1, 7)), (fork.x_proj_b, slice(7, 13))):  # rows of B, after one
+            projection.weight[dead] = 0
+    before = model(tokens).detach()
+    result = compress(model, CompreSSMConfig(target_state_size=d_state - 6), [{"input_ids": tokens}])
+    assert {layer.family for layer in result.plan.layers} == {"vim", "mamba"}
+    assert result.plan.layers[0].predicted_error < 1e-5
+    assert fork.A_log.shape == fork.A_b_log.shape == (24, d_state - 6)
+    assert torch.allclose(fork.A_b_log[0], torch.tensor([*range(1, 7), *range(13, d_state + 1)]).log())
+    assert torch.allclose(fork.A_log[0], torch.arange(7.0, d_state + 1).log())
+    assert float((model(tokens).detach() - before).norm() / before.norm()) < 0.1
+
+
+def test_its_first_version_is_refused_by_name() -> None:
+    """Two directions that share B and C, with one projection."""
+    layer = Mamba(12, 16)
+    layer.A_b_log = nn.Parameter(torch.zeros_like(layer.A_log))
+    with pytest.raises(ValueError, match=r"layers\.0 has A_b_log of shape \(24, 16\).*mamba layers do not have"):
+        compress(OwnModel([layer]), CompreSSMConfig(target_state_size=6), [{"input_ids": torch.randint(20, (3, 11))}])

@@ -269,3 +269,16 @@ def test_elimination_loses_what_it_says_and_no_more_than_the_energy_ranking_on_a
     assert sum(greedy) <= sum(ranked) + ROUND_OFF
     best = min(selection_error(P, Q, torch.tensor([i for i in range(9) if i != dropped])) for dropped in range(9))
     assert greedy[7] == pytest.approx(best)
+
+
+def test_elimination_takes_turns_between_kinds_of_states() -> None:
+    factor = torch.randn(6, 14, dtype=torch.float64)
+    M = factor @ factor.T
+    first, second = torch.arange(6) < 3, torch.arange(6) >= 3
+    order, errors = elimination_order(M, torch.stack([first, second] * 3))
+    assert [int(state) < 3 for state in order.flip(0)] == [True, False] * 3
+    for kept in range(1, 6):
+        dropped = order[kept:]
+        lost = M[dropped][:, dropped].sum()
+        assert float(errors[kept]) <= float((lost / M.sum()).sqrt()) + ROUND_OFF
+    assert int(order[-1]) == int(M.diagonal()[:3].argmin())

@@ -1,0 +1,55 @@
+"""Layers of flash-linear-attention where the package is installed; `ready.py` has their stand-ins."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_compressm import CompreSSMConfig, compress
+from hf_compressm.families import find_layers
+from tests.blocks import FlaMamba, FlaMamba2
+from tests.families import ready
+
+
+WIDTH = ready.WIDTH
+SIZES = {"head_dim": 3, "hidden_size": WIDTH, "state_size": 6, "n_groups": 2, "chunk_size": 4}
+
+
+def layer_of(name: str) -> nn.Module:
+    layers = pytest.importorskip("fla.layers")
+    if name == "Mamba":
+        return layers.Mamba(hidden_size=WIDTH, state_size=6, intermediate_size=24, backend="triton")
+    return layers.Mamba2(backend="triton", rmsnorm=False, **SIZES)
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2"])
+def test_its_loop_on_a_cpu_is_left_alone_with_a_reason(name: str) -> None:
+    model = ready.Stack([layer_of(name)])
+    (found,) = find_layers(model)
+    assert found.family.name == name.lower()
+    model.layers[0].act = nn.SiLU()  # the package's own is a kernel
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    result = compress(model, CompreSSMConfig(target_state_size=4), [ready.batch(model)])
+    assert not result.changed
+    (layer,) = result.plan.layers
+    assert layer.status == "skipped"
+    assert "no recurrence was seen" in layer.reason
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2"])
+def test_a_smaller_layer_is_one_that_was_built_so(name: str) -> None:
+    """The stand-in, cut, holds the sizes of the package's layer of that size, and its weights fit."""
+    row = ready.READY["mamba of fla" if name == "Mamba" else "mamba2 of fla"]
+    model = ready.built(row)
+    with ready.as_installed():
+        compress(model, CompreSSMConfig(target_state_size=4), [ready.batch(model)])
+    (stand_in,) = model.layers
+    assert isinstance(stand_in, FlaMamba | FlaMamba2)
+    layers = pytest.importorskip("fla.layers")
+    if name == "Mamba":
+        whole = layers.Mamba(hidden_size=WIDTH, state_size=4, intermediate_size=24, backend="triton")
+    else:
+        whole = layers.Mamba2(backend="triton", **{**SIZES, "state_size": 4})
+    whole.load_state_dict(stand_in.state_dict())
+    for attribute in ("ssm_state_size", "conv_dim"):
+        assert getattr(whole, attribute, None) == getattr(stand_in, attribute, None)
