@@ -7,7 +7,7 @@ from hf_compressm.utils.lazy import announce_models, lazy_names
 
 if TYPE_CHECKING:
     from hf_compressm.callback import CompreSSMCallback
-    from hf_compressm.checkpoints import find_last_complete_checkpoint, verify_checkpoint
+    from hf_compressm.checkpoints import find_last_complete_checkpoint, fit_to_weights, verify_checkpoint
     from hf_compressm.compression import (
         CompressionPlan,
         CompressionResult,
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         plan_compression,
     )
     from hf_compressm.config import CompreSSMConfig
+    from hf_compressm.loops import Compressor
     from hf_compressm.models import (
         CompreSSMamba2Config,
         CompreSSMamba2ForCausalLM,
@@ -51,6 +52,7 @@ __all__ = [
     "CompreSSMambaModel",
     "CompressionPlan",
     "CompressionResult",
+    "Compressor",
     "LRUConfig",
     "LRUForCausalLM",
     "LRUForSequenceClassification",
@@ -66,6 +68,7 @@ __all__ = [
     "compress_checkpoint",
     "enable_fast_selective_scan",
     "find_last_complete_checkpoint",
+    "fit_to_weights",
     "plan_compression",
     "verify_checkpoint",
 ]
@@ -74,7 +77,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "callback": ["CompreSSMCallback"],
-        "checkpoints": ["find_last_complete_checkpoint", "verify_checkpoint"],
+        "checkpoints": ["find_last_complete_checkpoint", "fit_to_weights", "verify_checkpoint"],
         "compression": [
             "CompressionPlan",
             "CompressionResult",
@@ -85,6 +88,7 @@ __getattr__, __dir__ = lazy_names(
             "plan_compression",
         ],
         "config": ["CompreSSMConfig"],
+        "loops": ["Compressor"],
         "models": [name for name in __all__ if "Mamba" in name or name.startswith(("LRU", "S5"))],
         "reports": ["compress_checkpoint"],
         "scans": ["enable_fast_selective_scan"],

@@ -14,7 +14,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 from hf_compressm import CompreSSMCallback
 from hf_compressm.families import SSMLayer, Statistics, find_layers
 from hf_compressm.files.batches import UnsavableBatchError, read_batches, write_batches
-from hf_compressm.training.calibration import warn_of_packed_texts
+from hf_compressm.loops.packing import warn_of_packed_texts
 from tests.family_table import BAMBA, LRU, MAMBA, S5, Family, same
 from tests.trainers import HALVE, Examples, callback_of, trainer_of
 from tests.training.test_clients import tiny_tokenizer
@@ -414,7 +414,7 @@ PLAIN = {
 @pytest.fixture
 def warnings_told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     told: list[str] = []
-    monkeypatch.setattr("hf_compressm.training.calibration.logger.warning", told.append)
+    monkeypatch.setattr("hf_compressm.loops.packing.logger.warning", told.append)
     return told
 
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.compression import CutRequest
-from hf_compressm.training.guard import guarded_cut
+from hf_compressm.loops.guard import guarded_cut
 from tests.family_table import (
     FAMILIES,
     LRU,

@@ -1,6 +1,9 @@
 """Warming up the learning rate again after a cut, without disturbing the scheduler."""
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 
 class Rewarmup:
@@ -35,3 +38,18 @@ class Rewarmup:
             for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate
             self._rates = None
+
+    def follow(self, optimizer: torch.optim.Optimizer, steps_done: Callable[[], int]) -> None:
+        """Lower and restore the rates around every step that an optimizer makes from now on.
+
+        Args:
+            optimizer: the optimizer.
+            steps_done: returns the number of steps that are done.
+        """
+
+        def before(stepping: Any, *_: Any) -> None:
+            self.restore(stepping)  # a step that failed has left them low
+            self.lower(stepping, steps_done())
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(lambda stepping, *_: self.restore(stepping))

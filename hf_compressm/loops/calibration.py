@@ -2,57 +2,53 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Trainer
-from transformers.utils import logging
+from torch import nn
 
 from hf_compressm.compression import CutRequest, check_settings, try_calibration
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.families import SSMLayer, Statistics
+from hf_compressm.families import refuse_single_batch
 from hf_compressm.families.sampling import sampled
-from hf_compressm.training.recent import Batch, RecentBatches
+from hf_compressm.loops.packing import warn_of_packed_texts
+from hf_compressm.loops.recent import Batch, RecentBatches
 from hf_compressm.utils.processes import Processes
 from hf_compressm.utils.randomness import undisturbed
-
-
-logger = logging.get_logger(__name__)
 
 
 class Calibration:
     """The calibration of one run.
 
     Args:
-        trainer: the Trainer that makes it.
-        loader: batches of model inputs to use instead of those of the run, or None.
-
-    Attributes:
         recent: the batches of the run's last steps.
+        loader: batches of model inputs to use instead, or None.
     """
 
-    def __init__(self, trainer: Trainer, loader: Iterable[Any] | None) -> None:
-        """Watch the Trainer's steps."""
-        self.recent = RecentBatches(trainer)
-        self._trainer = trainer
+    def __init__(self, recent: RecentBatches, loader: Iterable[Any] | None) -> None:
+        """Measure nothing yet."""
+        self.recent = recent
         self._config = CompreSSMConfig()
         self._loader = loader
         self._measures = self._judges = self._untried = self._near = False
 
-    def begin(self, model: nn.Module, config: CompreSSMConfig, processes: Processes) -> None:
+    def begin(self, model: nn.Module, config: CompreSSMConfig, judges: bool, processes: Processes) -> None:
         """Start a run afresh; a loader of the user's own is tried at once, on its first batch.
+
+        Args:
+            model: the model.
+            config: settings.
+            judges: whether the loss of recent batches decides if a cut is kept.
+            processes: the processes that train the model together.
 
         Raises:
             ValueError: if the settings do not fit the model, or if that batch cannot be used.
         """
-        self._config = config
+        self._config, self._judges = config, judges
         choices = check_settings(model, config, calibrated=True)
         self._measures = any(choice.needs_data for choice in choices)
-        self._judges = self._config.max_loss_increase is not None and self._trainer.eval_dataset is None
         self._untried = self._needs_steps
         self.recent.begin(math.ceil(self._config.calibration_batches / processes.size))
         if self._measures and self._loader is not None:
@@ -91,7 +87,7 @@ class Calibration:
         if following is None:
             self._untried = False
         self._near = following is not None and following - step <= self.recent.count
-        self.recent.wanted = self._needs_steps and (self._near or self._untried)
+        self.recent.want(self._needs_steps and (self._near or self._untried))
         if not self._near:
             self.recent.clear()
 
@@ -99,7 +95,7 @@ class Calibration:
         """After the first step, make sure that its batch can be measured on.
 
         Raises:
-            ValueError: if the step called no `compute_loss`, or its batch cannot be run a second time.
+            ValueError: if the step left no batch, or its batch cannot be run a second time.
         """
         if not self._untried:
             return
@@ -108,37 +104,19 @@ class Calibration:
         if not self._near:
             self.recent.clear()
         if not batches:
-            raise ValueError(
-                f"{type(self._trainer).__name__} made a step without calling its compute_loss, where the batches for "
-                "calibration are taken. Pass batches of model inputs: CompreSSMCallback(config, calibration=loader)."
-            )
+            raise ValueError(self.recent.absence)
         try:
             if self._judges:
                 with undisturbed(model), torch.no_grad():
                     self.recent.loss(model, batches[0])
             if self._measures and self._loader is None:
                 request = CutRequest(self._config, batches, processes=processes, forward=self._forward)
-                warn_of_packed_texts(try_calibration(model, request), batches[0].inputs)
-        except torch.OutOfMemoryError:  # the Trainer may try again with smaller batches
+                inputs = batches[0].inputs if hasattr(batches[0].inputs, "items") else batches[0].others
+                warn_of_packed_texts(try_calibration(model, request), inputs)
+        except torch.OutOfMemoryError:  # a Trainer may try again with smaller batches
             raise
         except Exception as error:
-            raise ValueError(
-                f"{error} (It is the batch of the first step, run again by {type(self._trainer).__name__}."
-                "compute_loss in evaluation mode and without gradients. If that cannot work, pass batches of "
-                "model inputs, CompreSSMCallback(config, calibration=loader), and an eval_dataset for a guard.)"
-            ) from error
-
-    def save(self, folder: Path) -> None:
-        """Write the batches of this process that a run needs if it resumes from this checkpoint."""
-        self.recent.save(folder)
-
-    def load(self, folder: Path) -> None:
-        """Start with the batches of a checkpoint, if it has any.
-
-        Raises:
-            ValueError: naming the file, if it cannot be read.
-        """
-        self.recent.load(folder)
+            raise ValueError(f"{error} ({self.recent.origin})") from error
 
     def _forward(self, model: nn.Module, batch: Batch) -> None:
         """Run a batch again, and measure on a sample of it."""
@@ -151,45 +129,15 @@ class Calibration:
         return self._judges or (self._measures and self._loader is None)
 
 
-def warn_of_packed_texts(seen: Sequence[tuple[SSMLayer, Statistics | None]], inputs: Any) -> None:
-    """Warn if a batch has several texts in one row, and states run from one into the next.
+def refuse_loader(calibration: Any) -> None:
+    """Refuse what cannot be iterated over anew at each cut.
 
-    Args:
-        seen: the layers, each with what the batch shows of it.
-        inputs: the batch.
+    Raises:
+        ValueError: for a single batch, or an iterator.
     """
-    found = dict(_packings(inputs))
-    told = [layer for layer, item in seen if item is None or item.told_apart]
-    apart = [layer for layer in told if layer.family.tells_texts_apart_by & found.keys()]
-    blind = sorted({layer.family.name for layer, _ in seen if layer not in apart})
-    if not found or not blind:
-        return
-    logger.warning(
-        f"The batches are packed, several texts in one row ({next(iter(found.values()))}), and the state of "
-        f"{', '.join(blind)} layers runs from one text into the next, in training and therefore in "
-        "calibration. Pad instead of packing, or give Mamba-2 layers `seq_idx` "
-        "(DataCollatorWithFlattening(return_seq_idx=True))."
-    )
-
-
-def _packings(inputs: Any) -> Iterator[tuple[str, str]]:
-    """The entries of a batch that tell of several texts in a row, with how they show it."""
-    entries = inputs if hasattr(inputs, "items") else {}
-    mask = entries.get("attention_mask")
-    for name, value in entries.items():
-        if not isinstance(value, Tensor):
-            continue
-        if name == "position_ids" and value.dim() == 2 and _restarts(value, mask):
-            yield name, "position_ids restart"
-        elif name == "seq_idx" and bool((value != value[..., :1]).any()):
-            yield name, "seq_idx changes"
-        elif name.startswith("cu_seq") and value.numel() > 2:
-            yield name, f"{name} has {value.numel() - 1} parts"
-
-
-def _restarts(positions: Tensor, mask: Tensor | None) -> bool:
-    """Whether positions go back to 0 after a token that is no padding."""
-    back = (positions[:, 1:] == 0) & (positions[:, :-1] > 0)
-    if isinstance(mask, Tensor) and mask.shape == positions.shape:
-        back = back & (mask[:, :-1] > 0)
-    return bool(torch.any(back))
+    refuse_single_batch(calibration)
+    if isinstance(calibration, Iterator):
+        raise ValueError(
+            f"calibration is a {type(calibration).__name__}, which is used up by the first cut. Pass a list or a "
+            "DataLoader."
+        )
