@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, get_linear_schedule_with_warmup
 
@@ -28,6 +29,13 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
+def batches_of(family: Family) -> list[dict[str, Tensor]]:
+    """The Trainer's batches of two, in their order."""
+    rows = Examples(family).rows
+    pairs = zip(rows[::2], rows[1::2], strict=True)
+    return [{name: torch.stack([one[name], two[name]]) for name in one} for one, two in pairs]
+
+
 class Loop:
     """A loop of one's own: model, optimizer, schedule and Compressor.
 
@@ -49,9 +57,7 @@ class Loop:
         rate: float = RATE,
         **kwargs: Any,
     ) -> None:
-        rows = Examples(family).rows
-        pairs = zip(rows[::2], rows[1::2], strict=True)
-        self.batches = [{name: torch.stack([one[name], two[name]]) for name in one} for one, two in pairs]
+        self.batches = batches_of(family)
         self.model = (family.build() if model is None else model).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=0.0)
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, 0, steps)

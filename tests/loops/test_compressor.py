@@ -163,9 +163,9 @@ def test_a_model_is_measured_under_the_autocast_of_its_training() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
-def test_a_compiled_model_goes_on(family: Family = LRU) -> None:
+def test_a_compiled_model_goes_on() -> None:
     torch.compiler.reset()
-    plain, compiled = Loop(family).run(), Loop(family, model=torch.compile(family.build(), backend="eager"))
+    plain, compiled = Loop(LRU).run(), Loop(LRU, model=torch.compile(LRU.build(), backend="eager"))
     compiled.run()
     assert [event.sizes for event in compiled.compressor.events] == [event.sizes for event in plain.compressor.events]
     assert compiled.model._orig_mod.config.state_size == 4
