@@ -1,5 +1,6 @@
 """Cutting in a training loop of one's own, in one of Accelerate, or in Lightning: one call after every step."""
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -83,7 +84,7 @@ class Compressor:
         check_loop(self._model, model, self._config, optimizer, held_out_loss is not None)
         self._end = last_step(self._config, total_steps)
         enable_fast_selective_scan()
-        self._batches = ForwardBatches(called_model(model), lambda: self.steps)
+        self._batches = ForwardBatches(called_model(model), steps_done := _steps_of(self))
         self._calibration = Calibration(self._batches, calibration)
         self._calibration.begin(self._model, self._config, self._judges, self._processes)
         self._decisions = Decisions(self._config)
@@ -91,7 +92,8 @@ class Compressor:
         self._go_on()
         if self._config.rewarmup_steps and optimizer is not None:
             for each in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
-                self._decisions.rewarmup.follow(unwrap(each), lambda: self.steps)
+                for hook in self._decisions.rewarmup.follow(unwrap(each), steps_done):
+                    weakref.finalize(self, hook.remove)  # another Compressor may take over
         if self._processes.is_first:
             logger.info(f"CompreSSM cuts {trigger.describe()}.")
 
@@ -211,6 +213,12 @@ class Compressor:
                 f"This is step {self.steps} of a run with total_steps={self._total_steps}. Nothing is cut any more; "
                 "pass the true number of steps, of which settings below 1 are a share."
             )
+
+
+def _steps_of(compressor: Compressor) -> Callable[[], int]:
+    """A function that returns its steps, and does not keep it alive."""
+    known = weakref.ref(compressor)
+    return lambda: 0 if (present := known()) is None else present.steps
 
 
 def _accumulates(optimizer: Any) -> bool:

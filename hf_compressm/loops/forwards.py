@@ -79,7 +79,8 @@ class ForwardBatches(RecentBatches):
         """A loop that goes around the model's forward needs a loader."""
         return (
             f"A step was made without calling {type(self._model).__name__} in training mode with gradients, where the "
-            "batches for calibration are taken. Pass batches of model inputs: Compressor(..., calibration=loader)."
+            "batches for calibration are taken. Call model.train() before the loop; or, if the loop does not call the "
+            "model itself, pass batches of model inputs: Compressor(..., calibration=loader)."
         )
 
     @property

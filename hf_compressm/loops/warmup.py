@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 
 class Rewarmup:
@@ -39,8 +40,8 @@ class Rewarmup:
                 group["lr"] = rate
             self._rates = None
 
-    def follow(self, optimizer: torch.optim.Optimizer, steps_done: Callable[[], int]) -> None:
-        """Lower and restore the rates around every step that an optimizer makes from now on.
+    def follow(self, optimizer: torch.optim.Optimizer, steps_done: Callable[[], int]) -> list[RemovableHandle]:
+        """Lower and restore the rates around every step that an optimizer makes, until the hooks are removed.
 
         Args:
             optimizer: the optimizer.
@@ -51,5 +52,7 @@ class Rewarmup:
             self.restore(stepping)  # a step that failed has left them low
             self.lower(stepping, steps_done())
 
-        optimizer.register_step_pre_hook(before)
-        optimizer.register_step_post_hook(lambda stepping, *_: self.restore(stepping))
+        return [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(lambda stepping, *_: self.restore(stepping)),
+        ]

@@ -1,7 +1,6 @@
 """A loop of one's own is cut as a Trainer's run is, to the last bit, and nothing of it is disturbed."""
 
 import copy
-import gc
 import pickle
 from pathlib import Path
 from typing import Any
@@ -69,6 +68,14 @@ def test_a_step_that_fails_leaves_no_low_rate_behind() -> None:
     assert loop.rates[-1] == pytest.approx(rate / 4)
 
 
+def test_a_compressor_that_is_gone_leaves_the_rates_alone() -> None:
+    loop = Loop(LRU, {**HALVE, "rewarmup_steps": 3}).run(2)
+    rate = loop.optimizer.param_groups[0]["lr"]
+    loop.compressor = Compressor(loop.model, {**HALVE, "end": 100}, loop.optimizer)
+    loop.run(3)
+    assert loop.rates[-1] == rate
+
+
 def test_a_step_returns_its_events_and_has_something_to_log() -> None:
     seen: list[tuple[int, int]] = []
     loop = Loop(LRU, HALVE)
@@ -118,9 +125,8 @@ def test_a_compressor_that_is_gone_leaves_no_hook_and_copies_of_the_model_have_n
     for one in (copied, pickled):
         one.train()(**loop.batches[5])
     assert loop.compressor.state_dict()["batches"]["structure"] == kept
-    model, loop.optimizer = loop.model, None  # its hooks hold the Compressor
-    del loop
-    gc.collect()
+    model = loop.model
+    del loop.compressor
     assert len(model._forward_pre_hooks) == 0
 
 
