@@ -15,6 +15,7 @@ from hf_compressm.families import refuse_single_batch
 from hf_compressm.families.sampling import sampled
 from hf_compressm.loops.packing import warn_of_packed_texts
 from hf_compressm.loops.recent import Batch, RecentBatches
+from hf_compressm.scans import enable_fast_selective_scan
 from hf_compressm.utils.processes import Processes
 from hf_compressm.utils.randomness import undisturbed
 
@@ -35,7 +36,7 @@ class Calibration:
         self._measures = self._judges = self._untried = self._near = False
 
     def begin(self, model: nn.Module, config: CompreSSMConfig, judges: bool, processes: Processes) -> None:
-        """Start a run afresh; a loader of the user's own is tried at once, on its first batch.
+        """Start a run afresh, with the fast scan; a loader of the user's own is tried at once, on its first batch.
 
         Args:
             model: the model.
@@ -46,6 +47,7 @@ class Calibration:
         Raises:
             ValueError: if the settings do not fit the model, or if that batch cannot be used.
         """
+        enable_fast_selective_scan()
         self._config, self._judges = config, judges
         choices = check_settings(model, config, calibrated=True)
         self._measures = any(choice.needs_data for choice in choices)

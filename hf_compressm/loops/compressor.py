@@ -19,7 +19,6 @@ from hf_compressm.loops.engines import called_model, inner_model
 from hf_compressm.loops.forwards import ForwardBatches
 from hf_compressm.loops.refusals import check_loop, last_step
 from hf_compressm.loops.remembering import read_batches, read_step, remembered
-from hf_compressm.scans import enable_fast_selective_scan
 from hf_compressm.surgery import rebuild_reducers, unwrap
 from hf_compressm.utils.processes import Processes
 from hf_compressm.utils.randomness import undisturbed
@@ -83,7 +82,6 @@ class Compressor:
         refuse_loader(calibration)
         check_loop(self._model, model, self._config, optimizer, held_out_loss is not None)
         self._end = last_step(self._config, total_steps)
-        enable_fast_selective_scan()
         self._batches = ForwardBatches(called_model(model), steps_done := _steps_of(self))
         self._calibration = Calibration(self._batches, calibration)
         self._calibration.begin(self._model, self._config, self._judges, self._processes)

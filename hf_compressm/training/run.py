@@ -18,7 +18,6 @@ from hf_compressm.loops import Calibration, Decisions
 from hf_compressm.loops.warmup import Rewarmup
 from hf_compressm.peft import is_wrapped, underlying
 from hf_compressm.peft.saved_base import check_base, keeps_base_beside, save_base
-from hf_compressm.scans import enable_fast_selective_scan
 from hf_compressm.training.clock import StepClock
 from hf_compressm.training.copies import refuse_copies
 from hf_compressm.training.held_out import held_out_loss
@@ -111,7 +110,7 @@ class CompressedRun:
         self.decisions.configure(config)
 
     def begin(self, model: Any, optimizer: Any) -> None:
-        """Before the first step, refuse a run that cannot work, resume from a checkpoint, and enable the fast scan."""
+        """Before the first step, refuse a run that cannot work, and resume from a checkpoint."""
         trainer, state = self.trainer, self.trainer.state
         self._processes, self._begun = Processes.current(), False
         refuse_engines(trainer)
@@ -119,7 +118,6 @@ class CompressedRun:
         refuse_optimizer(optimizer, model)
         if trainer.args.load_best_model_at_end or self.config.recovery_steps is not None:
             check_resizable(underlying(model))
-        enable_fast_selective_scan()
         judges = self.config.max_loss_increase is not None and trainer.eval_dataset is None
         self.calibration.begin(model, self.config, judges, self._processes)
         trigger = self.decisions.begin(model, self.calibration, state.max_steps, self._processes)
