@@ -34,7 +34,7 @@ def stock_scan():
     disable_fast_selective_scan()
 
 
-@pytest.mark.parametrize("family", [MAMBA, MAMBA2, LRU, S5], ids=family_id)
+@pytest.mark.parametrize("family", [MAMBA, LRU, S5, pytest.param(MAMBA2, marks=pytest.mark.slow)], ids=family_id)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_loop_ends_where_the_trainer_ends(name: str, family: Family, tmp_path: Path) -> None:
     settings = SETTINGS[name]

@@ -34,6 +34,8 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mixers": (own_mixers, TWICE),
     "layers without a configuration": (own_layers, TWICE),
 }
+THE_SAME_AGAIN = ("mamba2 in a class of ours", "a module around two mambas", "mixers", "s5, stable")
+"""Those that take long, and differ little from others."""
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,9 @@ def told(loop: Loop) -> list[dict[str, Any]]:
     return [event.to_dict() | {"seconds": 0.0} for event in loop.compressor.events]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in THE_SAME_AGAIN else []) for name in RUNS]
+)
 def test_a_loop_resumes_bit_for_bit_with_a_model_of_the_first_size(name: str, tmp_path: Path) -> None:
     whole = loop_of(name)
     for step in range(1, STEPS):
