@@ -7,7 +7,7 @@ from hf_compressm.utils.lazy import announce_models, lazy_names
 
 if TYPE_CHECKING:
     from hf_compressm.callback import CompreSSMCallback
-    from hf_compressm.checkpoints import find_last_complete_checkpoint, verify_checkpoint
+    from hf_compressm.checkpoints import find_last_complete_checkpoint, fit_to_weights, verify_checkpoint
     from hf_compressm.compression import (
         CompressionPlan,
         CompressionResult,
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from hf_compressm.config import CompreSSMConfig
     from hf_compressm.families import Layout, declare_layer, rows, states
+    from hf_compressm.loops import Compressor
     from hf_compressm.models import (
         CompreSSMamba2Config,
         CompreSSMamba2ForCausalLM,
@@ -52,6 +53,7 @@ __all__ = [
     "CompreSSMambaModel",
     "CompressionPlan",
     "CompressionResult",
+    "Compressor",
     "LRUConfig",
     "LRUForCausalLM",
     "LRUForSequenceClassification",
@@ -69,6 +71,7 @@ __all__ = [
     "declare_layer",
     "enable_fast_selective_scan",
     "find_last_complete_checkpoint",
+    "fit_to_weights",
     "plan_compression",
     "rows",
     "states",
@@ -79,7 +82,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "callback": ["CompreSSMCallback"],
-        "checkpoints": ["find_last_complete_checkpoint", "verify_checkpoint"],
+        "checkpoints": ["find_last_complete_checkpoint", "fit_to_weights", "verify_checkpoint"],
         "compression": [
             "CompressionPlan",
             "CompressionResult",
@@ -91,6 +94,7 @@ __getattr__, __dir__ = lazy_names(
         ],
         "config": ["CompreSSMConfig"],
         "families": ["Layout", "declare_layer", "rows", "states"],
+        "loops": ["Compressor"],
         "models": [name for name in __all__ if "Mamba" in name or name.startswith(("LRU", "S5"))],
         "reports": ["compress_checkpoint"],
         "scans": ["enable_fast_selective_scan"],

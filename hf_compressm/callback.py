@@ -1,6 +1,6 @@
 """The Trainer callback: each of its hooks passes an event of the Trainer on to the run."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -8,7 +8,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_compressm.compression.history import CutEvent
 from hf_compressm.config import CompreSSMConfig, Settings, as_config
-from hf_compressm.families import refuse_single_batch
+from hf_compressm.loops import refuse_loader
 from hf_compressm.training import CompressedRun, calling_trainer
 
 
@@ -39,12 +39,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def __init__(self, config: Settings = None, calibration: Iterable[Any] | None = None) -> None:
         self.config = config
-        refuse_single_batch(calibration)
-        if isinstance(calibration, Iterator):
-            raise ValueError(
-                f"calibration is a {type(calibration).__name__}, which is used up by the first cut. Pass a list or a "
-                "DataLoader."
-            )
+        refuse_loader(calibration)
         self._calibration = calibration
         self._last = CompressedRun(self.config, calibration)
 

@@ -21,6 +21,7 @@ import transformers
 from transformers import Trainer, TrainerCallback, TrainerState
 
 import hf_compressm.compression.applying
+import hf_compressm.loops.decisions
 import hf_compressm.surgery.operation
 import hf_compressm.training.recovery
 import hf_compressm.training.run
@@ -165,7 +166,7 @@ def set_up() -> None:
     around(Trainer, "_save_optimizer_and_scheduler", "save: weights without optimizer")
     around(transformers.trainer, "rotate_checkpoints", "save: before the rotation", "save: after the rotation")
     around(run, "seal_checkpoint", "save: all without seal", "save: sealed")
-    around(run, "guarded_cut", "cut: begins", "cut: done")
+    around(hf_compressm.loops.decisions, "guarded_cut", "cut: begins", "cut: done")
     around(applying, "plan_cut", after="cut: planned")
     around(operation, "commit_replacements", after="cut: parameters in, optimizer old")
     around(operation, "commit_optimizer", after="cut: optimizer in, config old")

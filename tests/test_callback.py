@@ -26,7 +26,7 @@ def stock_scan():
 @pytest.fixture
 def warnings_seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
-    monkeypatch.setattr(logging.get_logger("hf_compressm.training.reporting"), "warning", seen.append)
+    monkeypatch.setattr(logging.get_logger("hf_compressm.loops.outcome"), "warning", seen.append)
     return seen
 
 

@@ -8,6 +8,7 @@ from hf_compressm.checkpoints.fitting import (
     load_converted,
     records_of,
 )
+from hf_compressm.checkpoints.in_memory import fit_to_sizes, fit_to_weights, sizes_of
 from hf_compressm.checkpoints.reading import find_last_complete_checkpoint, read_saved, verify_checkpoint
 from hf_compressm.checkpoints.saved_model import SavedModel
 from hf_compressm.checkpoints.seal import seal_checkpoint, unseal_checkpoint
@@ -20,6 +21,8 @@ __all__ = [
     "cut_checkpoint",
     "find_last_complete_checkpoint",
     "fit_to_checkpoint",
+    "fit_to_sizes",
+    "fit_to_weights",
     "fit_with_adapters",
     "load_converted",
     "read_saved",
@@ -27,6 +30,7 @@ __all__ = [
     "records_of",
     "refuse_run_folder",
     "seal_checkpoint",
+    "sizes_of",
     "unseal_checkpoint",
     "verify_checkpoint",
 ]

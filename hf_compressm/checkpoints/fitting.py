@@ -24,7 +24,9 @@ _FOLLOWING: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 """Whether the classes of other packages build their layers as large as their configuration says."""
 
 
-def fit_to_checkpoint(model: nn.Module, saved: SavedModel, optimizer: Any = None) -> bool:
+def fit_to_checkpoint(
+    model: nn.Module, saved: SavedModel, optimizer: Any = None, records: Mapping[str, Any] | None = None
+) -> bool:
     """Give a live model the class and state sizes of a checkpoint, so that its weights can be loaded.
 
     Args:
@@ -32,6 +34,7 @@ def fit_to_checkpoint(model: nn.Module, saved: SavedModel, optimizer: Any = None
             does not say how large its SSM layers are, the shapes of the checkpoint's tensors do.
         saved: the checkpoint.
         optimizer: the optimizer that trains the model, if there is one yet.
+        records: the records of cuts of parts, as in `records_of`; by default those of the checkpoint's history.
 
     Returns:
         Whether anything had to change its shape.
@@ -41,7 +44,7 @@ def fit_to_checkpoint(model: nn.Module, saved: SavedModel, optimizer: Any = None
     """
     base = underlying(model)
     if saved.values is None or not takes_sizes_from_config(base):
-        return _fit_by_shapes(model, saved, optimizer)
+        return _fit_by_shapes(model, saved, optimizer, records)
     config = saved.config(base.config)
     stock = models.stock_class(type(base))
     kinds: list[Any] = [kind for kind in (type(base), stock, models.own_class(stock)) if kind is not None]
@@ -97,17 +100,17 @@ def check_resizable(model: nn.Module) -> None:
             )
 
 
-def _fit_by_shapes(model: nn.Module, saved: SavedModel, optimizer: Any) -> bool:
+def _fit_by_shapes(
+    model: nn.Module, saved: SavedModel, optimizer: Any, records: Mapping[str, Any] | None = None
+) -> bool:
     """Give the SSM layers of a model the sizes that the tensors of a checkpoint have."""
     layers = _layers(underlying(model))
     if not layers or not saved.headers:
         return False
-    directory = saved.directory.parent if saved.directory.name == BASE_FOLDER else saved.directory
-    records = read_history(directory, saved.trainer_state).get("records")
-    records = records if isinstance(records, Mapping) else {}
+    known = _records_in(saved) if records is None else records
 
     def restore(config: Any, holder: Holder, names: Sequence[str]) -> None:
-        record = records.get(holder.name)
+        record = known.get(holder.name)
         check_record(record)
         vars(config).pop("compressm", None)
         if record is not None:
@@ -119,6 +122,13 @@ def _fit_by_shapes(model: nn.Module, saved: SavedModel, optimizer: Any) -> bool:
         )
     except ValueError as error:
         raise ValueError(f"{saved.directory}: {error}") from error
+
+
+def _records_in(saved: SavedModel) -> Mapping[str, Any]:
+    """The records of cuts of parts that the history of a checkpoint keeps."""
+    directory = saved.directory.parent if saved.directory.name == BASE_FOLDER else saved.directory
+    records = read_history(directory, saved.trainer_state).get("records")
+    return records if isinstance(records, Mapping) else {}
 
 
 def _layers(model: nn.Module) -> list[SSMLayer]:

@@ -32,7 +32,7 @@ def write_batches(path: Path, batches: list[Any]) -> None:
         UnsavableBatchError: naming what cannot be written; there is then no file.
     """
     tensors: dict[int, tuple[str, Tensor]] = {}
-    metadata = {STRUCTURE: json.dumps(_encoded(batches, tensors))}
+    metadata = {STRUCTURE: json.dumps(encoded(batches, tensors))}
     save_file({name: _copied(value) for name, value in tensors.values()}, path, metadata=metadata)
 
 
@@ -50,7 +50,7 @@ def read_batches(path: Path, device: torch.device) -> list[Any]:
         with safe_open(path, "pt", device="cpu") as file:
             structure = json.loads(file.metadata()[STRUCTURE])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return _decoded(structure, tensors, device)
+        return decoded(structure, tensors, device)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{path} cannot be read as batches: {type(error).__name__}: {error}") from error
 
@@ -70,8 +70,12 @@ def _has_form(dtype: torch.dtype) -> bool:
     return True
 
 
-def _encoded(value: Any, tensors: dict[int, tuple[str, Tensor]]) -> Any:
-    """A value as JSON, `[kind, content]`, with its tensors in a table: names and tensors by their `id`."""
+def encoded(value: Any, tensors: dict[int, tuple[str, Tensor]]) -> Any:
+    """A value as JSON, `[kind, content]`, with its tensors in a table: names and tensors by their `id`.
+
+    Raises:
+        UnsavableBatchError: naming what has no such form.
+    """
     if isinstance(value, Tensor):
         if type(value) is not Tensor or value.layout != torch.strided or not _has_form(value.dtype):
             raise UnsavableBatchError(f"a {type(value).__name__} of {value.dtype} in them has no form in a file")
@@ -83,21 +87,21 @@ def _encoded(value: Any, tensors: dict[int, tuple[str, Tensor]]) -> Any:
         kind = "encoding" if isinstance(value, BatchEncoding) else "dict"
         if not all(isinstance(key, str) for key in value):
             raise UnsavableBatchError(f"a {type(value).__name__} in them has keys that are not texts")
-        return [kind, [[key, _encoded(part, tensors)] for key, part in value.items()]]
+        return [kind, [[key, encoded(part, tensors)] for key, part in value.items()]]
     if type(value) in (list, tuple):
-        return [type(value).__name__, [_encoded(part, tensors) for part in value]]
+        return [type(value).__name__, [encoded(part, tensors) for part in value]]
     raise UnsavableBatchError(f"they hold a {type(value).__name__}, which is no tensor, number or text")
 
 
-def _decoded(structure: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
-    """The inverse of `_encoded`."""
+def decoded(structure: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """The inverse of `encoded`, with the tensors by name; those that were not on the CPU go to a device."""
     kind, content = structure[0], structure[1]
     if kind == "tensor":
         return tensors[content].to(device) if structure[2] else tensors[content]
     if kind == "value":
         return content
     if kind in ("list", "tuple"):
-        parts = [_decoded(part, tensors, device) for part in content]
+        parts = [decoded(part, tensors, device) for part in content]
         return parts if kind == "list" else tuple(parts)
-    items = {key: _decoded(part, tensors, device) for key, part in content}
+    items = {key: decoded(part, tensors, device) for key, part in content}
     return BatchEncoding(items) if kind == "encoding" else items

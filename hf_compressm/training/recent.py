@@ -5,20 +5,19 @@ Nothing of the dataset, its sampler, collator, workers or generators is touched,
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
 from hf_compressm.files.batches import UnsavableBatchError, read_batches, write_batches
 from hf_compressm.files.names import BATCHES_FILE
+from hf_compressm.loops.recent import Batch, RecentBatches
 from hf_compressm.training.trainer import wrap_methods
 from hf_compressm.utils.processes import Processes
 
@@ -32,66 +31,18 @@ ITEMS = "num_items_in_batch"
 """The argument by which a Trainer tells its loss how many tokens a whole step has."""
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """What one call of `compute_loss` was given besides the model.
-
-    Attributes:
-        inputs: as the Trainer prepared them.
-        others: further arguments, by name.
-        step: steps done before the step that the call belongs to.
-    """
-
-    inputs: Any
-    others: Mapping[str, Any]
-    step: int = -1
-
-    def copy(self) -> "Batch":
-        """A copy that a `compute_loss` may change, with tensors of its own."""
-        inputs, others = (recursively_apply(torch.clone, part) for part in (self.inputs, dict(self.others)))
-        return replace(self, inputs=inputs, others=others)
-
-
-class RecentBatches:
-    """The last batches of a Trainer's training steps, kept while they are wanted.
+class TrainerBatches(RecentBatches):
+    """The last batches of a Trainer's training steps, as its `compute_loss` was given them.
 
     Args:
         trainer: the Trainer whose `compute_loss` is wrapped.
-
-    Attributes:
-        wanted: whether batches of the coming steps are kept.
-        reference: batches that are kept for the rest of the run, to be measured on again and again.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         """Wrap the method."""
-        self.wanted = False
-        self.reference: list[Batch] = []
+        super().__init__()
         self._trainer = trainer
-        self._kept: deque[Batch] = deque(maxlen=0)
         wrap_methods(trainer, {"compute_loss": self._compute_loss})
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches, oldest first."""
-        return iter(list(self._kept))
-
-    def __len__(self) -> int:
-        """The number of batches."""
-        return len(self._kept)
-
-    def begin(self, count: int) -> None:
-        """Start afresh, and keep at most `count` batches."""
-        self.reference = []
-        self._kept = deque(maxlen=count)
-
-    @property
-    def count(self) -> int:
-        """The largest number of batches that are kept."""
-        return self._kept.maxlen or 0
-
-    def clear(self) -> None:
-        """Forget all batches but the reference."""
-        self._kept.clear()
 
     def run(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of a batch that was kept, by the Trainer's own `compute_loss`; nothing in the Trainer changes."""
@@ -104,17 +55,31 @@ class RecentBatches:
         others = {name: None if name == ITEMS else value for name, value in batch.others.items()}
         return self.run(model, Batch(batch.inputs, others))
 
+    @property
+    def absence(self) -> str:
+        """A Trainer that goes around its own `compute_loss` needs a loader."""
+        return (
+            f"{type(self._trainer).__name__} made a step without calling its compute_loss, where the batches for "
+            "calibration are taken. Pass batches of model inputs: CompreSSMCallback(config, calibration=loader)."
+        )
+
+    @property
+    def origin(self) -> str:
+        """The batch comes from `compute_loss`, and goes there again."""
+        return (
+            f"It is the batch of the first step, run again by {type(self._trainer).__name__}.compute_loss in "
+            "evaluation mode and without gradients. If that cannot work, pass batches of model inputs, "
+            "CompreSSMCallback(config, calibration=loader), and an eval_dataset for a guard."
+        )
+
     def save(self, folder: Path) -> None:
         """Write the batches that a run needs if it resumes from this checkpoint; each process writes its own."""
         _file(folder).unlink(missing_ok=True)
         if not (self._kept or self.reference):
             return
-        done = self._trainer.state.global_step  # a step that is interrupted will be run again
-        kept = [batch for batch in self._kept if batch.step < done]
-        parts = [[[batch.inputs, dict(batch.others)] for batch in part] for part in (kept, self.reference)]
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            write_batches(_file(folder), parts)
+            write_batches(_file(folder), self.parts(self._trainer.state.global_step))
         except UnsavableBatchError as error:
             logger.warning_once(
                 f"Checkpoints cannot keep the batches before a cut: {error}. A run that resumes from {folder.name} "
@@ -131,16 +96,14 @@ class RecentBatches:
             return
         parts = read_batches(_file(folder), self._trainer.args.device)
         try:
-            kept, reference = ([Batch(inputs, others) for inputs, others in part] for part in parts)
+            self.resume(parts)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{_file(folder)} does not hold the batches of a run.") from error
-        self._kept.extend(kept)
-        self.reference = reference
 
     def _compute_loss(self, method: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Keep a batch of a training step before the Trainer's own method may change it."""
         if self.wanted and model.training and torch.is_grad_enabled():
-            self._kept.append(Batch(inputs, kwargs, self._trainer.state.global_step).copy())
+            self.keep(Batch(inputs, kwargs, self._trainer.state.global_step))
         return method(model, inputs, *args, **kwargs)
 
 

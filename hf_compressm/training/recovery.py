@@ -17,7 +17,7 @@ from hf_compressm.compression.history import CutEvent
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.files.atomic import link_or_copy
 from hf_compressm.files.names import KEPT_PREFIX
-from hf_compressm.training.schedule import resolve
+from hf_compressm.loops.schedule import resolve
 from hf_compressm.utils.checks import quoted
 
 

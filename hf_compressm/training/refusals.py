@@ -3,17 +3,17 @@
 from typing import Any, cast
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from hf_compressm.compression.history import CALLBACK
 from hf_compressm.config import CompreSSMConfig
-from hf_compressm.surgery import check_optimizer, find_wrappers, unsupported_feature
-from hf_compressm.training.guard import aside, check_held_out_loss, few_examples
+from hf_compressm.loops.engines import find_engine
+from hf_compressm.loops.schedule import Scheduled, Trigger
+from hf_compressm.surgery import check_optimizer
+from hf_compressm.training.held_out import aside, check_held_out_loss, few_examples
 from hf_compressm.training.recovery import metric_name, recovery_length
-from hf_compressm.training.schedule import Scheduled, Trigger
 from hf_compressm.utils.randomness import undisturbed
 
 
@@ -45,22 +45,11 @@ def refuse_engines(trainer: Trainer) -> None:
 
 def _engine(args: TrainingArguments, trainer: Trainer) -> str:
     """The engine of a run that cannot be cut in place, in words; "" where it can."""
-    model = _model(trainer)
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
     if trainer.is_fsdp_enabled:
         return "FSDP"
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return "tensor parallelism (its parameters are DTensors)"
-    if getattr(model, "is_quantized", False):
-        return "quantised weights"
-    wrappers = list(find_wrappers(trainer.model_wrapped))
-    feature = next((found for wrapper in wrappers if (found := unsupported_feature(wrapper))), "")
-    if feature:
-        return f"DistributedDataParallel with {feature}"
-    if args.world_size > 1 and not wrappers and any(parameter.requires_grad for parameter in model.parameters()):
-        return f"{args.world_size} processes without DistributedDataParallel"
-    return ""
+    return find_engine(_model(trainer), trainer.model_wrapped, args.world_size)
 
 
 def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:

@@ -5,7 +5,7 @@ fixed list of files. So the methods by which it saves a model and writes a card 
 completes the directory that is about to be pushed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from hf_compressm.compression.history import CutEvent
-from hf_compressm.config import CompreSSMConfig
 from hf_compressm.files.atomic import write_text
 from hf_compressm.files.names import CARD_FILE, FIGURES_FOLDER
 from hf_compressm.peft import underlying
@@ -139,33 +138,6 @@ class Publisher:
                 logger.warning_once(f"The model card has no pictures. {error}")
                 self._drawn = (of_now, [])
         return self._drawn[1]
-
-
-def tell_outcome(
-    events: Sequence[CutEvent], config: CompreSSMConfig, when: str, step: int, earlier_cut: int | None
-) -> None:
-    """Warn at the end of a run in which nothing was cut.
-
-    Args:
-        events: attempts of the run.
-        config: its settings.
-        when: a description of when cuts come.
-        step: optimizer steps done.
-        earlier_cut: step of the last cut in the model's record; None without one.
-    """
-    tried = [event for event in events if event.outcome != "rolled back"]
-    if not tried and earlier_cut is None:
-        logger.warning(f"CompreSSM cut nothing: training ended at step {step}; cuts come {when}.")
-    elif tried and not any(event.outcome == "cut" for event in tried):
-        layers = tried[-1].result.plan.layers
-        reasons = {f"{layer.name}: {layer.reason}" for layer in layers}
-        rule = config.rank_rule
-        more = f" A {'smaller' if rule == 'target_state_size' else 'larger'} {rule} would cut more."
-        undone = sum(event.outcome == "undone" for event in tried)
-        logger.warning(
-            f"CompreSSM tried {len(tried)} cut(s) and none shrank a layer; {undone} were undone by the guard "
-            f"({'; '.join(sorted(reasons))}).{more * any(layer.status == 'kept' for layer in layers)}"
-        )
 
 
 def _without_failing(write: Callable[[], object]) -> None:

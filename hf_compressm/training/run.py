@@ -1,4 +1,4 @@
-"""What happens in a run: when to cut, whether to keep a cut, how to roll it back, and what a checkpoint keeps."""
+"""What a Trainer adds to the cuts of a run: its events, checkpoints, metric, log and publishing."""
 
 import time
 import weakref
@@ -9,31 +9,27 @@ from typing import Any
 from transformers import Trainer, TrainerControl
 from transformers.utils import logging
 
-from hf_compressm.checkpoints import check_resizable, records_of, seal_checkpoint
-from hf_compressm.compression import Scores, recorded_cuts, requested_scores
-from hf_compressm.compression.history import CALLBACK, CutEvent, from_record, read_history, rollback_event, to_record
+from hf_compressm.checkpoints import check_resizable, seal_checkpoint
+from hf_compressm.compression.history import CALLBACK, CutEvent, read_history
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.files.atomic import write_json
 from hf_compressm.files.names import HISTORY_FILE, TRAINER_STATE_FILE
+from hf_compressm.loops import Calibration, Decisions
+from hf_compressm.loops.warmup import Rewarmup
 from hf_compressm.peft import is_wrapped, underlying
 from hf_compressm.peft.saved_base import check_base, keeps_base_beside, save_base
-from hf_compressm.scans import enable_fast_selective_scan
-from hf_compressm.surgery import rebuild_reducers
-from hf_compressm.training.calibration import Calibration
-from hf_compressm.training.clock import StepClock, machine
+from hf_compressm.training.clock import StepClock
 from hf_compressm.training.copies import refuse_copies
-from hf_compressm.training.guard import guarded_cut, held_out_loss
+from hf_compressm.training.held_out import held_out_loss
 from hf_compressm.training.loading import CheckpointLoader
+from hf_compressm.training.recent import TrainerBatches
 from hf_compressm.training.recovery import RecoveryGuard, metric_name
 from hf_compressm.training.refusals import check_guards, refuse_engines, refuse_optimizer
-from hf_compressm.training.reporting import Publisher, tell_outcome
+from hf_compressm.training.remembering import remembered, resume
+from hf_compressm.training.reporting import Publisher
 from hf_compressm.training.saving import CheckpointSaver
-from hf_compressm.training.schedule import Trigger, trigger_for
 from hf_compressm.training.telling import tell_cut
 from hf_compressm.training.trainer import output_folder, run_folder, wrap_methods
-from hf_compressm.training.warmup import Rewarmup
-from hf_compressm.utils.checks import is_number, quoted
-from hf_compressm.utils.configurations import configurations
 from hf_compressm.utils.processes import ALONE, Processes
 
 
@@ -48,28 +44,23 @@ class CompressedRun:
         loader: calibration batches of the user's own, or None for those of the run.
 
     Attributes:
-        events: attempts to cut, oldest first, including those from before a resume and those that were undone.
-        rewarmup: the learning rate after a cut.
+        decisions: the cuts that were tried, and when others come.
         clock: the pace between two lines of the log.
     """
 
     def __init__(self, config: CompreSSMConfig, loader: Iterable[Any] | None = None) -> None:
         self.config = config
         self._loader_of_batches = loader
-        self.events: list[CutEvent] = []
-        self.rewarmup = Rewarmup(config.rewarmup_steps)
+        self.decisions = Decisions(config)
         self.clock = StepClock()
         self._trainer: weakref.ref[Trainer] | None = None
         self._loader: CheckpointLoader | None = None
         self._publisher: Publisher | None = None
         self._processes = ALONE
+        self._batches: TrainerBatches | None = None
         self._calibration: Calibration | None = None
         self._begun = False  # whether steps were done in this call of `train`
-        self._waits = False  # whether a cut that was due waits for the first batch
-        self._trigger: Trigger | None = None
         self._recovery = RecoveryGuard(config)
-        self._reduction_share = 1.0  # halved by every rollback
-        self._measured: int | None = None  # the step after which the ranking was measured last
         self._model_step: int | None = None  # the step of the model, where the Trainer has loaded its best one
 
     @property
@@ -86,6 +77,16 @@ class CompressedRun:
         return self._trainer is not None
 
     @property
+    def events(self) -> list[CutEvent]:
+        """Attempts to cut, oldest first, including those from before a resume and those that were undone."""
+        return self.decisions.events
+
+    @property
+    def rewarmup(self) -> Rewarmup:
+        """The learning rate after a cut."""
+        return self.decisions.rewarmup
+
+    @property
     def calibration(self) -> Calibration:
         """What the run is measured on."""
         assert self._calibration is not None  # `attach` comes first
@@ -97,17 +98,19 @@ class CompressedRun:
             return
         self._trainer = weakref.ref(trainer)
         self._loader = CheckpointLoader(trainer, self.config.allow_optimizer_reset, self._best_loaded)
-        self._calibration = calibration = Calibration(trainer, self._loader_of_batches)
-        CheckpointSaver(trainer, self._measure, self._begin_checkpoint, calibration.save, self._finish_checkpoint)
+        self._batches = TrainerBatches(trainer)
+        self._calibration = Calibration(self._batches, self._loader_of_batches)
+        CheckpointSaver(trainer, self._measure, self._begin_checkpoint, self._batches.save, self._finish_checkpoint)
         self._publisher = Publisher(trainer, self.events_and_step, self.write_traces)
         wrap_methods(trainer, {"log": self._log})
 
     def configure(self, config: CompreSSMConfig) -> None:
         """Take the settings of the run that is about to begin."""
-        self.config, self.rewarmup = config, Rewarmup(config.rewarmup_steps)
+        self.config = config
+        self.decisions.configure(config)
 
     def begin(self, model: Any, optimizer: Any) -> None:
-        """Before the first step, refuse a run that cannot work, resume from a checkpoint, and enable the fast scan."""
+        """Before the first step, refuse a run that cannot work, and resume from a checkpoint."""
         trainer, state = self.trainer, self.trainer.state
         self._processes, self._begun = Processes.current(), False
         refuse_engines(trainer)
@@ -115,25 +118,18 @@ class CompressedRun:
         refuse_optimizer(optimizer, model)
         if trainer.args.load_best_model_at_end or self.config.recovery_steps is not None:
             check_resizable(underlying(model))
-        enable_fast_selective_scan()
-        self.calibration.begin(model, self.config, self._processes)
-
-        def measure() -> Scores:
-            return requested_scores(model, self.calibration.ranking_request(self._processes))
-
-        self._trigger = trigger_for(self.config, state.max_steps, measure)
+        judges = self.config.max_loss_increase is not None and trainer.eval_dataset is None
+        self.calibration.begin(model, self.config, judges, self._processes)
+        trigger = self.decisions.begin(model, self.calibration, state.max_steps, self._processes)
         self._restore()
-        cut_on_disk = any(event.step == state.global_step and event.outcome == "cut" for event in self.events)
-        self.rewarmup.last_cut = state.global_step if cut_on_disk else self._last_cut_before(model, state.global_step)
-        self._measured = state.global_step
+        self.decisions.go_on(model, state.global_step)
         self.clock = StepClock()
-        check_guards(trainer, self.config, self._trigger, state.max_steps)
-        logger.info(f"CompreSSM cuts {self._trigger.describe()}, in a run of {state.max_steps} steps.")
+        check_guards(trainer, self.config, trigger, state.max_steps)
+        logger.info(f"CompreSSM cuts {trigger.describe()}, in a run of {state.max_steps} steps.")
 
     def cut_follows(self, step: int) -> bool:
         """Whether a cut comes after this step and was not tried yet; a checkpoint of this step may hold it already."""
-        tried = any(event.step == step and event.outcome != "rolled back" for event in self.events)
-        return self._trigger is not None and (self._trigger.is_due(step) or self._waits) and not tried
+        return self.decisions.cut_follows(step)
 
     def epoch_begins(self, model: Any) -> None:
         """Refuse what would keep using the old parameters; by now all callbacks have started."""
@@ -151,8 +147,7 @@ class CompressedRun:
             self._roll_back(step, model)
         elif self.cut_follows(step):
             self._cut_or_wait(model, optimizer)
-        following = self._trigger.next_look(step) if self._trigger is not None else None
-        self.calibration.step_begins(step, step + 1 if self._waits else following)
+        self.calibration.step_begins(step, self.decisions.next_look(step))
         self.clock.step_begins()
 
     def step_ends(self, model: Any, control: TrainerControl) -> None:
@@ -192,10 +187,7 @@ class CompressedRun:
     def end(self, model: Any) -> None:
         """Warn if nothing was cut, and write the history of the run."""
         trainer, state = self.trainer, self.trainer.state
-        when = self._trigger.describe() if self._trigger else ""
-        tell_outcome(
-            self.events, self.config, when, state.global_step, self._last_cut_before(model, state.global_step)
-        )
+        self.decisions.tell_outcome(model, state.global_step)
         folder = run_folder(trainer)
         if trainer.args.should_save and self.events and folder.is_dir():
             self._finish_push()
@@ -244,22 +236,14 @@ class CompressedRun:
 
     def _measure(self) -> None:
         """Measure the ranking of this step, once."""
-        step = self.trainer.state.global_step
-        if self._trigger is not None and self._recovery.pending is None and step != self._measured:
-            self._measured = step
-            if logged := self._trigger.observe(step):
-                self.clock.interrupt()
-                self.trainer.log(logged)
+        if self._recovery.pending is None and (logged := self.decisions.observe(self.trainer.state.global_step)):
+            self.clock.interrupt()
+            self.trainer.log(logged)
 
     def _cut_or_wait(self, model: Any, optimizer: Any) -> None:
         """Cut; without any batch, after a resume from a checkpoint that kept none, first take a step."""
-        self._waits = self.calibration.lacks_batches
-        if self._waits:
-            logger.warning(
-                f"The cut after step {self.trainer.state.global_step} waits for one step: the checkpoint that the run "
-                "resumed from has no batches to measure on."
-            )
-        else:
+        step = self.trainer.state.global_step
+        if not self.decisions.must_wait(step, self.calibration, self._processes):
             self._cut(model, optimizer)
 
     def _cut(self, model: Any, optimizer: Any) -> None:
@@ -272,14 +256,10 @@ class CompressedRun:
             loss = held_out_loss(trainer, model, self.calibration.recent, seed, self._processes)
         kept = self._processes.first(lambda: self._recovery.keep(run_folder(trainer), step))
         request = self.calibration.request(
-            self._processes, optimizer=optimizer, step=step, reduction_share=self._reduction_share
+            self._processes, optimizer=optimizer, step=step, reduction_share=self.decisions.reduction_share
         )
-        events = guarded_cut(model, request, loss)
-        self.events += events
+        events = self.decisions.cut(model, request, loss, trainer.model_wrapped)
         self._recovery.begin(events[-1], kept, trainer.state.max_steps)
-        if events[-1].outcome == "cut":  # after an undone one, all parameters are the same objects
-            rebuild_reducers(trainer.model_wrapped)
-            self.rewarmup.last_cut = step
         for event in events:
             tell_cut(trainer, event, pace)
 
@@ -290,50 +270,36 @@ class CompressedRun:
         assert pending is not None and loader is not None  # noqa: PT018 - the caller has looked
         with self._processes.together():
             loader.roll_back(run_folder(self.trainer) / pending.folder)
-        cut = next(event for event in self.events if event.step == pending.step and event.outcome == "cut")
-        event = rollback_event(step, cut, pending.before, pending.after, time.perf_counter() - start)
-        self.events.append(event)
-        self._reduction_share = cut.reduction_share / 2
+        metrics, seconds = (pending.before, pending.after), time.perf_counter() - start
+        event = self.decisions.roll_back(model, step, pending.step, metrics, seconds)
         self._recovery.end()
-        self.rewarmup.last_cut = self._last_cut_before(model, step)
         if self._processes.is_first:
             logger.warning(
                 f"The cut after step {pending.step} is rolled back: {metric_name(self.trainer.args)} went from "
                 f"{pending.before:.4g} to {pending.after:.4g} in {pending.due - pending.step} steps. The next cut "
-                f"takes {self._reduction_share:g} of what the settings ask for."
+                f"takes {self.decisions.reduction_share:g} of what the settings ask for."
             )
         tell_cut(self.trainer, event, pace)
 
     def _record(self) -> dict[str, Any]:
         """The history of the run and all that is needed to resume it, JSON-ready."""
-        records = records_of(underlying(self.trainer.model))
-        best = {} if self._model_step is None else {"model_step": self._model_step}
-        return (
-            to_record(self.events)
-            | ({"records": records} if records else {})
-            | best
-            | {
-                "reduction_share": self._reduction_share,
-                "recovery": self._recovery.state(),
-                "waits": self._waits,
-                "trigger": self._trigger.state() if self._trigger else {},
-                "machine": machine(),
-            }
-        )
+        return remembered(self.decisions, self._recovery, self.trainer.model, self._model_step)
 
     def _restore(self) -> None:
         """Start afresh, or resume from the history of the checkpoint that the Trainer has loaded."""
         trainer = self.trainer
         self._model_step = None
         state: Any = trainer.state
-        self.events, self._reduction_share, self._recovery, self._waits = [], 1.0, RecoveryGuard(self.config), False
+        self.decisions.forget()
+        self._recovery = RecoveryGuard(self.config)
         if state.global_step:
             loaded = self._loader.directory if self._loader is not None else None
             folder = loaded or run_folder(trainer) / f"checkpoint-{state.global_step}"
             record = read_history(folder, {"stateful_callbacks": state.stateful_callbacks})
             if record:  # empty where the run began without the callback
                 self.restore(record)
-            self.calibration.load(folder)
+            if self._batches is not None:
+                self._batches.load(folder)
         state.stateful_callbacks[CALLBACK] = self.exported()
 
     def events_and_step(self) -> tuple[list[CutEvent], int | None]:
@@ -360,25 +326,4 @@ class CompressedRun:
         Raises:
             ValueError: if it does not have the form that checkpoints keep.
         """
-        self.events = from_record(record)
-        share = record.get("reduction_share", 1.0)
-        recovery, trigger = record.get("recovery") or {}, record.get("trigger") or {}
-        if not (is_number(share) and 0 < share <= 1 and isinstance(recovery, dict) and isinstance(trigger, dict)):
-            raise ValueError(f"The history in the checkpoint cannot be read: {quoted(record)}.")
-        self._reduction_share = float(share)
-        self._waits = record.get("waits") is True
-        self._recovery.restore(recovery, run_folder(self.trainer))
-        if self._trigger is not None:
-            self._trigger.restore(trigger)
-
-    def _last_cut_before(self, model: Any, step: int) -> int | None:
-        """Step of the last cut of a run that has done `step` steps; later ones are those of an earlier run."""
-        records = [recorded_cuts(each) for each in (getattr(model, "config", None), *configurations(model))]
-        steps = next(([cut["step"] for cut in cuts] for cuts in records if cuts), None)
-        if steps is None:  # a model without any configuration keeps no record
-            steps = []
-            for event in self.events:
-                steps = (
-                    steps[:-1] if event.outcome == "rolled back" else steps + [event.step] * (event.outcome == "cut")
-                )
-        return max((cut for cut in steps if cut and cut < step), default=None)
+        resume(record, self.decisions, self._recovery, run_folder(self.trainer))

@@ -43,7 +43,7 @@ def at_the_end_of(name: str) -> Any:
 
 
 LOOKS: dict[str, Any] = {}
-IN_DEFAULT_RUN = ("quickstart", "recipes", "resuming", "reports_and_hub")
+IN_DEFAULT_RUN = ("loops", "quickstart", "recipes", "resuming", "reports_and_hub")
 EXPORTING = "export"
 """The page that takes long, and needs more than the test extra."""
 
@@ -106,6 +106,13 @@ def _(names: dict[str, Any]) -> None:
     assert names["guarded"].recovery_steps == 200
     assert (Path("run") / "checkpoint-40" / "compressm.complete").exists()
     assert names["model"].config.state_size == 8
+
+
+@at_the_end_of("loops")
+def _(names: dict[str, Any]) -> None:
+    assert [event.step for event in names["compressor"].events] == [3, 6]  # halved by accumulation
+    assert names["tagger"].body.config.state_size == names["again"].body.config.state_size == 16
+    assert Path("state/compressor_0.pt").exists()
 
 
 @at_the_end_of("recipes")

@@ -12,10 +12,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 from hf_compressm import CompreSSMCallback
-from hf_compressm.families import SSMLayer, Statistics, find_layers
 from hf_compressm.files.batches import UnsavableBatchError, read_batches, write_batches
-from hf_compressm.training.calibration import warn_of_packed_texts
-from tests.family_table import BAMBA, LRU, MAMBA, S5, Family, same
+from tests.family_table import LRU, MAMBA, Family, same
 from tests.trainers import HALVE, Examples, callback_of, trainer_of
 from tests.training.test_clients import tiny_tokenizer
 
@@ -394,57 +392,6 @@ def test_each_trainer_of_one_callback_has_a_run_of_its_own(tmp_path: Path) -> No
         trainer.save_model(str(tmp_path / "saved"))
         card = (tmp_path / "saved" / "README.md").read_text()
         assert f"{size} states per layer became {size // 2}" in card
-
-
-PACKED = {
-    "restarting positions": {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},
-    "lengths": {"cu_seq_lens_q": torch.tensor([0, 3, 6])},
-    "text numbers": {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])},
-}
-PLAIN = {
-    "positions": {"position_ids": torch.arange(6)[None]},
-    "padded positions": {
-        "position_ids": torch.tensor([[1, 1, 0, 1, 2, 3]]),
-        "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]]),
-    },
-    "one text": {"cu_seq_lens_q": torch.tensor([0, 6]), "seq_idx": torch.zeros(1, 6)},
-}
-
-
-@pytest.fixture
-def warnings_told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    told: list[str] = []
-    monkeypatch.setattr("hf_compressm.training.calibration.logger.warning", told.append)
-    return told
-
-
-@pytest.mark.parametrize("name", PACKED)
-@pytest.mark.parametrize("family", [MAMBA, BAMBA, S5], ids=lambda family: family.name)
-def test_packed_texts_are_told_where_states_run_on(family: Family, name: str, warnings_told: list[str]) -> None:
-    warn_of_packed_texts(seen_layers(family, told=True), PACKED[name])
-    knows = family is S5 or (family is BAMBA and name == "text numbers")
-    assert len(warnings_told) == (0 if knows else 1)
-    assert knows or "runs from one text into the next" in warnings_told[0]
-
-
-def seen_layers(family: Family, told: bool) -> list[tuple[SSMLayer, Statistics | None]]:
-    found = []
-    for layer in find_layers(family.build()):
-        statistics = layer.family.statistics(layer.module, layer.family.criterion("auto", calibrated=True))
-        statistics.told_apart = told or family is S5
-        found.append((layer, statistics))
-    return found
-
-
-def test_layers_whose_model_keeps_the_numbers_of_texts_from_them_are_told(warnings_told: list[str]) -> None:
-    warn_of_packed_texts(seen_layers(BAMBA, told=False), PACKED["text numbers"])
-    assert "bamba" in warnings_told[0]
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_batches_that_are_not_packed_warn_of_nothing(name: str, warnings_told: list[str]) -> None:
-    warn_of_packed_texts(seen_layers(MAMBA, told=False), PLAIN[name])
-    assert warnings_told == []
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.compression import check_record, recorded_cuts
 from hf_compressm.compression.history import CutEvent, from_record, to_record
 from hf_compressm.compression.log import scalars
+from hf_compressm.loops.schedule import StableRanking
 from hf_compressm.training import CompressedRun
 from hf_compressm.training.recovery import RecoveryGuard
-from hf_compressm.training.schedule import StableRanking
 from tests.family_table import LRU
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_compressm import CompreSSMConfig
-from hf_compressm.training.schedule import StableRanking
+from hf_compressm.loops.schedule import StableRanking
 from tests.family_table import LRU, MAMBA, MAMBA2, S5, Family, family_id, same
 from tests.trainers import callback_of, trainer_of
 
@@ -116,7 +116,7 @@ def test_a_run_whose_ranking_never_settles_says_why_nothing_was_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr("hf_compressm.training.reporting.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_compressm.loops.outcome.logger.warning", warnings.append)
     trainer_of(LRU, tmp_path, {**STABLE, "stability": 0.9999999999}, learning_rate=0.3).train()
     (warning,) = warnings
     assert "cut nothing" in warning

@@ -1,6 +1,10 @@
 """Warming up the learning rate again after a cut, without disturbing the scheduler."""
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
 
 
 class Rewarmup:
@@ -35,3 +39,20 @@ class Rewarmup:
             for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate
             self._rates = None
+
+    def follow(self, optimizer: torch.optim.Optimizer, steps_done: Callable[[], int]) -> list[RemovableHandle]:
+        """Lower and restore the rates around every step that an optimizer makes, until the hooks are removed.
+
+        Args:
+            optimizer: the optimizer.
+            steps_done: returns the number of steps that are done.
+        """
+
+        def before(stepping: Any, *_: Any) -> None:
+            self.restore(stepping)  # a step that failed has left them low
+            self.lower(stepping, steps_done())
+
+        return [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(lambda stepping, *_: self.restore(stepping)),
+        ]

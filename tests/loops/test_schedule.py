@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_compressm import CompreSSMConfig
-from hf_compressm.training.schedule import cut_steps
+from hf_compressm.loops.schedule import cut_steps
 
 
 @pytest.mark.parametrize(
