@@ -1,9 +1,9 @@
-"""Which module of Python's standard library are 128 bytes from? A block that reads them both ways, cut while it learns.
+"""Which module of Python's library are 128 bytes from? A block that reads them both ways, cut while it learns.
 
     python examples/gallery/bidirectional_bytes.py [--steps 300]
 
-The block is an ordinary `nn.Module` with two selective scans; eleven lines declare it. The same model is trained twice,
-with and without the callback.
+The block is an ordinary `nn.Module` with two selective scans, and is declared. The same model is trained twice: with
+and without the callback.
 """
 
 import argparse
@@ -46,8 +46,9 @@ class TwoWays(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Both directions, each with parameters of its own."""
         u, gate = self.in_proj(hidden).mT.chunk(2, dim=1)
-        y = self.scanned(u, self.forth, self.A_log_forth) + self.scanned(u.flip(-1), self.back, self.A_log_back).flip(-1)
-        return self.out_proj((y * F.silu(gate)).mT)
+        forth = self.scanned(u, self.forth, self.A_log_forth)
+        back = self.scanned(u.flip(-1), self.back, self.A_log_back).flip(-1)
+        return self.out_proj(((forth + back) * F.silu(gate)).mT)
 
     def scanned(self, u: Tensor, parts: Any, A_log: Tensor) -> Tensor:
         """One direction, `(batch, channels, length)`."""
@@ -144,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     steps = parser.parse_args().steps
-    callback = CompreSSMCallback(CompreSSMConfig(target_state_size=8, end=0.2, num_cuts=2))
+    callback = CompreSSMCallback(CompreSSMConfig(target_state_size=8, end=0.1, num_cuts=1))
     _, full_accuracy, full = train(steps, [])
     model, accuracy, cut = train(steps, [callback])
     for event in callback.events:

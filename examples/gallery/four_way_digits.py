@@ -113,7 +113,8 @@ def main() -> None:
             before = accuracy(model, pictures[testing], labels[testing])
             result = compress(model, CompreSSMConfig(target_state_size=8), sample, optimizer)
             print(f"cut: {result.state_sizes_before} -> {result.state_sizes_after} in {result.seconds:.1f} s")
-            print(f"accuracy {before:.3f} before, {accuracy(model, pictures[testing], labels[testing]):.3f} right after")
+            after = accuracy(model, pictures[testing], labels[testing])
+            print(f"accuracy {before:.3f} before, {after:.3f} right after")
         start = time.perf_counter()
         for batch in training[torch.randperm(len(training))].split(BATCH):
             F.cross_entropy(model(pictures[batch]), labels[batch]).backward()
@@ -123,7 +124,8 @@ def main() -> None:
         found = accuracy(model, pictures[testing], labels[testing])
         print(f"epoch {epoch + 1}: accuracy {found:.3f}, {seconds[-1]:.1f} s", flush=True)
     won = sum(seconds[:2]) / 2 / (sum(seconds[2:]) / max(len(seconds) - 2, 1))
-    print(f"{STATES} -> {model.blocks[0].d_state} states per channel and direction; an epoch is {won:.2f} times as fast")
+    kept = model.blocks[0].d_state
+    print(f"{STATES} -> {kept} states per channel and direction; an epoch is {won:.2f} times as fast")
 
 
 if __name__ == "__main__":

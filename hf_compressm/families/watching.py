@@ -51,7 +51,8 @@ class Watch:
                 stack.callback(setattr, module, name, switches[name])
             hooks = [
                 module.register_forward_pre_hook(self._begin, with_kwargs=True),
-                module.register_forward_hook(self._end, always_call=True),
+                # before the hooks of FSDP, which frees the layer's parameters, that arguments may share memory with
+                module.register_forward_hook(self._end, prepend=True, always_call=True),
             ]
             output = family.output_of(module)
             if output is not None:

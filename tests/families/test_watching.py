@@ -1,7 +1,10 @@
 """Layers are seen while they run, in whatever mode, and run as if nobody looked."""
 
 import copy
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +20,10 @@ from hf_compressm.families.watching import watching
 from tests.blocks import SS2D, OffsetVim
 from tests.families.measuring import calls_of, run
 from tests.family_table import FAMILIES, LAYOUTS, MAMBA, MAMBA2, S5_BIDIRECTIONAL, Family, family_id, outputs, same
+from tests.watch_run import FAMILIES as WATCHED
 
 
+ROOT = Path(__file__).resolve().parents[2]
 CLOSE = 1e-5
 """Relative; float32 sums in another order."""
 TWO_WAYS = Layout(
@@ -189,14 +194,7 @@ def test_the_loudness_behind_a_layer_norm_and_a_gate_is_that_of_the_channel() ->
     torch.testing.assert_close(call.gain, torch.cat(wanted, dim=1), rtol=1e-4, atol=1e-6)
 
 
-class Apart(OffsetVim):
-    """A block that computes its recurrence itself, and one that keeps what it gives to itself."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(torch.zeros(*x.shape[:2], self.d_inner))
-
-
-def test_a_layer_without_a_recurrence_is_not_cut_as_what_its_class_says(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_layer_without_a_recurrence_is_not_cut_as_what_its_class_says() -> None:
     model = MAMBA.build()
     mixer = find_layers(model)[0].module
     mixer.forward = lambda hidden_states, *_, **__: mixer.out_proj(mixer.in_proj(hidden_states).chunk(2, dim=-1)[0])
@@ -224,3 +222,23 @@ def test_the_fast_scan_in_place_of_the_stock_one_shows_the_same(family: Family) 
     for one, other in zip(before, after, strict=True):
         assert [each.keys() for each in one] == [each.keys() for each in other]
         assert len(one) == (2 if family is S5_BIDIRECTIONAL else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", WATCHED)
+def test_a_model_that_is_wrapped_or_split_is_seen_as_one_that_is_not(name: str, engine: str, tmp_path: Path) -> None:
+    family = WATCHED[name]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tests" / "watch_run.py"), str(tmp_path), name, engine]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    model = family.build()
+    for rank, found in enumerate(torch.load(tmp_path / "sums.pt", weights_only=True)):
+        alone = watched(model, family)
+        with watching(model, alone), torch.no_grad():
+            model(**family.batch(seed=rank))
+        for one, other in zip(sums(alone), found, strict=True):
+            for key, value in one.items():
+                torch.testing.assert_close(other[key], value, rtol=CLOSE, atol=CLOSE * float(value.abs().max()))
