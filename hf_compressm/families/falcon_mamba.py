@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from hf_compressm.families.family import CutMethod, MomentTerm, ParameterChange, SSMLayer
 from hf_compressm.families.layout import Layout, states
 from hf_compressm.families.mamba import MAMBA, OTHERS
+from hf_compressm.families.maps import float64
 from hf_compressm.families.registry import register
-from hf_compressm.families.selective import Selection, SelectiveFamily, float64, parameter_name
+from hf_compressm.families.selective import Selection, SelectiveFamily, parameter_name
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.family import AttributeChange, MomentTerm, ParameterChange
-from hf_compressm.families.maps import apply_map
+from hf_compressm.families.maps import apply_map, float64
 
 
 STATE, B, C, REST = "state", "B", "C", "*"
@@ -229,7 +229,7 @@ class Layout:
             if isinstance(slot.tensor, nn.Parameter):
                 forward, adjoint = self.maps(module, slot, kept, R)
                 value = apply_map(
-                    slot.tensor.detach() if forward.dtype == torch.int64 else _exact(slot.tensor), forward, slot.axis
+                    slot.tensor.detach() if forward.dtype == torch.int64 else float64(slot.tensor), forward, slot.axis
                 )
                 found.append(
                     ParameterChange(
@@ -338,11 +338,6 @@ def _width(module: Any, width: Segment, size: int) -> int:
     if isinstance(width, str):
         return int(getattr(module, width))
     return int(width(module)) if callable(width) else int(width)
-
-
-def _exact(parameter: Tensor) -> Tensor:
-    """The parameter in float64 on the CPU, without gradients."""
-    return parameter.detach().to("cpu", torch.float64)
 
 
 def _channels(owner: Any, present: int) -> Iterator[str]:

@@ -33,8 +33,9 @@ from hf_compressm.families.family import (
     kept_order,
 )
 from hf_compressm.families.layout import Layout, Part, rows, states
+from hf_compressm.families.maps import float64
 from hf_compressm.families.registry import register
-from hf_compressm.families.selective import Selection, SelectiveFamily, float64, parameter_name
+from hf_compressm.families.selective import Selection, SelectiveFamily, parameter_name
 from hf_compressm.numerics import interpolation
 from hf_compressm.numerics.projection import balanced_projection, projection_errors
 

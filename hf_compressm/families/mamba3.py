@@ -29,8 +29,9 @@ from hf_compressm.families.family import (
     kept_order,
 )
 from hf_compressm.families.layout import Following, Layout, Part, rows
+from hf_compressm.families.maps import float64
 from hf_compressm.families.registry import register
-from hf_compressm.families.selective import CovarianceStatistics, Selection, SelectiveFamily, float64
+from hf_compressm.families.selective import CovarianceStatistics, Selection, SelectiveFamily
 from hf_compressm.numerics import interpolation
 
 

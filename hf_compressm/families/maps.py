@@ -38,6 +38,11 @@ def apply_map(value: Tensor, matrix: Tensor, dim: int, squared: bool = False) ->
     return torch.cat([torch.tensordot(one, part, dims=([1], [dim])).movedim(0, dim) for part, one in parts])
 
 
+def float64(parameter: Tensor) -> Tensor:
+    """The parameter in float64 on the CPU, without gradients."""
+    return parameter.detach().to("cpu", torch.float64)
+
+
 def _blocks(value: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
     """Axis 0 in as many equal blocks as there are maps."""
     return value.chunk(matrix.shape[0])

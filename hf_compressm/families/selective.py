@@ -352,11 +352,6 @@ def unmeasurable(layer: SSMLayer, problem: str) -> Measurement:
     return Measurement(torch.full((size,), torch.nan, dtype=torch.float64), torch.zeros(size + 1), problem)
 
 
-def float64(parameter: Tensor) -> Tensor:
-    """The parameter in float64 on the CPU, without gradients."""
-    return parameter.detach().to("cpu", torch.float64)
-
-
 def parameter_name(layer: SSMLayer, name: str) -> str:
     """Dotted name of a layer's parameter in the model."""
     return f"{layer.name}.{name}" if layer.name else name
