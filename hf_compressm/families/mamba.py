@@ -31,48 +31,22 @@ OTHERS = (
 )
 MAMBA = (states("A_log"), rows("x_proj", "*", "B", "C", folds=True))
 
-register(
-    SelectiveFamily(
-        name="mamba",
-        module_type="transformers.models.mamba.modeling_mamba.MambaMixer",
-        size_field="state_size",
-        per_layer=False,
-        criteria=CRITERIA,
-        layout=Layout("ssm_state_size", MAMBA, others=OTHERS),
-    )
+_ZAMBA = Layout(
+    "ssm_state_size",
+    (states("A_log", by_group=True), rows("x_proj_weight", "*", "B", "C", folds=True, by_group=True)),
+    groups="n_mamba_heads",
+    others=(*OTHERS, "dt_proj_weight", "dt_proj_bias"),
 )
-register(
-    SelectiveFamily(
-        name="mamba",
-        module_type="mamba_ssm.modules.mamba_simple.Mamba",
-        size_field="d_state",
-        per_layer=False,
-        criteria=CRITERIA,
-        layout=Layout("d_state", MAMBA, others=OTHERS),
+_STOCK, _OWN = Layout("ssm_state_size", MAMBA, others=OTHERS), Layout("d_state", MAMBA, others=OTHERS)
+
+for _family, _type, _field, _layout in (
+    ("mamba", "transformers.models.mamba.modeling_mamba.MambaMixer", "state_size", _STOCK),
+    ("mamba", "mamba_ssm.modules.mamba_simple.Mamba", "d_state", _OWN),
+    ("mamba", "fla.layers.mamba.Mamba", "state_size", _STOCK),
+    ("zamba", "transformers.models.zamba.modeling_zamba.ZambaMambaMixer", "mamba_d_state", _ZAMBA),
+):
+    register(
+        SelectiveFamily(
+            name=_family, module_type=_type, size_field=_field, per_layer=False, criteria=CRITERIA, layout=_layout
+        )
     )
-)
-register(
-    SelectiveFamily(
-        name="mamba",
-        module_type="fla.layers.mamba.Mamba",
-        size_field="state_size",
-        per_layer=False,
-        criteria=CRITERIA,
-        layout=Layout("ssm_state_size", MAMBA, others=OTHERS),
-    )
-)
-register(
-    SelectiveFamily(
-        name="zamba",
-        module_type="transformers.models.zamba.modeling_zamba.ZambaMambaMixer",
-        size_field="mamba_d_state",
-        per_layer=False,
-        criteria=CRITERIA,
-        layout=Layout(
-            "ssm_state_size",
-            (states("A_log", by_group=True), rows("x_proj_weight", "*", "B", "C", folds=True, by_group=True)),
-            groups="n_mamba_heads",
-            others=(*OTHERS, "dt_proj_weight", "dt_proj_bias"),
-        ),
-    )
-)
