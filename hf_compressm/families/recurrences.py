@@ -60,6 +60,8 @@ FUSED: dict[str, Callable[..., Callable[..., Any]]] = {
 """Functions that do more than a recurrence, each with what makes its parts of scans, by kind, and a listener."""
 _LOOKED_THROUGH = ("hf_compressm.scans.", "hf_compressm.families.")
 """Modules that keep the functions they hold: those of the functions themselves, and those that measure."""
+_KNOWN = {"hf_compressm", "mamba_ssm", "peft", "torch", "transformers"}
+"""Packages whose layers call functions that their own modules hold."""
 _WITHOUT_LAYERS = sys.stdlib_module_names | {"torch", "transformers", "numpy", "scipy", "pandas", "pyarrow", "sympy"}
 
 
@@ -82,7 +84,8 @@ def replaced(
     spaces = [vars(module) for module in _modules(model)] + [vars(module) for module in model.modules()]
     spaces += [getattr(type(module).forward, "__globals__", {}) for module in model.modules()]
     holders = {id(space): space for space in spaces}.values()
-    places = [(held, name) for held in holders for name, value in list(held.items()) if id(value) in wanted]
+    holders = [space for space in holders if not wanted.keys().isdisjoint(map(id, space.values()))]  # few of thousands
+    places = [(held, name) for held in holders for name, value in held.items() if id(value) in wanted]
     originals = [held[name] for held, name in places]
     try:
         for (held, name), original in zip(places, originals, strict=True):
@@ -103,13 +106,14 @@ def _found(table: dict[str, Any]) -> Iterator[tuple[Any, Callable[..., Any]]]:
 
 
 def _modules(model: nn.Module) -> list[Any]:
-    """The modules of Python that a layer of the model may call functions of."""
+    """The modules of Python that a layer of the model may call functions of: its own if it is known, else any."""
     own = {type(part).__module__ for part in model.modules()} | {path.rpartition(".")[0] for path in RECURRENCES}
+    known = all(name.partition(".")[0] in _KNOWN for name in own)
     return [
         module
         for name, module in list(sys.modules.items())
         if module is not None
         and not f"{name}.".startswith(_LOOKED_THROUGH)
-        and (name in own or name.partition(".")[0] not in _WITHOUT_LAYERS)
+        and (name in own or not (known or name.partition(".")[0] in _WITHOUT_LAYERS))
         and isinstance(getattr(module, "__dict__", None), dict)
     ]
