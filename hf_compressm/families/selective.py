@@ -148,6 +148,11 @@ def _obstacle(calls: Sequence[Call], family: "SelectiveFamily", size: int) -> st
     if any(call.gain is None for call in calls):
         return f"its {family.layout.output} did not run after its recurrence"
     for call in calls:
+        given = [call.arguments.get(name) for name in ("A", "B", "C")]
+        if any(isinstance(each, Tensor) and each.is_complex() for each in given):
+            return "its recurrence is complex"
+        if call.kind == SELECTIVE and any(call.arguments[name].dim() == 2 for name in ("B", "C")):
+            return "its B or C is the same at every step: it is not selective"
         found = call.arguments["A"].shape[1] if call.kind == SELECTIVE else call.arguments["B"].shape[-1]
         if found != size:
             return f"its recurrence has {found} states, and its {family.layout.state_size} is {size}"

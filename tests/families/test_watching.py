@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.mamba import modeling_mamba
 
 from hf_compressm import CompreSSMConfig, Layout, analyze, declare_layer, enable_fast_selective_scan, rows, states
 from hf_compressm.families import find_layers
@@ -201,6 +202,39 @@ def test_a_layer_without_a_recurrence_is_not_cut_as_what_its_class_says() -> Non
     plan = analyze(model, CompreSSMConfig(fraction=0.5), MAMBA.calibration())
     assert plan.layers[0].status == "skipped"
     assert "no recurrence was seen while it ran: its forward calls none of selective_scan_fn" in plan.layers[0].reason
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("constant", "its B or C is the same at every step"),
+        ("complex", "its recurrence is complex"),
+        ("another size", "its recurrence has 4 states, and its ssm_state_size is 8"),
+        ("no output", "its out_proj did not run after its recurrence"),
+    ],
+)
+def test_what_cannot_be_measured_is_left_alone_with_its_reason(
+    fault: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MAMBA.build(num_hidden_layers=1)
+    mixer = find_layers(model)[0].module
+    u, vectors, A = torch.randn(3, 12, 12), torch.randn(3, 8, 12), -torch.rand(12, 8)
+
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        given = {
+            "constant": (A, A, vectors),
+            "complex": (A.to(torch.complex64), vectors, vectors),
+            "another size": (A[:, :4], vectors[:, :4], vectors[:, :4]),
+            "no output": (A, vectors, vectors),
+        }[fault]
+        y = modeling_mamba.mamba_selective_scan(u, u.abs(), *given).mT
+        return hidden_states if fault == "no output" else mixer.out_proj(y)
+
+    mixer.forward = forward
+    monkeypatch.setattr(modeling_mamba, "mamba_selective_scan", lambda u, delta, A, B, C, **_: u.clone())
+    plan = analyze(model, CompreSSMConfig(fraction=0.5), MAMBA.calibration(1))
+    assert plan.layers[0].status == "skipped"
+    assert reason in plan.layers[0].reason
 
 
 def test_a_compiled_model_is_seen() -> None:
