@@ -4,6 +4,7 @@ A module of Python that imported a function holds it under a name of its own, an
 attribute. Both are looked through, since a layer may call its recurrence by way of a helper in another file.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,9 +83,9 @@ def replaced(
     scans = {SELECTIVE: stand_in(SELECTIVE, selective_scan), SSD: stand_in(SSD, ssd_scan)}
     wanted |= {id(function): parts(scans, heard) for parts, function in _found(FUSED)}
     spaces = [vars(module) for module in _modules(model)] + [vars(module) for module in model.modules()]
-    spaces += [getattr(type(module).forward, "__globals__", {}) for module in model.modules()]
-    holders = {id(space): space for space in spaces}.values()
-    holders = [space for space in holders if not wanted.keys().isdisjoint(map(id, space.values()))]  # few of thousands
+    spaces += [_space(module) for module in model.modules()]
+    distinct = {id(space): space for space in spaces}.values()
+    holders = [space for space in distinct if not wanted.keys().isdisjoint(map(id, space.values()))]  # few
     places = [(held, name) for held in holders for name, value in held.items() if id(value) in wanted]
     originals = [held[name] for held, name in places]
     try:
@@ -108,6 +109,7 @@ def _found(table: dict[str, Any]) -> Iterator[tuple[Any, Callable[..., Any]]]:
 def _modules(model: nn.Module) -> list[Any]:
     """The modules of Python that a layer of the model may call functions of: its own if it is known, else any."""
     own = {type(part).__module__ for part in model.modules()} | {path.rpartition(".")[0] for path in RECURRENCES}
+    own |= {_space(part).get("__name__", "") for part in model.modules()}
     known = all(name.partition(".")[0] in _KNOWN for name in own)
     return [
         module
@@ -117,3 +119,9 @@ def _modules(model: nn.Module) -> list[Any]:
         and (name in own or not (known or name.partition(".")[0] in _WITHOUT_LAYERS))
         and isinstance(getattr(module, "__dict__", None), dict)
     ]
+
+
+def _space(module: nn.Module) -> dict[str, Any]:
+    """The names that the forward of a module finds."""
+    forward = getattr(module.forward, "__func__", module.forward)
+    return getattr(inspect.unwrap(forward), "__globals__", {})
