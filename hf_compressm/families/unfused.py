@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_compressm.scans.stock import packed_convolution
+
 
 _BEFORE = ("xz", "conv1d_weight", "conv1d_bias", "x_proj_weight", "delta_proj_weight")
 _PROJECTION = ("out_proj_weight", "out_proj_bias")
@@ -146,15 +148,10 @@ def _widths(given: dict[str, Any]) -> list[int]:
 
 def _convolved(signal: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None) -> Tensor:
     """The causal convolution of `(batch, length, channels)`, which does not reach into another text of a row."""
+    if seq_idx is not None:
+        return packed_convolution(signal.mT, weight, bias, seq_idx=seq_idx).mT
     length, taps = signal.shape[1], weight.shape[-1]
-    if seq_idx is None:
-        return F.conv1d(signal.mT, weight[:, None], bias, padding=taps - 1, groups=len(weight))[..., :length].mT
-    result = signal * weight[:, -1]
-    for back in range(1, min(taps, length)):
-        is_same = (seq_idx[:, back:] == seq_idx[:, :-back])[..., None]
-        earlier = torch.where(is_same, signal[:, :-back] * weight[:, taps - 1 - back], 0)
-        result = result + F.pad(earlier, (0, 0, back, 0))
-    return result if bias is None else result + bias
+    return F.conv1d(signal.mT, weight[:, None], bias, padding=taps - 1, groups=len(weight))[..., :length].mT
 
 
 def _gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int, is_first: bool) -> Tensor:

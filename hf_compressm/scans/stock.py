@@ -208,12 +208,12 @@ def _convolution_dispatcher(stock: Callable, kernel_devices: frozenset[str]) -> 
         has_kernel = kernels.is_kernelized(stock) or importlib.util.find_spec("causal_conv1d") is not None
         if kwargs.get("seq_idx") is None or (has_kernel and hidden_states.device.type != "cpu"):
             return stock(hidden_states, *args, **kwargs)
-        return _packed_convolution(hidden_states, *args, **kwargs)
+        return packed_convolution(hidden_states, *args, **kwargs)
 
     return dispatched_convolution
 
 
-def _packed_convolution(
+def packed_convolution(
     hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
