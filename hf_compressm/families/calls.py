@@ -103,7 +103,7 @@ def signals(call: Call, mask: Tensor | None) -> Signals:
             runs over the tokens in another order, its padding is where nothing is heard.
 
     Raises:
-        ValueError: if B or C are constant, or if texts of one row cannot be told apart.
+        ValueError: if texts of one row cannot be told apart.
     """
     of_kind = {SSD: _ssd_signals, MAMBA3: _mamba3_signals}
     return of_kind.get(call.kind, _selective_signals)(call, mask)
@@ -126,17 +126,12 @@ def selective_inputs(call: Call, rows: slice = slice(None), mask: Tensor | None 
     """The inputs of a call of a selective scan.
 
     Args:
-        call: a call with a gain.
+        call: a call with a gain, and with B and C that differ from step to step.
         rows: the rows of the batch to take.
         mask: as for `signals`.
-
-    Raises:
-        ValueError: if B or C are constant.
     """
     given, gain = call.arguments, call.gain
     assert gain is not None  # a layer without an output projection has no selective family
-    if given["B"].dim() == 2 or given["C"].dim() == 2:
-        raise ValueError("its B or C is constant, not selective")
     u = given["u"][rows]
     dtype = torch.promote_types(u.dtype, torch.float32)
     delta = step_sizes(given["delta"][rows].to(dtype), given.get("delta_bias"), given.get("delta_softplus", False))

@@ -269,8 +269,6 @@ class Family(ABC):
         criteria: supported criteria; the default is the first one, or without data the first that needs none.
         data_criteria: criteria that are measured on data.
         tells_texts_apart_by: arguments of packed rows by which its models let no state pass from one text to the next.
-        mask: argument of the layer's forward that is 1 at real tokens and 0 at padding, `(batch, length)`.
-        unfused: attributes of the layer, with the values that make it call its recurrence by itself.
         mark: a tensor that tells the family's layers from others of the same class, or "".
     """
 
@@ -281,8 +279,6 @@ class Family(ABC):
     criteria: tuple[str, ...]
     data_criteria: frozenset[str] = field(default=frozenset({"empirical", "surrogate", "interpolative"}))
     tells_texts_apart_by: frozenset[str] = frozenset()
-    mask: str = "attention_mask"
-    unfused: Mapping[str, Any] = field(default_factory=dict, compare=False)
     mark: str = ""
 
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
@@ -353,6 +349,16 @@ class Family(ABC):
         checkpoint.
         """
         return None
+
+    @property
+    def mask(self) -> str:
+        """Argument of the layer's forward that is 1 at real tokens and 0 at padding, `(batch, length)`."""
+        return "attention_mask"
+
+    @property
+    def unfused(self) -> Mapping[str, Any]:
+        """Attributes of the layer, with the values that make it call its recurrence by itself."""
+        return {}
 
     def output_of(self, module: Any) -> nn.Module | None:
         """The projection of a layer at whose input the loudness of its channels is measured, if that is."""

@@ -113,7 +113,11 @@ class LinearFamily(Family):
     axes: Mapping[str, int | None] = field(default_factory=dict, compare=False)
     stabilizing: str = "clip_eigs=True in the config of an S5, or a lower learning rate"
     tells_texts_apart_by: frozenset[str] = frozenset({"cu_seq_lens_q", "position_ids", "seq_idx"})
-    mask: str = "mask"
+
+    @property
+    def mask(self) -> str:
+        """That of `DiagonalSSMLayer`."""
+        return "mask"
 
     @abstractmethod
     def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:

@@ -86,11 +86,8 @@ def _rms_norm(
     result: Tensor, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """`x w / rms`."""
-    dims = tuple(range(-len(normalized_shape), 0))
-    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    scale = (wide.square().mean(dims, keepdim=True) + eps).rsqrt().to(x.dtype)
-    return x * scale if weight is None else x * scale * weight
+    square = _wide(x).square().mean(_last(normalized_shape), keepdim=True)
+    return _scaled(x, square + (torch.finfo(x.dtype).eps if eps is None else eps), weight)
 
 
 def _layer_norm(
@@ -101,11 +98,8 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`(x - mean) w / deviation + b`."""
-    dims = tuple(range(-len(normalized_shape), 0))
-    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    scale = (wide.var(dims, correction=0, keepdim=True) + eps).rsqrt().to(x.dtype)
-    return x * scale if weight is None else x * scale * weight
+    """`x w / deviation`."""
+    return _scaled(x, _wide(x).var(_last(normalized_shape), correction=0, keepdim=True) + eps, weight)
 
 
 def _group_norm(
@@ -117,17 +111,32 @@ def _group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """The same for each of several groups of channels, `(batch, channels, ...)`."""
-    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (num_groups, -1))
-    scale = (wide.flatten(2).var(2, correction=0) + eps).rsqrt().to(x.dtype)  # (batch, groups)
-    scale = scale.repeat_interleave(x.shape[1] // num_groups, dim=1)
-    factor = scale if weight is None else scale * weight
-    return x * factor.view(*factor.shape, *[1] * (x.dim() - 2))
+    variance = _wide(x).unflatten(1, (num_groups, -1)).flatten(2).var(2, correction=0)  # (batch, groups)
+    shape = (-1, x.shape[1], *[1] * (x.dim() - 2))
+    variance = variance.repeat_interleave(x.shape[1] // num_groups, dim=1).view(shape)
+    return _scaled(x, variance + eps, None if weight is None else weight.view(shape))
 
 
 def _normalize(result: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`x / |x|`; a zero passes nothing on."""
     scale = torch.where(x == 0, torch.zeros_like(x), result / x).detach()
     return x * scale
+
+
+def _wide(x: Tensor) -> Tensor:
+    """A constant, in float32 at least."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _last(shape: Any) -> tuple[int, ...]:
+    """As many last axes as a shape has."""
+    return tuple(range(-len(shape), 0))
+
+
+def _scaled(x: Tensor, square: Tensor, weight: Tensor | None) -> Tensor:
+    """`x w / sqrt(square)`."""
+    x = x * square.rsqrt().to(x.dtype)
+    return x if weight is None else x * weight
 
 
 _NORMS: dict[Any, Callable[..., Tensor]] = {

@@ -13,6 +13,7 @@ A layer has one state size, but every group keeps states of its own. The layer's
 their k-th values, so that its first r entries are the energy that r states per group keep.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,9 +86,9 @@ class RecurrenceStatistics(Statistics):
                 return
             self.add(name, every.unflatten(0, (-1, self.groups)).sum(dim=0))
 
+    @abstractmethod
     def sums_of(self, call: Call, mask: Tensor | None) -> dict[str, Tensor]:
         """Sums of one call, `(groups, ...)` by name, and its `tokens`."""
-        raise NotImplementedError
 
 
 class CovarianceStatistics(RecurrenceStatistics):
@@ -179,10 +180,15 @@ class SelectiveFamily(Family):
     layout: Layout = field(default=Layout("", ()), compare=False)
     sampled_tokens: int = 0
 
-    def __post_init__(self) -> None:
-        """Take over what the layout says."""
-        for name in ("mask", "unfused"):
-            object.__setattr__(self, name, getattr(self.layout, name))
+    @property
+    def mask(self) -> str:
+        """That of the layout."""
+        return self.layout.mask
+
+    @property
+    def unfused(self) -> Mapping[str, Any]:
+        """Those of the layout."""
+        return self.layout.unfused
 
     @property
     def reads_out(self) -> bool:
