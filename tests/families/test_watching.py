@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hf_compressm.families import find_layers
 from hf_compressm.families.family import Statistics
 from hf_compressm.families.watching import watching
 from tests.blocks import SS2D, OffsetVim
-from tests.families.measuring import calls_of, run
+from tests.families.measuring import Recorded, calls_of, run
 from tests.family_table import FAMILIES, LAYOUTS, MAMBA, MAMBA2, S5_BIDIRECTIONAL, Family, family_id, outputs, same
 from tests.watch_run import FAMILIES as WATCHED
 
@@ -64,6 +65,79 @@ def sums(watches: list[tuple[Any, Statistics]]) -> list[dict[str, Tensor]]:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+class WithNorm(OffsetVim):
+    """A block with a norm between its recurrences and its output projection."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__(8, 4)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        xz = self.in_proj.weight @ x.mT
+        y = self.direction(xz, "", "A_log") + self.direction(xz.flip(-1), "_b", "A_b_log").flip(-1)
+        return self.out_proj(NORMS[self.norm](y).mT)
+
+
+NORMS = {
+    "rms": lambda y: F.rms_norm(y.mT, (16,)).mT,
+    "layer": lambda y: F.layer_norm(y.mT, (16,), torch.linspace(0.5, 2, 16)).mT,
+    "group": lambda y: F.group_norm(y, 4, torch.linspace(0.5, 2, 16)),
+    "unit": lambda y: F.normalize(y, dim=1),
+    "written out": lambda y: y * torch.rsqrt(y.square().mean(1, keepdim=True) + 1e-5),
+}
+SCALES = {
+    "rms": lambda y: (y.square().mean(1, keepdim=True) + torch.finfo(y.dtype).eps).rsqrt(),
+    "layer": lambda y: (y.var(1, correction=0, keepdim=True) + 1e-5).rsqrt() * torch.linspace(0.5, 2, 16)[:, None],
+    "group": lambda y: (
+        (y.unflatten(1, (4, 4)).flatten(2).var(2, correction=0) + 1e-5).rsqrt().repeat_interleave(4, 1)[..., None]
+        * torch.linspace(0.5, 2, 16)[:, None]
+    ),
+    "unit": lambda y: 1 / y.norm(dim=1, keepdim=True),
+    "written out": lambda y: (y.square().mean(1, keepdim=True) + 1e-5).rsqrt(),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_scale_of_every_norm_is_a_constant_for_the_loudness_and_none_for_the_gradient(norm: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(WithNorm(norm)), torch.randn(2, 9, 8)
+    block = model[0]
+    model(x).square().sum().backward()
+    plain = gradients(model)
+    model.zero_grad()
+    layer, recorded = find_layers(model)[0], Recorded()
+    with watching(model, [(layer, recorded)]):
+        result = model(x)
+    result.square().sum().backward()
+    for name, gradient in plain.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, rtol=1e-4, atol=1e-5 * scale)
+    forth, back = recorded.seen[0].calls
+    y = (forth.output + back.output.flip(-1)).detach()
+    loud = SCALES[norm](y) * block.out_proj.weight.detach().norm(dim=0)[:, None]
+    torch.testing.assert_close(forth.gain, loud.expand_as(y).abs(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(back.gain.flip(-1), loud.expand_as(y).abs(), rtol=1e-3, atol=1e-5)
+
+
+class Switched(OffsetVim):
+    """A block with a kernel of its own, unless it is told otherwise."""
+
+    is_fast = True
+
+    def direction(self, xz: Tensor, ending: str, decay: str) -> Tensor:
+        return xz.chunk(2, dim=1)[0] if self.is_fast else super().direction(xz, ending, decay)
+
+
+def test_a_switch_that_is_declared_is_turned_for_the_measured_batches_alone() -> None:
+    declare_layer(Switched, TWO_WAYS)
+    model, x = nn.Sequential(Switched(8, 4)), [torch.randn(2, 9, 8)]
+    with pytest.raises(ValueError, match="law of recurrence: its forward calls no known recurrence"):
+        analyze(model, CompreSSMConfig(fraction=0.5), x)
+    declare_layer(Switched, replace(TWO_WAYS, unfused={"is_fast": False}))
+    assert [layer.new_state_size for layer in analyze(model, CompreSSMConfig(fraction=0.5), x).layers] == [2]
+    assert model[0].is_fast
 
 
 @pytest.mark.parametrize("family", LAYOUTS, ids=family_id)
