@@ -3,6 +3,7 @@
 from hf_compressm.families import mamba as _mamba  # noqa: F401 - registers its layers
 from hf_compressm.families.complex_terms import ComplexTerm
 from hf_compressm.families.declaring import declare_layer
+from hf_compressm.families.delta import DeltaFamily
 from hf_compressm.families.falcon_mamba import NormalizedMambaFamily
 from hf_compressm.families.family import (
     AttributeChange,
@@ -22,7 +23,7 @@ from hf_compressm.families.lru import LRUFamily
 from hf_compressm.families.mamba2 import Mamba2Family
 from hf_compressm.families.mamba3 import Mamba3Family
 from hf_compressm.families.owners import Holder, Owner, holders_of
-from hf_compressm.families.registry import find_layers, register, registered_families, size_fields
+from hf_compressm.families.registry import family_of, find_layers, register, registered_families, size_fields
 from hf_compressm.families.s5 import S5Family
 from hf_compressm.families.s5_pytorch import S5PytorchFamily
 from hf_compressm.families.selective import SelectiveFamily
@@ -36,6 +37,7 @@ __all__ = [
     "AttributeChange",
     "ComplexTerm",
     "CutMethod",
+    "DeltaFamily",
     "Family",
     "Holder",
     "LRUFamily",
@@ -57,6 +59,7 @@ __all__ = [
     "Statistics",
     "collect_statistics",
     "declare_layer",
+    "family_of",
     "find_layers",
     "holders_of",
     "refuse_single_batch",

@@ -17,21 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compressm.families.sampling import sample
-from hf_compressm.scans import diagonal_scan, selective_scan, selective_states, ssd_scan, ssd_states
+from hf_compressm.scans import delta_states, diagonal_scan, selective_scan, selective_states, ssd_scan, ssd_states
 from hf_compressm.scans.kernels import torch_path
 from hf_compressm.scans.selective import step_sizes
 from hf_compressm.scans.trapezoidal import rotated, trapezoidal_states
 
 
 SELECTIVE, SSD, DIAGONAL = "selective_scan", "ssd_scan", "diagonal_scan"
-MAMBA3 = "mamba3_siso_combined"
+MAMBA3, DELTA = "mamba3_siso_combined", "delta_rule"
 ALIASES = {
     SELECTIVE: {"hidden_states": "u", "dt": "delta"},
     SSD: {"hidden_states": "x"},
     DIAGONAL: {},
     MAMBA3: {"Q": "C", "K": "B", "V": "x", "Z": "z"},
+    DELTA: {"query": "C", "q": "C", "key": "B", "k": "B", "value": "x", "v": "x"},
 }
 """Other names of arguments, by kind of recurrence."""
+L2_EPS = 1e-6
+"""Of the squared length of queries and keys, in the delta rule's kernels."""
 _OWN: dict[str, Callable[..., Any]] = {SELECTIVE: selective_scan, SSD: ssd_scan, DIAGONAL: diagonal_scan}
 
 
@@ -40,8 +43,8 @@ class Call:
     """One call of a recurrence.
 
     Attributes:
-        kind: `"selective_scan"`, `"ssd_scan"`, `"diagonal_scan"` or `"mamba3_siso_combined"`, whose argument names
-            are used, those of the last one's vectors and signals as in `ssd_scan`.
+        kind: `"selective_scan"`, `"ssd_scan"`, `"diagonal_scan"`, `"mamba3_siso_combined"` or `"delta_rule"`, whose
+            argument names are used, those of the last two's vectors and signals as in `ssd_scan`.
         arguments: by name; absent ones are left out.
         output: what it returned first.
         gain: loudness of every entry of the output, in its shape; None where the layer has no output projection.
@@ -105,7 +108,7 @@ def signals(call: Call, mask: Tensor | None) -> Signals:
     Raises:
         ValueError: if texts of one row cannot be told apart.
     """
-    of_kind = {SSD: _ssd_signals, MAMBA3: _mamba3_signals}
+    of_kind = {SSD: _ssd_signals, MAMBA3: _mamba3_signals, DELTA: _delta_signals}
     return of_kind.get(call.kind, _selective_signals)(call, mask)
 
 
@@ -209,6 +212,50 @@ def _mamba3_signals(call: Call, mask: Tensor | None) -> Signals:
     gain = gain.to(dtype).transpose(0, 1)
     chunks = trapezoidal_states(x.to(dtype), k, ADT, DT, trap, every)
     return Signals(chunks, every, gain, k, q, _real_tokens(gain, mask))
+
+
+def _delta_signals(call: Call, mask: Tensor | None) -> Signals:
+    """As the recurrence uses them: after the L2 norm and the scale of the read-out, which a cut keeps.
+
+    The states of all value heads of a key head are the channels of its group.
+    """
+    given, gain = call.arguments, call.gain
+    assert gain is not None  # as above
+    groups = given["B"].shape[2]
+    rows, every = sample(given["x"].shape[:2], mask, given["B"].shape[-1])
+    x = given["x"][rows]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    k, q = (given[name][rows].to(dtype) for name in ("B", "C"))
+    if given.get("use_qk_l2norm_in_kernel", False):
+        k, q = unit(k), unit(q)
+    g, beta = delta_gates(given, rows)
+    gain = gain[rows].to(dtype).transpose(0, 1).unflatten(2, (groups, -1)).flatten(3, 4)
+    first = given["initial_state"][rows] if "initial_state" in given else None
+    chunks = delta_states(k, x.to(dtype), g, beta, initial_state=first, every=every)
+    states = (chunk.unflatten(2, (groups, -1)).movedim(4, -1).flatten(3, 4) for chunk in chunks)
+    return Signals(states, every, gain, k, q * q.shape[-1] ** -0.5, _real_tokens(gain, mask))
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors of length 1, as the delta rule's kernels make them."""
+    return vectors * torch.rsqrt(vectors.square().sum(dim=-1, keepdim=True) + L2_EPS)
+
+
+def delta_gates(given: Mapping[str, Any], rows: slice) -> tuple[Tensor | None, Tensor | None]:
+    """Log decay and step of the delta rule, `(batch, length, heads)` or with an axis of states, as they are used.
+
+    fla's kernels take both before their activations, if they are told so.
+    """
+    g, beta = (None if given.get(name) is None else given[name][rows].float() for name in ("g", "beta"))
+    if g is not None and given.get("use_gate_in_kernel", False):
+        if "dt_bias" in given:
+            g = g + given["dt_bias"].detach().float().view(g.shape[2:])
+        rate = given["A_log"].detach().float().exp().view(-1, *[1] * (g.dim() - 3))
+        lower = given.get("lower_bound")
+        g = -rate * F.softplus(g) if lower is None else lower * torch.sigmoid(rate * g)
+    if beta is not None and given.get("use_beta_sigmoid_in_kernel", False):
+        beta = beta.sigmoid() * (2 if given.get("allow_neg_eigval", False) else 1)
+    return g, beta
 
 
 def _real_tokens(gain: Tensor, mask: Tensor | None) -> Tensor:

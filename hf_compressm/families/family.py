@@ -360,6 +360,11 @@ class Family(ABC):
         """Attributes of the layer, with the values that make it call its recurrence by itself."""
         return {}
 
+    @property
+    def cache_axis(self) -> int | None:
+        """The axis of the states in a cached state of transformers; None for layers with caches of their own."""
+        return None
+
     def output_of(self, module: Any) -> nn.Module | None:
         """The projection of a layer at whose input the loudness of its channels is measured, if that is."""
         return None

@@ -55,6 +55,7 @@ class Part:
         group: the only group whose states these are. None for all groups if the layout says how many there are, else
             for group 0.
         by_group: whether axis 0 has one equal block for each group instead.
+        interleaved: whether the axis has one equal block for each group, each with all segments.
         folds: whether the recurrence's C is a linear map of the rows `"C"`, so that these may be mixed.
         copies: how often a group's states lie there, side by side in each segment; all copies keep the same ones.
     """
@@ -66,6 +67,7 @@ class Part:
     by_group: bool = False
     folds: bool = False
     copies: Width = 1
+    interleaved: bool = False
 
 
 def states(name: str, axis: int = -1, *, group: int | None = None, by_group: bool = False) -> Part:
@@ -179,7 +181,7 @@ class Layout:
         """The width of the rest of unknown width, 0 without one."""
         if REST not in slot.part.segments:
             return 0
-        return int(slot.tensor.shape[slot.axis]) - self.known_width(module, slot.part)
+        return self._block(module, slot) - self.known_width(module, slot.part)
 
     def places(self, module: Any, slot: Slot, kind: str, group: int) -> Tensor | None:
         """Where along its axis a tensor holds the states of one kind and group, `(copies, N)`; None if it does not.
@@ -193,6 +195,7 @@ class Layout:
         start = sum(self._segment_width(module, slot, segment) for segment in before)
         copies = _width(module, part.copies, size)
         start += group * copies * size if self._beside(module, part) > copies else 0
+        start += group * self._block(module, slot) if part.interleaved else 0
         return start + torch.arange(copies * size).view(copies, size)
 
     def length(self, module: Any, slot: Slot, size: int) -> int:
@@ -200,7 +203,8 @@ class Layout:
         present, stretches = self.size_of(module), self._stretches(module, slot.part)
         following = [segment for segment in slot.part.segments if isinstance(segment, Following)]
         others = sum(one.width(module, size) - one.width(module, present) for one in following)
-        return int(slot.tensor.shape[slot.axis]) + stretches * (size - present) + others
+        blocks = self.groups_of(module) if slot.part.interleaved else 1
+        return int(slot.tensor.shape[slot.axis]) + blocks * (stretches * (size - present) + others)
 
     def maps(self, module: Any, slot: Slot, kept: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         """What a cut does along the axis of a tensor, and the map of its gradient.
@@ -216,6 +220,13 @@ class Layout:
         if part.by_group:
             pairs = [self._maps(module, slot, [group], kept, R) for group in groups]
             return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
+        if part.interleaved:
+            block = self._block(module, slot)
+            pairs = [self._maps(module, slot, [group], kept, R) for group in groups]
+            if part.folds:
+                return torch.block_diag(*(pair[0] for pair in pairs)), torch.block_diag(*(pair[1] for pair in pairs))
+            forward = torch.cat([pair[0] + group * block for group, pair in zip(groups, pairs, strict=True)])
+            return forward, forward
         return self._maps(module, slot, groups, kept, R)
 
     def changes(self, module: Any, prefix: str, kept: Tensor, R: Tensor) -> tuple[ParameterChange, ...]:
@@ -270,10 +281,14 @@ class Layout:
         """The axis of every tensor that the layout knows, None for those without one."""
         return dict.fromkeys(self.others) | {slot.name: slot.axis for slot in self.slots(module)}
 
+    def _block(self, module: Any, slot: Slot) -> int:
+        """The length of one block of an axis, that of a group where groups are interleaved."""
+        return int(slot.tensor.shape[slot.axis]) // (self.groups_of(module) if slot.part.interleaved else 1)
+
     def _beside(self, module: Any, part: Part) -> int:
         """How many stretches of states lie side by side in a segment: the copies of all groups in it."""
         copies = _width(module, part.copies, self.size_of(module))
-        return copies * (1 if part.by_group else len(self._groups_in(module, part)))
+        return copies * (1 if part.by_group or part.interleaved else len(self._groups_in(module, part)))
 
     def _groups_in(self, module: Any, part: Part) -> list[int]:
         """The groups whose states a part holds."""

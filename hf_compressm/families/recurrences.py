@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_compressm.families.calls import DIAGONAL, MAMBA3, SELECTIVE, SSD
+from hf_compressm.families.calls import DELTA, DIAGONAL, MAMBA3, SELECTIVE, SSD
 from hf_compressm.families.unfused import (
     mamba_inner_fn,
     mamba_inner_fn_no_out_proj,
@@ -25,6 +25,8 @@ from hf_compressm.scans import selective_scan, ssd_scan
 
 _INTERFACE, _COMBINED = "mamba_ssm.ops.selective_scan_interface", "mamba_ssm.ops.triton.ssd_combined"
 _MAMBA = ("mamba", "falcon_mamba", "jamba", "zamba")
+_DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "lara_mini", "olmo_hybrid")
+_KIMI = ("kimi_linear", "bailing_hybrid", "glm5_next")
 _MAMBA2 = ("mamba2", "bamba", "zamba2", "falcon_h1", "granitemoehybrid", "nemotron_h")
 
 
@@ -45,6 +47,16 @@ RECURRENCES: dict[str, str] = {
     "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined.mamba3_siso_combined": MAMBA3,
     **dict.fromkeys(_stock(_MAMBA, "mamba_selective_scan"), SELECTIVE),
     **dict.fromkeys(_stock(_MAMBA2, "mamba2_chunk_scan"), SSD),
+    **dict.fromkeys(_stock(_DELTA_NETS, "torch_chunk_gated_delta_rule"), DELTA),
+    **dict.fromkeys(_stock(_KIMI, "chunk_kimi_delta_attention"), DELTA),
+    "hf_compressm.scans.delta.delta_scan": DELTA,
+    "hf_compressm.scans.delta.delta_scan_reference": DELTA,
+    "fla.ops.gated_delta_rule.chunk.chunk_gated_delta_rule": DELTA,
+    "fla.ops.gated_delta_rule.fused_recurrent.fused_recurrent_gated_delta_rule": DELTA,
+    "fla.ops.delta_rule.chunk.chunk_delta_rule": DELTA,
+    "fla.ops.delta_rule.fused_recurrent.fused_recurrent_delta_rule": DELTA,
+    "fla.ops.kda.chunk.chunk_kda": DELTA,
+    "fla.ops.kda.fused_recurrent.fused_recurrent_kda": DELTA,
 }
 """The functions that are seen, each with the recurrence of this package that has its arguments."""
 FUSED: dict[str, Callable[..., Callable[..., Any]]] = {

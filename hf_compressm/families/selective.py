@@ -144,7 +144,7 @@ def _obstacle(calls: Sequence[Call], family: "SelectiveFamily", size: int) -> st
     if not calls:
         return (
             "no recurrence was seen while it ran: its forward calls none of selective_scan_fn, "
-            "mamba_chunk_scan_combined, selective_scan and ssd_scan"
+            "mamba_chunk_scan_combined, chunk_gated_delta_rule, selective_scan and ssd_scan"
         )
     if any(call.gain is None for call in calls):
         return f"its {family.layout.output} did not run after its recurrence"
@@ -184,6 +184,11 @@ class SelectiveFamily(Family):
     def mask(self) -> str:
         """That of the layout."""
         return self.layout.mask
+
+    @property
+    def cache_axis(self) -> int:
+        """The last one."""
+        return -1
 
     @property
     def unfused(self) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from hf_compressm.families.family import SSMLayer
+from hf_compressm.families import SSMLayer, family_of
 
 
 def refuse_stale_caches(layer: SSMLayer) -> None:
@@ -21,13 +21,14 @@ def refuse_stale_caches(layer: SSMLayer) -> None:
 def _check_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise `ValueError` if a cache among the arguments holds another number of states than the layer has."""
     cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-    size = getattr(module, "ssm_state_size", None)
-    index = getattr(module, "layer_idx", None)
-    if cache is None or size is None or index is None or index >= len(cache.layers):
+    family, index = family_of(module), getattr(module, "layer_idx", None)
+    axis = None if family is None else family.cache_axis
+    if cache is None or family is None or axis is None or index is None or index >= len(cache.layers):
         return
+    size = family.state_size(module)
     for state in getattr(cache.layers[index], "recurrent_states", {}).values():
-        if isinstance(state, Tensor) and state.shape[-1] != size:
+        if isinstance(state, Tensor) and state.shape[axis] != size:
             raise ValueError(
-                f"The cache holds {state.shape[-1]} states for layer {index}, which now has {size}: it was filled "
+                f"The cache holds {state.shape[axis]} states for layer {index}, which now has {size}: it was filled "
                 "before the layer was cut. Start again without this cache."
             )
