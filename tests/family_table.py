@@ -19,6 +19,7 @@ NUM_LABELS = 4
 STATE_SIZE = 8
 HIDDEN_SIZE = 6
 LAYERS = 2
+SIZE_ATTRIBUTES = ("state_size", "ssm_state_size", "head_k_dim")
 SLOW_TO_MOVE = ("dt_bias", "nu_log", "theta", "gamma_log", "Lambda_re", "Lambda_im", "log_step", "A_log")
 """Parameters that a perturbation moves little: the layer stays stable."""
 
@@ -60,8 +61,8 @@ class Family:
 
     @property
     def widest(self) -> torch.dtype:
-        """transformers' mixtures of experts have no float64."""
-        return torch.float32 if self.family in ("jamba", "granitemoehybrid") else torch.float64
+        """transformers' mixtures of experts and delta nets have no float64."""
+        return torch.float32 if self.family in ("jamba", "granitemoehybrid") or self in DELTA_NETS else torch.float64
 
     @property
     def is_stock(self) -> bool:
@@ -91,7 +92,9 @@ class Family:
         return [{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
 
 
-def stock_family(model_type: str, prefix: str, name: str = "", **variant: Any) -> Family:
+def stock_family(
+    model_type: str, prefix: str, name: str = "", config_class: str = "", **variant: Any
+) -> Family:
     """A row for a family of transformers."""
     selective = model_type in ("mamba", "zamba")
     normalized = model_type in ("falcon_mamba", "jamba")
@@ -99,7 +102,7 @@ def stock_family(model_type: str, prefix: str, name: str = "", **variant: Any) -
         name or model_type,
         model_type,
         getattr(transformers, f"{prefix}ForCausalLM"),
-        getattr(transformers, f"{prefix}Config"),
+        getattr(transformers, config_class or f"{prefix}Config"),
         variant,
         size_field=SIZE_FIELDS[model_type],
         criteria=("interpolative", "surrogate") if selective else ("interpolative",) if normalized else ("empirical",),
@@ -120,6 +123,12 @@ ZAMBA2 = stock_family("zamba2", "Zamba2")
 FALCON_H1 = stock_family("falcon_h1", "FalconH1")
 GRANITE = stock_family("granitemoehybrid", "GraniteMoeHybrid")
 NEMOTRON_H = stock_family("nemotron_h", "NemotronH")
+QWEN3_NEXT = stock_family("qwen3_next", "Qwen3Next")
+QWEN3_5 = stock_family("qwen3_5", "Qwen3_5", config_class="Qwen3_5TextConfig")
+QWEN3_5_MOE = stock_family("qwen3_5_moe", "Qwen3_5Moe", config_class="Qwen3_5MoeTextConfig")
+QWEN4_EXP = stock_family("qwen4_exp", "Qwen4Exp", config_class="Qwen4ExpTextConfig")
+LARA_MINI = stock_family("lara_mini", "LaraMini")
+OLMO_HYBRID = stock_family("olmo_hybrid", "OlmoHybrid")
 S5 = Family("s5", "s5", S5ForCausalLM, S5Config, granularity=2)
 S5_COMPLEX = Family("s5-complex", "s5", S5ForCausalLM, S5Config, {"conj_sym": False})
 S5_CLASSIFIER = Family(
@@ -149,8 +158,9 @@ MAMBA_FAMILIES = (
     GRANITE,
     NEMOTRON_H,
 )
-FAMILIES = (*MAMBA_FAMILIES, S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU)
-LAYOUTS = (MAMBA, FALCON_MAMBA, ZAMBA, MAMBA2, BAMBA, S5, LRU)
+DELTA_NETS = (QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, QWEN4_EXP, LARA_MINI, OLMO_HYBRID)
+FAMILIES = (*MAMBA_FAMILIES, *DELTA_NETS, S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU)
+LAYOUTS = (MAMBA, FALCON_MAMBA, ZAMBA, MAMBA2, BAMBA, QWEN3_NEXT, QWEN3_5, S5, LRU)
 """One family for each way in which a cut changes parameters."""
 LINEAR = tuple(family for family in FAMILIES if family.is_linear)
 LANGUAGE_MODELS = tuple(family for family in FAMILIES if family.is_language_model)
@@ -211,7 +221,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "grads": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
         "modes": [module.training for module in model.modules()],
         "sizes": [
-            getattr(layer, "state_size", getattr(layer, "ssm_state_size", None))
+            next(getattr(layer, name) for name in SIZE_ATTRIBUTES if hasattr(layer, name))
             for layer in ssm_layers(model).values()
         ],
         "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],

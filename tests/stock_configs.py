@@ -1,10 +1,34 @@
-"""Tiny configurations of transformers' Mamba families, by model type: two SSM layers, in hybrids also attention."""
+"""Tiny configurations of transformers' families, by model type: two SSM layers, in hybrids also attention."""
 
 from typing import Any
 
 
 ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
 HEADS = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 2}
+DELTA_NET = {
+    **ATTENTION,
+    "head_dim": 8,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+EXPERTS = {
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 12,
+    "num_experts": 2,
+    "num_experts_per_tok": 2,
+}
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 1,
+    "hc_count": 2,
+    "hc_lowrank": 4,
+}
 
 COMMON: dict[str, Any] = {
     "vocab_size": 40,
@@ -25,6 +49,12 @@ SIZE_FIELDS = {
     "falcon_h1": "mamba_d_state",
     "granitemoehybrid": "mamba_d_state",
     "nemotron_h": "ssm_state_size",
+    "qwen3_next": "linear_key_head_dim",
+    "qwen3_5": "linear_key_head_dim",
+    "qwen3_5_moe": "linear_key_head_dim",
+    "qwen4_exp": "linear_key_head_dim",
+    "lara_mini": "linear_key_head_dim",
+    "olmo_hybrid": "linear_key_head_dim",
 }
 GROUP_FIELDS = {
     "mamba2": "n_groups",
@@ -99,6 +129,12 @@ OWN: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 8,
         "n_groups": 2,
     },
+    "qwen3_next": {**DELTA_NET, **EXPERTS, "decoder_sparse_step": 4},
+    "qwen3_5": DELTA_NET,
+    "qwen3_5_moe": {**DELTA_NET, **EXPERTS},
+    "qwen4_exp": {**DELTA_NET, **EXPERTS, **INDEXER},
+    "lara_mini": {**DELTA_NET, **EXPERTS, "tie_word_embeddings": True},
+    "olmo_hybrid": DELTA_NET,
 }
 
 
