@@ -92,9 +92,7 @@ class Family:
         return [{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
 
 
-def stock_family(
-    model_type: str, prefix: str, name: str = "", config_class: str = "", **variant: Any
-) -> Family:
+def stock_family(model_type: str, prefix: str, name: str = "", config_class: str = "", **variant: Any) -> Family:
     """A row for a family of transformers."""
     selective = model_type in ("mamba", "zamba")
     normalized = model_type in ("falcon_mamba", "jamba")
@@ -158,7 +156,7 @@ MAMBA_FAMILIES = (
     GRANITE,
     NEMOTRON_H,
 )
-DELTA_NETS = (QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, QWEN4_EXP, LARA_MINI, OLMO_HYBRID)
+DELTA_NETS = (QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, LARA_MINI, OLMO_HYBRID)
 FAMILIES = (*MAMBA_FAMILIES, *DELTA_NETS, S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU)
 LAYOUTS = (MAMBA, FALCON_MAMBA, ZAMBA, MAMBA2, BAMBA, QWEN3_NEXT, QWEN3_5, S5, LRU)
 """One family for each way in which a cut changes parameters."""
@@ -194,6 +192,11 @@ def ssm_layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def size_of(layer: Any) -> int:
+    """The number of states that an SSM layer says it has."""
+    return next(int(getattr(layer, name)) for name in SIZE_ATTRIBUTES if hasattr(layer, name))
+
+
 def owner_of_a_cut_parameter(layer: nn.Module) -> tuple[nn.Module, str]:
     """Module and name of a parameter that every cut of a layer replaces."""
     if hasattr(layer, "B_re"):
@@ -220,10 +223,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "identities": [id(parameter) for parameter in model.parameters()],
         "grads": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
         "modes": [module.training for module in model.modules()],
-        "sizes": [
-            next(getattr(layer, name) for name in SIZE_ATTRIBUTES if hasattr(layer, name))
-            for layer in ssm_layers(model).values()
-        ],
+        "sizes": [size_of(layer) for layer in ssm_layers(model).values()],
         "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
         "config": model.config.to_dict(),
     }

@@ -15,8 +15,8 @@ DELTA_NET = {
     "linear_num_value_heads": 4,
 }
 EXPERTS = {
-    "moe_intermediate_size": 12,
-    "shared_expert_intermediate_size": 12,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
     "num_experts": 2,
     "num_experts_per_tok": 2,
 }

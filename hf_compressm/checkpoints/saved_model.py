@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_compressm import models
@@ -137,6 +138,8 @@ class SavedModel:
         for layer in find_layers(wanted):
             on_disk = self.layer_shapes(layer.name)
             expected = {name: tuple(parameter.shape) for name, parameter in layer.module.named_parameters()}
+            if not expected.keys() <= on_disk.keys():
+                expected = _as_saved(wanted, layer.name)
             for name, shape in expected.items():
                 full = f"{layer.name}.{name}" if layer.name else name
                 if name not in on_disk:
@@ -220,6 +223,19 @@ def _model_class(architectures: Any) -> type[PreTrainedModel] | None:
     except Exception:  # transformers imports the class only here, and what it needs may be missing
         return None
     return found if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None
+
+
+def _as_saved(model: PreTrainedModel, layer: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a layer by the names that transformers saves them under, which may fuse or split them.
+
+    Args:
+        model: a model without memory for parameters.
+        layer: dotted name of the layer.
+    """
+    prefix = f"{layer}." if layer else ""
+    held = {name: value for name, value in model.named_parameters() if name.startswith(prefix)}
+    saved = revert_weight_conversion(model, held)
+    return {name.removeprefix(prefix): tuple(value.shape) for name, value in saved.items()}
 
 
 def _below_the_head(name: str) -> str:

@@ -27,6 +27,7 @@ from tests.family_table import (
     outputs,
     owner_of_a_cut_parameter,
     same,
+    size_of,
     snapshot,
     ssm_layers,
     token_batch,
@@ -77,7 +78,7 @@ def test_a_cut_sets_every_size_and_the_record(family: Family) -> None:
     for layer in ssm_layers(model).values():
         if family.is_stock:
             fresh = dict(family.build(state_size=4).get_submodule(name_of(layer, model)).named_parameters())
-            assert layer.ssm_state_size == 4
+            assert size_of(layer) == 4
             assert {n: p.shape for n, p in layer.named_parameters()} == {n: p.shape for n, p in fresh.items()}
         else:
             assert (layer.state_size, layer.slots) == (4, 4 // family.granularity)
