@@ -39,6 +39,7 @@ _WHOLE_NUMBERS = {
     "calibration_batches": 1,
     "sampling_seed": 0,
     "rewarmup_steps": 0,
+    "refit_steps": 0,
 }
 """Smallest allowed value of each."""
 
@@ -113,6 +114,11 @@ class CompreSSMConfig:
     stability: float = _setting(0.95, "Rank correlation of successive measurements from which a ranking is stable.")
     stability_window: int = _setting(3, "Number of successive correlations that must reach stability.")
     calibration_batches: int = _setting(4, "Training batches on which selective layers are measured before each cut.")
+    refit_steps: int | None = _setting(
+        None,
+        "Steps in which the rows of a cut selective layer that make its inputs and read-outs are fitted to what the "
+        "layer gave before; 0 for none. Default: 100 for delta nets, none for others.",
+    )
     sampling_seed: int = _setting(0, "Seed of the calibration sample and of keep='random'.")
     max_loss_increase: float | None = _setting(
         None,

@@ -233,7 +233,9 @@ def _as_saved(model: PreTrainedModel, layer: str) -> dict[str, tuple[int, ...]]:
         layer: dotted name of the layer.
     """
     prefix = f"{layer}." if layer else ""
-    held = {name: value for name, value in model.named_parameters() if name.startswith(prefix)}
+    held: dict[str, torch.Tensor] = {
+        name: value for name, value in model.named_parameters() if name.startswith(prefix)
+    }
     saved = revert_weight_conversion(model, held)
     return {name.removeprefix(prefix): tuple(value.shape) for name, value in saved.items()}
 

@@ -64,7 +64,8 @@ def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) 
     for layer in layers:
         name = layer.family.criterion(config.criterion, calibrated, config.realization)
         project = config.compat == "best" and own is not None
-        method = CutMethod(name, config.keep, config.realization, config.sampling_seed, project)
+        steps = layer.family.refit_steps if config.refit_steps is None else config.refit_steps
+        method = CutMethod(name, config.keep, config.realization, config.sampling_seed, project, steps)
         choices.append(LayerChoice(layer, method, groups[layer.name]))
     methods = [(choice.layer, choice.method) for choice in choices]
     check_layers(methods, _cut_before(model, layers))

@@ -66,9 +66,9 @@ def try_calibration(model: nn.Module, request: CutRequest) -> list[tuple[SSMLaye
 
 
 def _collect(model: nn.Module, choices: Sequence[LayerChoice], request: CutRequest) -> list[Statistics | None]:
-    layers, criteria = [choice.layer for choice in choices], [choice.method.criterion for choice in choices]
+    layers, methods = [choice.layer for choice in choices], [choice.method for choice in choices]
     may_be_empty = not request.processes.is_first
-    return collect_statistics(model, layers, criteria, request.calibration, request.forward, may_be_empty)
+    return collect_statistics(model, layers, methods, request.calibration, request.forward, may_be_empty)
 
 
 def _measure(choice: LayerChoice, seen: Statistics | None) -> Measurement:

@@ -1,6 +1,7 @@
 """Choosing the sizes that a cut gives to measured layers, and computing every new tensor."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,8 @@ from hf_compressm.compression.plan import CompressionPlan, LayerPlan
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import CompreSSMConfig, Settings, as_config
 from hf_compressm.families import Measurement
+from hf_compressm.families.refit import tried
+from hf_compressm.families.running import measured_error
 from hf_compressm.numerics.ranks import count_by_error, count_by_tolerance, passes_gate, round_size
 from hf_compressm.surgery.lora import follow
 from hf_compressm.utils.processes import ALONE, Processes, checksum
@@ -100,6 +103,9 @@ def _wanted_size(choice: LayerChoice, measurement: Measurement, config: CompreSS
         return size
     sigma = measurement.hankel_singular_values
     count = 0
+    allowed = _allowed_error(config)
+    if layer.family.reruns and measurement.examples and allowed is not None:
+        return _size_by_running(choice, measurement, allowed, config)
     if config.tolerance is not None:
         count = count_by_tolerance(sigma, config.tolerance)
         wanted = count * size / sigma.numel()
@@ -115,6 +121,29 @@ def _wanted_size(choice: LayerChoice, measurement: Measurement, config: CompreSS
     while count and new_size < size and layer.family.values_kept(layer, choice.method, measurement, new_size) < count:
         new_size = round_size(new_size + 1, size, multiple, config.min_state_size)
     return new_size
+
+
+def _allowed_error(config: CompreSSMConfig) -> float | None:
+    """The largest relative error of a layer's output that the rank rule allows, None for rules that name a size.
+
+    Of a layer whose cuts are tried, `tolerance` is the share of the output's energy that may be lost.
+    """
+    return config.max_error if config.tolerance is None else config.tolerance**0.5
+
+
+def _size_by_running(choice: LayerChoice, measurement: Measurement, allowed: float, config: CompreSSMConfig) -> int:
+    """The smallest size at which the cut layer, run on its examples, is within the allowed error; by bisection."""
+    layer, size = choice.layer, choice.layer.state_size
+    multiple = math.lcm(config.round_to, layer.family.granularity(layer.module))
+    sizes = sorted({round_size(wanted, size, multiple, config.min_state_size) for wanted in range(1, size + 1)})
+
+    def is_enough(candidate: int) -> bool:
+        if candidate >= size:
+            return True
+        cut = layer.family.cut(layer, choice.method, measurement, candidate)
+        return measured_error(layer, cut, measurement.examples) <= allowed
+
+    return sizes[bisect_left(sizes, True, key=is_enough)]
 
 
 def _gentler(choice: LayerChoice, wanted: int, config: CompreSSMConfig, reduction_share: float) -> int:
@@ -143,6 +172,8 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> Lay
         return plan
     try:
         cut = follow(layer, layer.family.cut(layer, method, measurement, size))
+        if measurement.examples:
+            cut = tried(layer, cut, measurement.examples, method.refit_steps)
     except (ValueError, torch.linalg.LinAlgError) as error:
         logger.warning(f"{layer.name} is not cut: {error}")
         return replace(plan, status="skipped", reason=str(error))

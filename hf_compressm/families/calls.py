@@ -76,6 +76,23 @@ class Seen:
 
 
 @dataclass(frozen=True, eq=False)
+class Example:
+    """What a layer was called with.
+
+    Attributes:
+        args: its positional arguments.
+        kwargs: its other arguments, without a cache.
+        mask: `(batch, length)`, 1 for real tokens; None if all are.
+        autocast: the dtype in which matrices were multiplied, or None for that of the tensors.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    mask: Tensor | None = None
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Signals:
     """What the recurrence of one call computes, in float32 at least."""
 

@@ -7,12 +7,13 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_compressm.families.family import SSMLayer
 from hf_compressm.families.laws import check_laws
 from hf_compressm.families.layout import Layout
 from hf_compressm.families.registry import register, registered
+from hf_compressm.families.running import first_rows
 from hf_compressm.families.selective import SelectiveFamily
 from hf_compressm.utils.randomness import undisturbed
 
@@ -132,16 +133,10 @@ def _given(
     found: dict[type, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), 0)
-        few = [value[:ROWS].clone() if _has_rows(value, rows) else value for value in (*args, *kwargs.values())]
-        found.setdefault(type(module), (tuple(few[: len(args)]), dict(zip(kwargs, few[len(args) :], strict=True))))
+        found.setdefault(type(module), first_rows(args, kwargs, ROWS))
 
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.module.register_forward_pre_hook(note, with_kwargs=True).remove)
         run()
     return found
-
-
-def _has_rows(value: Any, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows

@@ -5,14 +5,14 @@ never changes the layer. The room `surgery` does that, from the list of paramete
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_compressm.families.calls import Seen
+from hf_compressm.families.calls import Example, Seen
 from hf_compressm.families.owners import Owner
 
 
@@ -26,6 +26,7 @@ class CutMethod:
         realization: `"real"` or `"complex"` balancing of LTI layers.
         seed: seed of the random ablation.
         project: whether the model's class lets a layer project B and C after its convolution.
+        refit_steps: steps in which a cut layer is fitted to what it gave before.
     """
 
     criterion: str
@@ -33,6 +34,7 @@ class CutMethod:
     realization: str = "real"
     seed: int = 0
     project: bool = False
+    refit_steps: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +150,7 @@ class Measurement:
         note: what the user should know.
         scores: float64 `(groups, n)`, what each present state passes on by itself; empty if not measured.
         shortage: why the spectrum cannot decide on a size, since too few tokens were seen; or "".
+        examples: inputs of the layer, on which a cut is to be tried; empty where its error is computed.
     """
 
     hankel_singular_values: Tensor
@@ -157,6 +160,7 @@ class Measurement:
     note: str = ""
     scores: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
     shortage: str = ""
+    examples: Sequence[Example] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,10 +195,14 @@ class Statistics(ABC):
         samples: rows of signals by name, one tensor per batch.
         told_apart: whether the layer was told which texts of a packed row are apart, if its family listens to that.
         obstacle: why nothing can be measured of a layer that ran, or "".
+        keeps_examples: whether inputs of the layer are kept, for trying cuts on them.
+        examples: these inputs, of this process.
     """
 
     def __init__(self) -> None:
         """Start with nothing seen."""
+        self.keeps_examples = False
+        self.examples: list[Example] = []
         self.sums: dict[str, Tensor] = {}
         self.samples: dict[str, list[Tensor]] = {}
         self.told_apart = True
@@ -364,6 +372,20 @@ class Family(ABC):
     def cache_axis(self) -> int | None:
         """The axis of the states in a cached state of transformers; None for layers with caches of their own."""
         return None
+
+    @property
+    def reruns(self) -> bool:
+        """Whether the error of a cut is measured by running the cut layer, instead of being computed."""
+        return False
+
+    @property
+    def refit_steps(self) -> int:
+        """In how many steps a cut layer is fitted to what it gave before, where the settings do not say."""
+        return 0
+
+    def fitted(self, module: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """The tensors of a cut layer that are fitted, each with 1 at the entries that are, 0 elsewhere."""
+        yield from ()
 
     def output_of(self, module: Any) -> nn.Module | None:
         """The projection of a layer at whose input the loudness of its channels is measured, if that is."""

@@ -12,6 +12,7 @@ and 1.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -197,6 +198,21 @@ class Layout:
         start += group * copies * size if self._beside(module, part) > copies else 0
         start += group * self._block(module, slot) if part.interleaved else 0
         return start + torch.arange(copies * size).view(copies, size)
+
+    def fitted(self, module: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parameters of the parts, each with 1 at the entries of states, B and C, and 0 at the rests."""
+        for slot in self.slots(module):
+            if not isinstance(slot.tensor, nn.Parameter):
+                continue
+            mask = torch.zeros_like(slot.tensor)
+            for group, kind in product(range(self.groups_of(module)), (STATE, B, C)):
+                places = self.places(module, slot, kind, group)
+                if places is None:
+                    continue
+                block = mask[group] if slot.part.by_group else mask
+                axis = slot.axis - 1 if slot.part.by_group else slot.axis
+                block.index_fill_(axis, places.flatten().to(mask.device), 1)
+            yield slot.tensor, mask
 
     def length(self, module: Any, slot: Slot, size: int) -> int:
         """How long the axis of a tensor would be with `size` states."""

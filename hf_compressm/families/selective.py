@@ -14,7 +14,7 @@ their k-th values, so that its first r entries are the energy that r states per 
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from hf_compressm.families.family import (
     summing_dtype,
 )
 from hf_compressm.families.layout import STATE, Layout
+from hf_compressm.families.running import KEPT_TOKENS, example_of, tokens_of
 from hf_compressm.numerics import interpolation, surrogate
 from hf_compressm.peft import plain_modules
 
@@ -64,6 +65,7 @@ class RecurrenceStatistics(Statistics):
     def __init__(self, family: "SelectiveFamily", module: Any) -> None:
         super().__init__()
         self.family, self.groups = family, family.layout.groups_of(module)
+        self.kept = 0  # tokens of the examples
 
     def update(self, seen: Seen) -> None:
         """Add up what the calls show."""
@@ -71,6 +73,8 @@ class RecurrenceStatistics(Statistics):
         self.obstacle = self.obstacle or _obstacle(calls, self.family, size)
         if self.obstacle:
             return
+        if self.keeps_examples:
+            self.keep(seen)
         self.told_apart = any(call.arguments.get("seq_idx") is not None for call in calls)
         with maybe_autocast(device_type=calls[0].output.device.type, enabled=False):
             sums = [self.sums_of(call, seen.mask) for call in calls]
@@ -85,6 +89,13 @@ class RecurrenceStatistics(Statistics):
                 )
                 return
             self.add(name, every.unflatten(0, (-1, self.groups)).sum(dim=0))
+
+    def keep(self, seen: Seen) -> None:
+        """Keep inputs of the layer for trying cuts, until there are enough."""
+        example = example_of(seen, KEPT_TOKENS - self.kept)
+        if example is not None:
+            self.examples.append(example)
+            self.kept += tokens_of(example)
 
     @abstractmethod
     def sums_of(self, call: Call, mask: Tensor | None) -> dict[str, Tensor]:
@@ -233,6 +244,10 @@ class SelectiveFamily(Family):
         """States that a layer could keep, `(groups, size)`, ascending: the first ones."""
         return torch.arange(size).expand(self.layout.groups_of(module), size)
 
+    def fitted(self, module: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """All that makes B, C and decay of the states."""
+        return self.layout.fitted(module)
+
     def exchanged(self, module: Any) -> Tensor:
         """An order of all states in which the layer is the same, `(groups, N)`."""
         states = torch.arange(self.state_size(module))
@@ -299,7 +314,8 @@ class SelectiveFamily(Family):
         errors = interpolation.relative_errors(losses.sum(dim=0))
         samples = {name: torch.cat(parts) for name, parts in statistics.samples.items()}
         scores = P.diagonal(dim1=1, dim2=2) * Q.diagonal(dim1=1, dim2=2)
-        return Measurement(sigma, errors, detail=Selection(orders, P, Q, self.reads_out, samples), scores=scores)
+        selection = Selection(orders, P, Q, self.reads_out, samples)
+        return Measurement(sigma, errors, detail=selection, scores=scores, examples=tuple(statistics.examples))
 
     def problem(self, layer: SSMLayer, statistics: Statistics | None) -> str:
         """Why a layer cannot be measured, or ""."""

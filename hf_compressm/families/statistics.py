@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_compressm.families.declaring import tried
-from hf_compressm.families.family import SSMLayer, Statistics
+from hf_compressm.families.family import CutMethod, SSMLayer, Statistics
 from hf_compressm.families.watching import watching
 from hf_compressm.peft import underlying
 from hf_compressm.utils.randomness import undisturbed
@@ -51,7 +51,7 @@ def run_batch(model: nn.Module, batch: Any) -> None:
 def collect_statistics(
     model: nn.Module,
     layers: Sequence[SSMLayer],
-    criteria: Sequence[str],
+    methods: Sequence[CutMethod],
     calibration: Iterable[Any] | None,
     forward: Forward = run_batch,
     may_be_empty: bool = False,
@@ -63,7 +63,7 @@ def collect_statistics(
     Args:
         model: the model; it is not moved.
         layers: layers to watch.
-        criteria: one per layer.
+        methods: one per layer, which say what is measured of it.
         calibration: batches.
         forward: runs the model on one of them.
         may_be_empty: whether there may be no batch, since other processes have them.
@@ -71,8 +71,12 @@ def collect_statistics(
     Raises:
         ValueError: if a batch cannot be run, or if there was no batch.
     """
-    collected = [layer.family.statistics(layer.module, name) for layer, name in zip(layers, criteria, strict=True)]
+    pairs = list(zip(layers, methods, strict=True))
+    collected = [layer.family.statistics(layer.module, method.criterion) for layer, method in pairs]
     watched = [(layer, item) for layer, item in zip(layers, collected, strict=True) if item is not None]
+    for (layer, method), item in zip(pairs, collected, strict=True):
+        if item is not None:
+            item.keeps_examples = layer.family.reruns or method.refit_steps > 0
     if not watched:
         return collected
     refuse_single_batch(calibration)

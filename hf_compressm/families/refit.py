@@ -1,0 +1,140 @@
+"""Fitting a cut layer to what it gave before: what makes its B and C moves until its output is as near as it gets.
+
+Adam on the mean square error of the layer's output, on inputs that were kept, with steps in proportion to the size of
+every tensor. The layer stays of its class. Only parameters that a cut replaces anyway are fitted, and of those only
+the entries of states, B and C. A part of the inputs is held out: it tells whether the fit is better, and how far the
+layer is from what it was.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_compressm.families.calls import Example
+from hf_compressm.families.family import LayerCut, SSMLayer
+from hf_compressm.families.running import measured_error, number_of_rows, relative_error, rows_of, run, with_cut
+
+
+RATE = 0.1
+"""First step of Adam, as a share of the root mean square of a tensor; it falls to 0 along a cosine."""
+HELD_OUT = 8
+"""One of so many rows is held out, at least one of each example; where all have one row, the last example."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What a layer is given, and what it is to answer, `(batch, length, channels)`."""
+
+    example: Example
+    wanted: Tensor
+
+
+def tried(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example], steps: int) -> LayerCut:
+    """A cut with its error as it is measured by running the layer, and refitted if that makes it smaller.
+
+    Args:
+        layer: the layer; it does not change.
+        cut: what the cut writes.
+        examples: inputs of the layer.
+        steps: of the fit; 0 for none.
+    """
+    error = measured_error(layer, cut, examples)
+    fitted = _refitted(layer, cut, examples, steps) if steps else None
+    if fitted is not None:
+        cut, error = fitted
+    return replace(cut, predicted_error=error, energy_kept=max(0.0, 1 - error**2))
+
+
+def _refitted(
+    layer: SSMLayer, cut: LayerCut, examples: Sequence[Example], steps: int
+) -> tuple[LayerCut, float] | None:
+    """A cut with fitted values, and its error on what was held out; None if the fit is no better there."""
+    taught, asked = _lessons(layer.module, examples)
+    trial = with_cut(layer, cut)
+    module = _in_float32(trial.module)
+    free = {id(tensor): mask for tensor, mask in layer.family.fitted(module)}
+    wanted = [parameter for parameter in trial.parameters if id(parameter) in free]
+    if not wanted:
+        return None
+    before = _error(module, asked)
+    fit(module, {parameter: free[id(parameter)] for parameter in wanted}, taught, steps)
+    after = _error(module, asked)
+    if not after < before:  # NaN included
+        return None
+    values = [
+        replace(change, value=parameter.detach().to("cpu", torch.float64)) if id(parameter) in free else change
+        for change, parameter in zip(cut.changes, trial.parameters, strict=True)
+    ]
+    return replace(cut, changes=tuple(values)), after
+
+
+def fit(module: nn.Module, free: Mapping[nn.Parameter, Tensor], lessons: Sequence[Lesson], steps: int) -> None:
+    """Fit some entries of a layer's parameters, in place.
+
+    Args:
+        module: the layer. Its other parameters do not need gradients afterwards.
+        free: parameters, each with 1 at the entries that are fitted, 0 elsewhere.
+        lessons: inputs and outputs, taken in turns.
+        steps: of Adam.
+    """
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter in free)
+    scales = {parameter: float(parameter.detach().square().mean().sqrt()) for parameter in free}
+    adam = torch.optim.Adam([{"params": [parameter], "lr": RATE * scale} for parameter, scale in scales.items()])
+    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    with torch.enable_grad():
+        for step in range(steps):
+            lesson = lessons[step % len(lessons)]
+            loss = (run(module, lesson.example) - lesson.wanted).square().sum() / lesson.wanted.square().sum()
+            adam.zero_grad()
+            loss.backward()
+            for parameter, mask in free.items():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(mask)
+            adam.step()
+            decay.step()
+
+
+@torch.no_grad()
+def _lessons(module: Any, examples: Sequence[Example]) -> tuple[list[Lesson], list[Lesson]]:
+    """What is fitted, and what is held out; the same where there is but one row."""
+    module = copy.deepcopy(module).eval()
+    counts = [number_of_rows(example) for example in examples]
+    if max(counts) == 1:
+        taught, asked = list(examples[:-1] or examples), list(examples[-1:])
+    else:
+        held = [max(1, count // HELD_OUT) if count > 1 else 0 for count in counts]
+        parts = list(zip(examples, counts, held, strict=True))
+        taught = [rows_of(example, slice(count - rest)) for example, count, rest in parts]
+        asked = [rows_of(example, slice(count - rest, None)) for example, count, rest in parts if rest]
+    every = [Lesson(_precise(example), run(module, example)) for example in (*taught, *asked)]
+    return every[: len(taught)], every[len(taught) :]
+
+
+@torch.no_grad()
+def _error(module: Any, lessons: Sequence[Lesson]) -> float:
+    return relative_error((run(module, lesson.example), lesson.wanted) for lesson in lessons)
+
+
+def _in_float32(module: Any) -> Any:
+    """The layer with parameters that small steps can change; the parameters stay the same objects."""
+    for parameter in module.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    return module
+
+
+def _precise(example: Example) -> Example:
+    """An example for a layer in float32."""
+
+    def wide(value: Any) -> Any:
+        is_half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+        return value.float() if is_half else value
+
+    kwargs = {name: wide(value) for name, value in example.kwargs.items()}
+    return replace(example, args=tuple(map(wide, example.args)), kwargs=kwargs)

@@ -1,0 +1,148 @@
+"""Running a layer again, as it is and as a cut would make it, on inputs that it was given before.
+
+What a cut does to the output of a layer is then measured, with every norm, gate and erase term in it.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from hf_compressm.families.calls import Example, Seen
+from hf_compressm.families.family import LayerCut, SSMLayer
+from hf_compressm.models import own_class
+
+
+LONGEST = 2048
+"""Steps of a row that are kept: what a layer does with its states shows in as many."""
+KEPT_TOKENS = 8192
+"""Tokens that are kept of all batches together."""
+
+
+def example_of(seen: Seen, tokens: int) -> Example | None:
+    """The first rows of a call that was seen, with at most `tokens` tokens; None if there is no room for a step."""
+    _, length = _shape(seen.args, seen.kwargs)
+    if not length or tokens < 1:
+        return None
+    length = min(length, LONGEST, tokens)
+    args, kwargs = first_rows(seen.args, seen.kwargs, max(1, tokens // length), length)
+    device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    mask = None if seen.mask is None else seen.mask[: max(1, tokens // length), :length]
+    return Example(args, kwargs, mask, dtype)
+
+
+def tokens_of(example: Example) -> int:
+    """Rows times steps."""
+    batch, length = _shape(example.args, example.kwargs)
+    return batch * length
+
+
+def first_rows(
+    args: Sequence[Any], kwargs: Mapping[str, Any], rows: int, length: int | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of the first rows, and first steps, of all arguments that have as many as the first tensor; no cache."""
+    batch, steps = _shape(args, kwargs)
+
+    def few(value: Any) -> Any:
+        if isinstance(value, Cache):
+            return None
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != batch:
+            return value
+        value = value.detach()[:rows]
+        return (value[:, :length] if value.dim() > 1 and value.shape[1] == steps else value).clone()
+
+    return tuple(map(few, args)), {name: few(value) for name, value in kwargs.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A layer as a cut makes it.
+
+    Attributes:
+        module: a copy of the layer, in evaluation mode.
+        parameters: what each change of the cut has become in it.
+    """
+
+    module: Any
+    parameters: tuple[nn.Parameter, ...]
+
+
+def with_cut(layer: SSMLayer, cut: LayerCut) -> Trial:
+    """A copy of a layer as a cut makes it."""
+    module = copy.deepcopy(layer.module).eval()
+    parts = {id(old): new for old, new in zip(layer.module.modules(), module.modules(), strict=True)}
+    if cut.additions:
+        module.__class__ = own_class(type(module)) or type(module)
+    owners = {
+        id(parameter): (parts[id(part)], name)
+        for part in layer.module.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+    }
+    written = []
+    for change in cut.changes:
+        old, (owner, name) = change.parameter, owners[id(change.parameter)]
+        written.append(nn.Parameter(change.value.to(old.device, old.dtype, copy=True)))
+        setattr(owner, name, written[-1])
+    for addition in cut.additions:
+        value = addition.value.to(addition.beside.device, addition.beside.dtype, copy=True)
+        parts[id(addition.module)].register_parameter(addition.name.rpartition(".")[2], nn.Parameter(value))
+    for attribute in cut.attributes:
+        setattr(parts[id(attribute.module)], attribute.name, attribute.value)
+    return Trial(module, tuple(written))
+
+
+def run(module: nn.Module, example: Example) -> Tensor:
+    """The output of a layer, `(batch, length, channels)`, 0 at padding."""
+    device = next(module.parameters()).device.type
+    with ExitStack() as stack:
+        if example.autocast is not None:
+            stack.enter_context(torch.autocast(device, example.autocast))
+        result: Any = module(*example.args, **example.kwargs)
+    while not isinstance(result, Tensor):
+        result = next(iter(result.values())) if isinstance(result, Mapping) else result[0]
+    result = result.float() if result.dtype != torch.float64 else result
+    return result if example.mask is None else result * example.mask[..., None].to(result)
+
+
+@torch.no_grad()
+def measured_error(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example]) -> float:
+    """Relative error of the output of a layer after a cut, `|y - y_r| / |y|` over all examples."""
+    before, after = copy.deepcopy(layer.module).eval(), with_cut(layer, cut).module
+    return relative_error((run(after, example), run(before, example)) for example in examples)
+
+
+def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """`|y - y_r| / |y|` over all pairs of `y_r` and `y`."""
+    lost = total = 0.0
+    for given, wanted in pairs:
+        lost += float((given.double() - wanted.double()).square().sum())
+        total += float(wanted.double().square().sum())
+    return (lost / total) ** 0.5 if total > 0 else 0.0
+
+
+def rows_of(example: Example, rows: slice) -> Example:
+    """Some rows of an example."""
+    batch, _ = _shape(example.args, example.kwargs)
+
+    def some(value: Any) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch else value
+
+    kwargs = {name: some(value) for name, value in example.kwargs.items()}
+    return replace(example, args=tuple(map(some, example.args)), kwargs=kwargs, mask=some(example.mask))
+
+
+def number_of_rows(example: Example) -> int:
+    """Rows of an example."""
+    return _shape(example.args, example.kwargs)[0]
+
+
+def _shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and steps of the first tensor."""
+    shapes = (value.shape for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1)
+    return next(((shape[0], shape[1]) for shape in shapes), (0, 0))
