@@ -182,7 +182,7 @@ class Layout:
         """The width of the rest of unknown width, 0 without one."""
         if REST not in slot.part.segments:
             return 0
-        return self._block(module, slot) - self.known_width(module, slot.part)
+        return self.block(module, slot) - self.known_width(module, slot.part)
 
     def places(self, module: Any, slot: Slot, kind: str, group: int) -> Tensor | None:
         """Where along its axis a tensor holds the states of one kind and group, `(copies, N)`; None if it does not.
@@ -196,7 +196,7 @@ class Layout:
         start = sum(self._segment_width(module, slot, segment) for segment in before)
         copies = _width(module, part.copies, size)
         start += group * copies * size if self._beside(module, part) > copies else 0
-        start += group * self._block(module, slot) if part.interleaved else 0
+        start += group * self.block(module, slot) if part.interleaved else 0
         return start + torch.arange(copies * size).view(copies, size)
 
     def fitted(self, module: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -237,7 +237,7 @@ class Layout:
             pairs = [self._maps(module, slot, [group], kept, R) for group in groups]
             return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
         if part.interleaved:
-            block = self._block(module, slot)
+            block = self.block(module, slot)
             pairs = [self._maps(module, slot, [group], kept, R) for group in groups]
             if part.folds:
                 return torch.block_diag(*(pair[0] for pair in pairs)), torch.block_diag(*(pair[1] for pair in pairs))
@@ -297,7 +297,7 @@ class Layout:
         """The axis of every tensor that the layout knows, None for those without one."""
         return dict.fromkeys(self.others) | {slot.name: slot.axis for slot in self.slots(module)}
 
-    def _block(self, module: Any, slot: Slot) -> int:
+    def block(self, module: Any, slot: Slot) -> int:
         """The length of one block of an axis, that of a group where groups are interleaved."""
         return int(slot.tensor.shape[slot.axis]) // (self.groups_of(module) if slot.part.interleaved else 1)
 

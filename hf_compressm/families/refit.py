@@ -20,8 +20,10 @@ from hf_compressm.families.family import LayerCut, SSMLayer
 from hf_compressm.families.running import measured_error, number_of_rows, relative_error, rows_of, run, with_cut
 
 
-RATE = 0.1
-"""First step of Adam, as a share of the root mean square of a tensor; it falls to 0 along a cosine."""
+RATES = (0.1, 0.03)
+"""Largest step of Adam, as a share of the root mean square of a tensor; the second where the first does not help."""
+WARMUP = 0.2
+"""Share of the steps in which they grow: the first ones of Adam have the same size however good the layer is."""
 HELD_OUT = 8
 """One of so many rows is held out, at least one of each example; where all have one row, the last example."""
 
@@ -55,38 +57,42 @@ def _refitted(
 ) -> tuple[LayerCut, float] | None:
     """A cut with fitted values, and its error on what was held out; None if the fit is no better there."""
     taught, asked = _lessons(layer.module, examples)
-    trial = with_cut(layer, cut)
-    module = _in_float32(trial.module)
-    free = {id(tensor): mask for tensor, mask in layer.family.fitted(module)}
-    wanted = [parameter for parameter in trial.parameters if id(parameter) in free]
-    if not wanted:
-        return None
-    before = _error(module, asked)
-    fit(module, {parameter: free[id(parameter)] for parameter in wanted}, taught, steps)
-    after = _error(module, asked)
-    if not after < before:  # NaN included
-        return None
-    values = [
-        replace(change, value=parameter.detach().to("cpu", torch.float64)) if id(parameter) in free else change
-        for change, parameter in zip(cut.changes, trial.parameters, strict=True)
-    ]
-    return replace(cut, changes=tuple(values)), after
+    for rate in RATES:
+        trial = with_cut(layer, cut)
+        module = _in_float32(trial.module)
+        masks = {id(tensor): mask for tensor, mask in layer.family.fitted(module)}
+        free = {parameter: masks[id(parameter)] for parameter in trial.parameters if id(parameter) in masks}
+        if not free:
+            return None
+        before = _error(module, asked)
+        fit(module, free, taught, steps, rate)
+        after = _error(module, asked)
+        if after < before:  # false for NaN
+            values = [
+                replace(change, value=parameter.detach().to("cpu", torch.float64)) if parameter in free else change
+                for change, parameter in zip(cut.changes, trial.parameters, strict=True)
+            ]
+            return replace(cut, changes=tuple(values)), after
+    return None
 
 
-def fit(module: nn.Module, free: Mapping[nn.Parameter, Tensor], lessons: Sequence[Lesson], steps: int) -> None:
+def fit(
+    module: nn.Module, free: Mapping[nn.Parameter, Tensor], lessons: Sequence[Lesson], steps: int, rate: float
+) -> None:
     """Fit some entries of a layer's parameters, in place.
 
     Args:
         module: the layer. Its other parameters do not need gradients afterwards.
         free: parameters, each with 1 at the entries that are fitted, 0 elsewhere.
         lessons: inputs and outputs, taken in turns.
-        steps: of Adam.
+        steps: of Adam; they grow at first, and fall to 0 along a cosine.
+        rate: the largest step, as a share of the root mean square of a tensor.
     """
     for parameter in module.parameters():
         parameter.requires_grad_(parameter in free)
     scales = {parameter: float(parameter.detach().square().mean().sqrt()) for parameter in free}
-    adam = torch.optim.Adam([{"params": [parameter], "lr": RATE * scale} for parameter, scale in scales.items()])
-    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    adam = torch.optim.Adam([{"params": [parameter], "lr": rate * scale} for parameter, scale in scales.items()])
+    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _share(step, steps))
     with torch.enable_grad():
         for step in range(steps):
             lesson = lessons[step % len(lessons)]
@@ -98,6 +104,11 @@ def fit(module: nn.Module, free: Mapping[nn.Parameter, Tensor], lessons: Sequenc
                     parameter.grad.mul_(mask)
             adam.step()
             decay.step()
+
+
+def _share(step: int, steps: int) -> float:
+    """The share of the largest step that a step is."""
+    return min(1.0, (step + 1) / (WARMUP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 
 from hf_compressm import CompreSSMConfig, LRUConfig, LRUForSequenceClassification, analyze, compress
-from hf_compressm.families import collect_statistics, find_layers
+from hf_compressm.families import CutMethod, collect_statistics, find_layers
 from hf_compressm.numerics import DiagonalSystem, hankel_singular_values, relative_h2_error
 
 
@@ -169,7 +169,7 @@ def test_the_energy_arm_keeps_the_states_with_the_most_energy_and_repairs_nothin
     model = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, state_size=6, num_hidden_layers=1))
     batch = {"input_ids": torch.randint(0, 8, (4, 12))}
     (layer,) = find_layers(model)
-    seen = collect_statistics(model, [layer], ["interpolative"], [batch])[0]
+    seen = collect_statistics(model, [layer], [CutMethod("interpolative")], [batch])[0]
     energies = (seen.mean("P").diagonal(dim1=1, dim2=2) * seen.mean("Q").diagonal(dim1=1, dim2=2))[0]
     best = energies.argsort(descending=True)[:3].sort().values
     A, rows = layer.module.A_log.clone(), layer.module.x_proj.weight.clone()

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_compressm.families import collect_statistics, find_layers
+from hf_compressm.families import CutMethod, collect_statistics, find_layers
 from hf_compressm.families.calls import Seen, Signals, signals
 from hf_compressm.families.family import Statistics
 from hf_compressm.families.watching import watching
@@ -27,7 +27,7 @@ def run(layer: nn.Module, criterion: str, *calls: tuple[Tensor, dict[str, Any]])
     def forward(module: nn.Module, call: Any) -> None:
         module(call[0], **call[1])
 
-    (found,) = collect_statistics(layer, find_layers(layer), [criterion], calls, forward)
+    (found,) = collect_statistics(layer, find_layers(layer), [CutMethod(criterion)], calls, forward)
     assert found is not None
     return found
 

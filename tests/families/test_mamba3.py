@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_compressm import CompreSSMConfig, compress
-from hf_compressm.families import SSMLayer, collect_statistics, find_layers, mamba3
+from hf_compressm.families import CutMethod, SSMLayer, collect_statistics, find_layers, mamba3
 from hf_compressm.families.laws import LayoutError, check_laws
 from tests.blocks import Mamba3
 from tests.blocks.mamba3 import mamba3_siso_combined
@@ -150,7 +150,7 @@ def test_texts_in_one_row_are_refused() -> None:
         module.layers[0](batch, cu_seqlens=torch.tensor([0, 10, 40]))
 
     with pytest.raises(ValueError, match="several texts"):
-        collect_statistics(model, find_layers(model), ["empirical"], [data], forward)
+        collect_statistics(model, find_layers(model), [CutMethod("empirical")], [data], forward)
 
 
 def test_layers_with_several_inputs_per_head_are_left_alone_with_a_reason() -> None:

@@ -33,11 +33,10 @@ def installed() -> Iterator[None]:
 def cuts(model: nn.Module, data: list[dict[str, Tensor]], size: int) -> list[tuple[SSMLayer, LayerCut]]:
     """What cutting all layers to a size writes, be it the present one."""
     layers = find_layers(model)
-    criteria = [layer.family.criteria[0] for layer in layers]
+    methods = [CutMethod(layer.family.criteria[0]) for layer in layers]
     found = []
-    collected = collect_statistics(model, layers, criteria, data)
-    for layer, criterion, statistics in zip(layers, criteria, collected, strict=True):
-        method = CutMethod(criterion)
+    collected = collect_statistics(model, layers, methods, data)
+    for layer, method, statistics in zip(layers, methods, collected, strict=True):
         found.append((layer, layer.family.cut(layer, method, layer.family.measure(layer, method, statistics), size)))
     return found
 

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import BatchEncoding
 
 from hf_compressm import CompreSSMConfig, S5Config, S5ForSequenceClassification, analyze
-from hf_compressm.families import collect_statistics, find_layers, run_batch
+from hf_compressm.families import CutMethod, collect_statistics, find_layers, run_batch
 from hf_compressm.families.sampling import sampled
 from hf_compressm.scans import enable_fast_selective_scan
 from tests.families.measuring import run
@@ -38,7 +38,7 @@ def padded(batch: dict[str, Tensor], length: int, side: str) -> dict[str, Tensor
 
 def sums_of(model: nn.Module, criterion: str, batches: list) -> dict[str, Tensor]:
     layers = find_layers(model)
-    (first, *_) = collect_statistics(model, layers, [criterion] * len(layers), batches)
+    (first, *_) = collect_statistics(model, layers, [CutMethod(criterion)] * len(layers), batches)
     assert first is not None
     return {name: value for name, value in first.sums.items() if name != "calls"}
 
@@ -171,7 +171,7 @@ def test_sums_are_moved_once_per_layer_and_batch(family: Family) -> None:
         statistics.observe = lambda *args, observe=observe, counting=counting: _within(counting, observe, *args)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(layers[0].family), "statistics", lambda *_, found=statistics: found)
-            collect_statistics(model, layers, [criterion], [family.batch(2, 40)])
+            collect_statistics(model, layers, [CutMethod(criterion)], [family.batch(2, 40)])
         samples = 2 if getattr(layers[0].family, "sampled_tokens", 0) else 0
         assert counting.copies == 1 + samples
 
