@@ -1,0 +1,206 @@
+"""The delta rule with decay: the recurrence of gated delta nets and of Kimi delta attention, in fla's layouts.
+
+    S_t = diag(exp(g_t)) S_{t-1} + beta_t k_t (v_t - k_t^T diag(exp(g_t)) S_{t-1})^T        o_t = scale S_t^T q_t
+
+Glossary (discrete time):
+
+| symbol     | meaning                                                          | shape                              |
+|------------|------------------------------------------------------------------|------------------------------------|
+| q, k       | read-out and input vectors, shared by the value heads of a group | (batch, length, key heads, dk)     |
+| v          | what is written                                                  | (batch, length, heads, dv)         |
+| g          | logarithm of the decay, per head or per head and key channel     | (batch, length, heads) or (..., dk)|
+| beta       | share of what k_t reads that is replaced by v_t                  | (batch, length, heads)             |
+| S, state   | of a value head                                                  | (batch, heads, dk, dv)             |
+
+Linear attention without the erasing term, S_t = exp(g_t) S_{t-1} + k_t v_t^T, is another recurrence: `ssd_scan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+STATES_CHUNK_SIZE = 16  # steps per chunk of `delta_states`, which keeps the states of a whole chunk
+NORM_EPSILON = 1e-6  # added to the squared length of q and k, as in fla and transformers
+
+
+class _Arguments(NamedTuple):
+    """Arguments in one dtype, with no defaults left: q scaled, k normalised; see the glossary of this file."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    state: Tensor
+
+
+def delta_scan_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence as it is written, one step at a time; arguments and results of `delta_scan`.
+
+    S_t = diag(exp(g_t)) S_{t-1}, then S_t += beta_t k_t (v_t - k_t^T S_t)^T, o_t = scale S_t^T q_t. Slow;
+    differentiated by autograd. The tests compare with it.
+
+    Args:
+        query: q, (batch, length, key heads, dk).
+        key: k, (batch, length, key heads, dk).
+        value: v, (batch, length, heads, dv).
+        g: Logarithm of the decay, (batch, length, heads) or (batch, length, heads, dk); no decay if None.
+        beta: (batch, length, heads); 1 if None.
+        initial_state: State before the first step, (batch, heads, dk, dv); zero if None.
+        output_final_state: Also return the state after the last step.
+        use_qk_l2norm_in_kernel: Divide q and k by their lengths, sqrt(|k|^2 + 1e-6).
+        scale: Factor of q; dk ** -0.5 if None.
+
+    Returns:
+        o (batch, length, heads, dv) in the dtype of query, and the last state (batch, heads, dk, dv) in float32 (or
+        float64), None if not asked for.
+
+    Raises:
+        ValueError: If a shape or a dtype is not as above.
+    """
+    arguments = _prepare(query, key, value, g, beta, initial_state, use_qk_l2norm_in_kernel, scale)
+    repeats = value.shape[2] // key.shape[2]
+    q, k = (vectors.repeat_interleave(repeats, dim=2) for vectors in arguments[:2])  # (batch, length, heads, dk)
+    _, _, v, g, beta, S = arguments
+    decay = torch.exp(g if g.dim() == 4 else g[..., None])[..., None]  # (batch, length, heads, dk or 1, 1)
+    outputs = []
+    for t in range(value.shape[1]):
+        S = decay[:, t] * S
+        erased = (k[:, t, :, :, None] * S).sum(-2)  # what k_t reads, (batch, heads, dv)
+        written = beta[:, t, :, None] * (v[:, t] - erased)
+        S = S + k[:, t, :, :, None] * written[:, :, None, :]
+        outputs.append((q[:, t, :, :, None] * S).sum(-2))
+    out = torch.stack(outputs, dim=1).to(query.dtype)
+    return out, S if output_final_state else None
+
+
+@torch.no_grad()
+def delta_states(
+    key: Tensor,
+    value: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    every: int = 1,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> Iterator[Tensor]:
+    """Yield the states S_t of `delta_scan`, chunk by chunk, without gradients.
+
+    For calibration: only one chunk of states exists at a time.
+
+    Args:
+        key: k, (batch, length, key heads, dk).
+        value: v, (batch, length, heads, dv).
+        g: Logarithm of the decay, (batch, length, heads) or (batch, length, heads, dk); no decay if None.
+        beta: (batch, length, heads); 1 if None.
+        initial_state: State before the first step, (batch, heads, dk, dv); zero if None.
+        every: Yield only the states after every `every`-th step, one in each chunk.
+        use_qk_l2norm_in_kernel: Divide k by its length, sqrt(|k|^2 + 1e-6).
+
+    Yields:
+        States (steps, batch, heads, dk, dv) in float32 (or float64). The next chunk uses the buffer again: clone what
+        must be kept. It may be written to.
+
+    Raises:
+        ValueError: If a shape, a dtype or `every` is not as above.
+    """
+    if every < 1:
+        raise ValueError(f"every is {every}; it is a number of steps and must be at least 1.")
+    _, k, v, g, beta, S = _prepare(key, key, value, g, beta, initial_state, use_qk_l2norm_in_kernel, 1.0)
+    length, repeats = value.shape[1], value.shape[2] // key.shape[2]
+    k = k.repeat_interleave(repeats, dim=2)
+    decay = torch.exp(g if g.dim() == 4 else g[..., None])[..., None]  # (batch, length, heads, dk or 1, 1)
+    kept_in_chunk = STATES_CHUNK_SIZE if every == 1 else 1
+    states = S.new_empty(min(kept_in_chunk, max(1, length // every)), *S.shape)
+    S, filled = S.clone(), 0
+    for t in range(length):
+        S *= decay[:, t]
+        k_t = k[:, t, :, :, None]  # (batch, heads, dk, 1)
+        written = beta[:, t, :, None, None] * (v[:, t, :, None] - torch.matmul(k_t.mT, S))
+        S += k_t * written
+        if (t + 1) % every == 0:
+            states[filled] = S
+            filled += 1
+        if filled == states.shape[0] or (filled and t == length - 1):
+            yield states[:filled]
+            filled = 0
+
+
+def _prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    normalises: bool,
+    scale: float | None,
+) -> _Arguments:
+    """Check the arguments of a scan and put them into one dtype, with defaults filled in."""
+    _check_tensors(query, key, value, g, beta, initial_state)
+    dtype = _compute_dtype(query, key, value, g, beta, initial_state)
+    batch, length, heads, dv = value.shape
+    q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
+    if normalises:
+        q, k = (vectors * torch.rsqrt((vectors * vectors).sum(-1, keepdim=True) + NORM_EPSILON) for vectors in (q, k))
+    q = q * (key.shape[-1] ** -0.5 if scale is None else scale)
+    g = v.new_zeros(batch, length, heads) if g is None else g.to(dtype)
+    beta = v.new_ones(batch, length, heads) if beta is None else beta.to(dtype)
+    state = v.new_zeros(batch, heads, key.shape[-1], dv) if initial_state is None else initial_state.to(dtype)
+    return _Arguments(q, k, v, g, beta, state)
+
+
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any tensor is float64, else float32."""
+    doubles = [tensor for tensor in tensors if tensor is not None and tensor.dtype == torch.float64]
+    return torch.float64 if doubles else torch.float32
+
+
+def _check_tensors(
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor | None, beta: Tensor | None, initial_state: Tensor | None
+) -> None:
+    """Raise a ValueError that names the tensor of a wrong shape and what is expected."""
+    if value.dim() != 4 or value.shape[1] < 1:
+        raise ValueError(
+            f"value has shape {tuple(value.shape)}; expected (batch, length, heads, dv) with length at least 1."
+        )
+    batch, length, heads, dv = value.shape
+    if key.dim() != 4 or key.shape[2] < 1 or heads % key.shape[2]:
+        raise ValueError(
+            f"key has shape {tuple(key.shape)}; expected (batch, length, key heads, dk) with a number of heads that "
+            f"divides the {heads} heads of value."
+        )
+    dk, per_step = key.shape[3], (batch, length, heads)
+    expected = {
+        "query": (query, tuple(key.shape)),
+        "key": (key, (batch, length, *key.shape[2:])),
+        "value": (value, tuple(value.shape)),
+        "g": (g, (*per_step, dk) if g is not None and g.dim() == 4 else per_step),
+        "beta": (beta, per_step),
+        "initial_state": (initial_state, (batch, heads, dk, dv)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected {shape} with key {tuple(key.shape)} and value "
+                f"{tuple(value.shape)}."
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; expected a real floating point dtype.")
