@@ -1,4 +1,4 @@
-"""Scans of diagonal, selective and matrix-valued recurrences: naive references, and fast versions with their own backward."""
+"""Scans of diagonal, selective and matrix-valued states: naive references, and fast versions with own backward."""
 
 from .delta import delta_scan_reference, delta_states
 from .diagonal import diagonal_scan, diagonal_scan_reference, diagonal_states
