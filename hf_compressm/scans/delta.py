@@ -23,6 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .delta_chunks import DeltaScan, Options
+from .ssd import text_starts
+from .transforms import is_transformed
+
 
 STATES_CHUNK_SIZE = 16  # steps per chunk of `delta_states`, which keeps the states of a whole chunk
 NORM_EPSILON = 1e-6  # added to the squared length of q and k, as in fla and transformers
@@ -37,6 +41,34 @@ class _Arguments(NamedTuple):
     g: Tensor
     beta: Tensor
     state: Tensor
+
+
+def delta_scan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """TODO"""
+    if is_transformed():
+        return delta_scan_reference(query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel, scale)
+    _check_tensors(query, key, value, g, beta, initial_state)
+    dtype = _compute_dtype(query, key, value, g, beta, initial_state)
+    batch, length, heads, dv = value.shape
+    dk = key.shape[-1]
+    with torch.autocast(device_type=value.device.type, enabled=False):
+        g = value.new_zeros(batch, length, heads, dtype=dtype) if g is None else g
+        beta = value.new_ones(batch, length, heads, dtype=dtype) if beta is None else beta
+        state = value.new_zeros(batch, heads, dk, dv, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+        options = Options(chunk_size or 64, dk**-0.5 if scale is None else scale, NORM_EPSILON if use_qk_l2norm_in_kernel else None, dtype)
+        out, last = DeltaScan.apply(query, key, value, g, beta, state, options)
+    return out.to(query.dtype), last if output_final_state else None
 
 
 def delta_scan_reference(
