@@ -17,6 +17,7 @@ Linear attention without the erasing term, S_t = exp(g_t) S_{t-1} + k_t v_t^T, i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,12 +33,9 @@ STATES_CHUNK_SIZE = 16  # steps per chunk of `delta_states`, which keeps the sta
 NORM_EPSILON = 1e-6  # added to the squared length of q and k, as in fla and transformers
 
 
-class _Arguments(NamedTuple):
-    """Arguments in one dtype, with no defaults left: q scaled, k normalised; see the glossary of this file."""
+class _Given(NamedTuple):
+    """The arguments that have defaults, with them filled in; the state has the dtype of the computation."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
     g: Tensor
     beta: Tensor
     state: Tensor
@@ -53,21 +51,51 @@ def delta_scan(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     scale: float | None = None,
+    seq_idx: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """TODO"""
+    """Run the gated delta rule or Kimi delta attention, as fla's `chunk_gated_delta_rule` and `chunk_kda` do.
+
+    S_t = diag(exp(g_t)) S_{t-1}, then S_t += beta_t k_t (v_t - k_t^T S_t)^T, o_t = scale S_t^T q_t. Value head j reads
+    q and k of key head j // (heads / key heads). With `seq_idx`, a state starts from zero where the index changes.
+    Computed in float32 (float64 if an input is float64); inside a transform of `torch.func` one step at a time. Time
+    O(batch * length * heads * (dk * dv + T * (dk + dv))), memory beyond the arguments O(batch * length * heads * (dv +
+    T + dk * dv / T)) with T steps per chunk. Differentiable once with respect to every tensor argument.
+
+    Args:
+        query: q, (batch, length, key heads, dk).
+        key: k, (batch, length, key heads, dk).
+        value: v, (batch, length, heads, dv), length at least 1; heads is a multiple of key heads.
+        g: Logarithm of the decay, at most 0, (batch, length, heads) or (batch, length, heads, dk); no decay if None.
+        beta: (batch, length, heads); 1 if None, which replaces all that k reads.
+        initial_state: State before the first step, (batch, heads, dk, dv); zero if None.
+        output_final_state: Also return the state after the last step, which is that of the last text of a row.
+        use_qk_l2norm_in_kernel: Divide q and k by their lengths, sqrt(|k|^2 + 1e-6).
+        scale: Factor of q; dk ** -0.5 if None.
+        seq_idx: Index of the text that a step belongs to, integers, (batch, length); one text per row if None.
+        chunk_size: T, a power of two; changes the speed and nothing else. None chooses by dk and the length.
+
+    Returns:
+        o (batch, length, heads, dv) in the dtype of query, and the last state (batch, heads, dk, dv) in float32 (or
+        float64), None if not asked for.
+
+    Raises:
+        ValueError: If a shape, a dtype or `chunk_size` is not as above.
+
+    Source: Yang et al., *Gated Delta Networks* (arXiv 2412.06464), section 3.3; for a decay per channel Kimi Team,
+    *Kimi Linear* (arXiv 2510.26692), section 3.
+    """
     if is_transformed():
-        return delta_scan_reference(query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel, scale)
-    _check_tensors(query, key, value, g, beta, initial_state)
-    dtype = _compute_dtype(query, key, value, g, beta, initial_state)
-    batch, length, heads, dv = value.shape
-    dk = key.shape[-1]
+        normalises = use_qk_l2norm_in_kernel
+        return delta_scan_reference(
+            query, key, value, g, beta, initial_state, output_final_state, normalises, scale, seq_idx, chunk_size
+        )
+    given = _check(query, key, value, g, beta, initial_state, seq_idx, chunk_size)
     with torch.autocast(device_type=value.device.type, enabled=False):
-        g = value.new_zeros(batch, length, heads, dtype=dtype) if g is None else g
-        beta = value.new_ones(batch, length, heads, dtype=dtype) if beta is None else beta
-        state = value.new_zeros(batch, heads, dk, dv, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-        options = Options(chunk_size or 64, dk**-0.5 if scale is None else scale, NORM_EPSILON if use_qk_l2norm_in_kernel else None, dtype)
-        out, last = DeltaScan.apply(query, key, value, g, beta, state, options)
+        epsilon = NORM_EPSILON if use_qk_l2norm_in_kernel else None
+        scale = key.shape[-1] ** -0.5 if scale is None else scale
+        T = chunk_size or _choose_chunk_size(value.shape[1], key.shape[-1], given.g.dim() == 4)
+        out, last = DeltaScan.apply(query, key, value, *given[:3], Options(T, scale, epsilon, given.state.dtype))
     return out.to(query.dtype), last if output_final_state else None
 
 
@@ -81,6 +109,8 @@ def delta_scan_reference(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     scale: float | None = None,
+    seq_idx: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence as it is written, one step at a time; arguments and results of `delta_scan`.
 
@@ -97,18 +127,23 @@ def delta_scan_reference(
         output_final_state: Also return the state after the last step.
         use_qk_l2norm_in_kernel: Divide q and k by their lengths, sqrt(|k|^2 + 1e-6).
         scale: Factor of q; dk ** -0.5 if None.
+        seq_idx: Index of the text that a step belongs to, integers, (batch, length); one text per row if None.
+        chunk_size: Checked and not used.
 
     Returns:
         o (batch, length, heads, dv) in the dtype of query, and the last state (batch, heads, dk, dv) in float32 (or
         float64), None if not asked for.
 
     Raises:
-        ValueError: If a shape or a dtype is not as above.
+        ValueError: If a shape, a dtype or `chunk_size` is not as above.
     """
-    arguments = _prepare(query, key, value, g, beta, initial_state, use_qk_l2norm_in_kernel, scale)
+    g, beta, S = _check(query, key, value, g, beta, initial_state, seq_idx, chunk_size)
+    g, beta, q, k, v = (tensor.to(S.dtype) for tensor in (g, beta, query, key, value))
+    if use_qk_l2norm_in_kernel:
+        q, k = _normalised(q), _normalised(k)
+    q = q * (key.shape[-1] ** -0.5 if scale is None else scale)
     repeats = value.shape[2] // key.shape[2]
-    q, k = (vectors.repeat_interleave(repeats, dim=2) for vectors in arguments[:2])  # (batch, length, heads, dk)
-    _, _, v, g, beta, S = arguments
+    q, k = (vectors.repeat_interleave(repeats, dim=2) for vectors in (q, k))  # (batch, length, heads, dk)
     decay = torch.exp(g if g.dim() == 4 else g[..., None])[..., None]  # (batch, length, heads, dk or 1, 1)
     outputs = []
     for t in range(value.shape[1]):
@@ -130,6 +165,7 @@ def delta_states(
     initial_state: Tensor | None = None,
     every: int = 1,
     use_qk_l2norm_in_kernel: bool = False,
+    seq_idx: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the states S_t of `delta_scan`, chunk by chunk, without gradients.
 
@@ -143,6 +179,7 @@ def delta_states(
         initial_state: State before the first step, (batch, heads, dk, dv); zero if None.
         every: Yield only the states after every `every`-th step, one in each chunk.
         use_qk_l2norm_in_kernel: Divide k by its length, sqrt(|k|^2 + 1e-6).
+        seq_idx: Index of the text that a step belongs to, integers, (batch, length); one text per row if None.
 
     Yields:
         States (steps, batch, heads, dk, dv) in float32 (or float64). The next chunk uses the buffer again: clone what
@@ -153,9 +190,10 @@ def delta_states(
     """
     if every < 1:
         raise ValueError(f"every is {every}; it is a number of steps and must be at least 1.")
-    _, k, v, g, beta, S = _prepare(key, key, value, g, beta, initial_state, use_qk_l2norm_in_kernel, 1.0)
+    g, beta, S = _check(key, key, value, g, beta, initial_state, seq_idx)
+    g, beta, k, v = (tensor.to(S.dtype) for tensor in (g, beta, key, value))
     length, repeats = value.shape[1], value.shape[2] // key.shape[2]
-    k = k.repeat_interleave(repeats, dim=2)
+    k = (_normalised(k) if use_qk_l2norm_in_kernel else k).repeat_interleave(repeats, dim=2)
     decay = torch.exp(g if g.dim() == 4 else g[..., None])[..., None]  # (batch, length, heads, dk or 1, 1)
     kept_in_chunk = STATES_CHUNK_SIZE if every == 1 else 1
     states = S.new_empty(min(kept_in_chunk, max(1, length // every)), *S.shape)
@@ -173,28 +211,48 @@ def delta_states(
             filled = 0
 
 
-def _prepare(
+def _choose_chunk_size(length: int, dk: int, per_channel: bool) -> int:
+    """Steps per chunk: many make the T x T products expensive, few the dk x dv states at the boundaries.
+
+    TODO figures
+    """
+    fitting = 1 << (length - 1).bit_length()
+    return min(fitting, 64 if dk > 64 and not per_channel else 32)
+
+
+def _normalised(vectors: Tensor) -> Tensor:
+    """Vectors divided by their lengths."""
+    return vectors * torch.rsqrt((vectors * vectors).sum(-1, keepdim=True) + NORM_EPSILON)
+
+
+def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     g: Tensor | None,
     beta: Tensor | None,
     initial_state: Tensor | None,
-    normalises: bool,
-    scale: float | None,
-) -> _Arguments:
-    """Check the arguments of a scan and put them into one dtype, with defaults filled in."""
+    seq_idx: Tensor | None,
+    chunk_size: int | None = None,
+) -> _Given:
+    """Check the arguments of a scan; fill in the defaults, and let nothing of a text be left in the next one."""
+    if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
+        raise ValueError(f"chunk_size is {chunk_size}; it is a number of steps and must be a power of two.")
     _check_tensors(query, key, value, g, beta, initial_state)
     dtype = _compute_dtype(query, key, value, g, beta, initial_state)
     batch, length, heads, dv = value.shape
-    q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
-    if normalises:
-        q, k = (vectors * torch.rsqrt((vectors * vectors).sum(-1, keepdim=True) + NORM_EPSILON) for vectors in (q, k))
-    q = q * (key.shape[-1] ** -0.5 if scale is None else scale)
-    g = v.new_zeros(batch, length, heads) if g is None else g.to(dtype)
-    beta = v.new_ones(batch, length, heads) if beta is None else beta.to(dtype)
-    state = v.new_zeros(batch, heads, key.shape[-1], dv) if initial_state is None else initial_state.to(dtype)
-    return _Arguments(q, k, v, g, beta, state)
+    g = value.new_zeros(batch, length, heads, dtype=dtype) if g is None else g
+    beta = value.new_ones(batch, length, heads, dtype=dtype) if beta is None else beta
+    if initial_state is None:
+        initial_state = value.new_zeros(batch, heads, key.shape[-1], dv)
+    if seq_idx is not None:
+        if tuple(seq_idx.shape) != (batch, length) or seq_idx.is_floating_point() or seq_idx.is_complex():
+            raise ValueError(
+                f"seq_idx has shape {tuple(seq_idx.shape)} and is {seq_idx.dtype}; expected integers {batch, length}."
+            )
+        starts = text_starts(seq_idx)
+        g = g.masked_fill(starts.view(*starts.shape, *(1,) * (g.dim() - 2)), -math.inf)
+    return _Given(g, beta, initial_state.to(dtype))
 
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
