@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_compressm.scans.stock import packed_convolution
+from hf_compressm.scans.convolution import packed_convolution
 
 
 _BEFORE = ("xz", "conv1d_weight", "conv1d_bias", "x_proj_weight", "delta_proj_weight")

@@ -1,10 +1,10 @@
-"""Which of mamba-ssm's kernels work on this machine: a tiny call on zeros is tried for each.
+"""Which of the kernels of mamba-ssm and fla work on this machine: a tiny call on zeros is tried for each.
 
 A successful import proves little: mamba-ssm may be installed without its CUDA extension, and a Triton kernel takes no
 CPU tensors. A kernel works on a device type if a tiny call of it succeeds there.
 
 Sizes of the calls: 8 channels, states and steps for Mamba-1; 8 heads of 16 channels, 16 states and steps for Mamba-2,
-the smallest that Triton's matrix products allow.
+the smallest that Triton's matrix products allow; 2 heads of 16 channels and 16 steps for the delta rule.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A function of mamba-ssm: where it lives, and a tiny call of it, `probe(function, device)`."""
+    """A function of a package: where it lives, and a tiny call of it, `probe(function, device)`."""
 
     module: str
     function: str
     probe: Callable[[Callable, str], Any]
+    package: str = "mamba_ssm"
 
 
 def working_devices(kernel: Kernel) -> frozenset[str]:
-    """The device types on which a tiny call of a mamba-ssm function succeeds."""
-    if not is_kernel_installed():
+    """The device types on which a tiny call of a kernel succeeds."""
+    if not is_installed(kernel.package):
         return frozenset()
     try:
-        function = getattr(importlib.import_module(f"mamba_ssm.{kernel.module}"), kernel.function)
+        function = getattr(importlib.import_module(f"{kernel.package}.{kernel.module}"), kernel.function)
     except Exception:  # a half-installed package fails in many ways; transformers treats them all alike
         return frozenset()
     working = set()
@@ -47,7 +48,9 @@ def working_devices(kernel: Kernel) -> frozenset[str]:
                 kernel.probe(function, device)
             working.add(device)
         except Exception as error:  # a kernel may raise anything, assertions included
-            logger.info(f"mamba-ssm's {kernel.function} does not work on {device}: {type(error).__name__}: {error}")
+            logger.info(
+                f"{kernel.package}'s {kernel.function} does not work on {device}: {type(error).__name__}: {error}"
+            )
     return frozenset(working)
 
 
@@ -57,10 +60,10 @@ def device_types() -> list[str]:
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 
-def is_kernel_installed() -> bool:
-    """Whether mamba-ssm can be imported, which is when transformers binds to it."""
+def is_installed(package: str) -> bool:
+    """Whether a package of kernels can be imported, which is when transformers binds to it."""
     try:
-        importlib.import_module("mamba_ssm")
+        importlib.import_module(package)
     except Exception:  # as above: whatever fails, there is no kernel
         return False
     return True
@@ -130,6 +133,18 @@ def _probe_head_update(kernel: Callable, device: str) -> None:
     kernel(state, x, x, A, vector, vector, dt_softplus=True)
 
 
+def _probe_gated_delta_rule(kernel: Callable, device: str) -> None:
+    """Call `chunk_gated_delta_rule` or `fused_recurrent_gated_delta_rule` once."""
+    vectors, per_head = _zeros(device, (1, 16, 2, 16), (1, 16, 2))
+    kernel(vectors, vectors, vectors, g=per_head, beta=per_head, use_qk_l2norm_in_kernel=True)
+
+
+def _probe_kimi_delta_attention(kernel: Callable, device: str) -> None:
+    """Call `chunk_kda` or `fused_recurrent_kda` once."""
+    vectors, per_head = _zeros(device, (1, 16, 2, 16), (1, 16, 2))
+    kernel(vectors, vectors, vectors, g=vectors, beta=per_head, use_qk_l2norm_in_kernel=True)
+
+
 def _zeros(device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
     """A float32 tensor of zeros for each shape."""
     return [torch.zeros(shape, device=device) for shape in shapes]
@@ -141,3 +156,7 @@ CHANNEL_UPDATE = Kernel("ops.triton.selective_state_update", "selective_state_up
 CHUNK_SCAN = Kernel("ops.triton.ssd_combined", "mamba_chunk_scan_combined", _probe_chunk_scan)
 SPLIT_SCAN = Kernel("ops.triton.ssd_combined", "mamba_split_conv1d_scan_combined", _probe_split_scan)
 HEAD_UPDATE = Kernel("ops.triton.selective_state_update", "selective_state_update", _probe_head_update)
+GATED_DELTA_RULE = Kernel("ops.gated_delta_rule", "chunk_gated_delta_rule", _probe_gated_delta_rule, "fla")
+GATED_DELTA_UPDATE = Kernel("ops.gated_delta_rule", "fused_recurrent_gated_delta_rule", _probe_gated_delta_rule, "fla")
+KIMI_DELTA_ATTENTION = Kernel("ops.kda", "chunk_kda", _probe_kimi_delta_attention, "fla")
+KIMI_DELTA_UPDATE = Kernel("ops.kda", "fused_recurrent_kda", _probe_kimi_delta_attention, "fla")

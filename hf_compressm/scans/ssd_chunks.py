@@ -128,7 +128,7 @@ def chunked_scan(
         y, as drive, and the state after the last step.
     """
     length = drive.shape[1]
-    log_decay = log_decay.clamp(min=_floor(log_decay.dtype))
+    log_decay = log_decay.clamp(min=smallest_exponent(log_decay.dtype))
     chunked = (_into_chunks(tensor, chunk_size) for tensor in (drive, log_decay, B, C))
     y, last_state = _ChunkedScan.apply(*chunked, state)
     return y.flatten(1, 2)[:, :length], last_state
@@ -147,7 +147,7 @@ def states_after_chunks(
         chunk_size: Steps per chunk, T.
     """
     groups, head_dim = B.shape[2], drive.shape[3]
-    log_decay = log_decay.clamp(min=_floor(log_decay.dtype))
+    log_decay = log_decay.clamp(min=smallest_exponent(log_decay.dtype))
     for start in range(0, drive.shape[1] - chunk_size + 1, chunk_size):
         x, logarithms, b = (tensor[:, None, start : start + chunk_size] for tensor in (drive, log_decay, B))
         decays = _decays(logarithms, groups, head_dim)
@@ -172,7 +172,7 @@ def _into_chunks(tensor: Tensor, steps: int) -> Tensor:
     return tensor.unflatten(1, (-1, steps))
 
 
-def _floor(dtype: torch.dtype) -> float:
+def smallest_exponent(dtype: torch.dtype) -> float:
     """The exponent below which exp counts as zero."""
     return FLOOR_SHARE * math.log(torch.finfo(dtype).smallest_normal)
 
@@ -186,7 +186,7 @@ def _decays(log_decay: Tensor, groups: int, head_dim: int) -> _Decays:
     sums = torch.cumsum(log_decay.transpose(2, 3).double(), dim=-1)  # (batch, chunks, heads, T)
 
     def factors(exponents: Tensor) -> Tensor:
-        return exponents.to(dtype).clamp(min=_floor(dtype)).exp_()
+        return exponents.to(dtype).clamp(min=smallest_exponent(dtype)).exp_()
 
     within = factors((sums[..., :, None] - sums[..., None, :]).tril_()).tril_()  # before exp too: s > t would overflow
     from_start = factors(sums.transpose(2, 3))[..., None]
