@@ -135,6 +135,8 @@ S5_BIDIRECTIONAL = Family(
     granularity=2,
 )
 LRU = Family("lru", "lru", LRUForCausalLM, LRUConfig)
+XLSTM = stock_family("xlstm", "xLSTM")
+XLSTM_FUSED = stock_family("xlstm", "xLSTM", "xlstm-fused", weight_mode="fused", use_bias=True)
 
 MAMBA_FAMILIES = (
     MAMBA,
@@ -149,8 +151,8 @@ MAMBA_FAMILIES = (
     GRANITE,
     NEMOTRON_H,
 )
-FAMILIES = (*MAMBA_FAMILIES, S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU)
-LAYOUTS = (MAMBA, FALCON_MAMBA, ZAMBA, MAMBA2, BAMBA, S5, LRU)
+FAMILIES = (*MAMBA_FAMILIES, S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU, XLSTM, XLSTM_FUSED)
+LAYOUTS = (MAMBA, FALCON_MAMBA, ZAMBA, MAMBA2, BAMBA, S5, LRU, XLSTM)
 """One family for each way in which a cut changes parameters."""
 LINEAR = tuple(family for family in FAMILIES if family.is_linear)
 LANGUAGE_MODELS = tuple(family for family in FAMILIES if family.is_language_model)
@@ -178,16 +180,17 @@ def perturbed(model: nn.Module, scale: float = 0.3) -> nn.Module:
 
 
 def ssm_layers(model: nn.Module) -> dict[str, Any]:
-    """The SSM layers by name, found without the package: those that own a matrix of state parameters."""
-    return {
-        name: module for name, module in model.named_modules() if any(hasattr(module, x) for x in ("A_log", "B_re"))
-    }
+    """The SSM layers by name, found without the package: those that own a matrix of state parameters, or keys."""
+    own = ("A_log", "B_re", "qk_dim")
+    return {name: module for name, module in model.named_modules() if any(hasattr(module, each) for each in own)}
 
 
 def owner_of_a_cut_parameter(layer: nn.Module) -> tuple[nn.Module, str]:
     """Module and name of a parameter that every cut of a layer replaces."""
     if hasattr(layer, "B_re"):
         return layer, "B_re"
+    if hasattr(layer, "qk_dim"):
+        return getattr(layer, "qkv_opreact", None) or layer.k, "weight"
     return (layer, "A_log") if layer.A_log.dim() > 1 else (layer.conv1d, "weight")
 
 
@@ -211,7 +214,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "grads": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
         "modes": [module.training for module in model.modules()],
         "sizes": [
-            getattr(layer, "state_size", getattr(layer, "ssm_state_size", None))
+            getattr(layer, "state_size", getattr(layer, "ssm_state_size", getattr(layer, "qk_dim", None)))
             for layer in ssm_layers(model).values()
         ],
         "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],

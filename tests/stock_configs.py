@@ -25,6 +25,7 @@ SIZE_FIELDS = {
     "falcon_h1": "mamba_d_state",
     "granitemoehybrid": "mamba_d_state",
     "nemotron_h": "ssm_state_size",
+    "xlstm": "qk_dim_factor",
 }
 GROUP_FIELDS = {
     "mamba2": "n_groups",
@@ -99,9 +100,17 @@ OWN: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 8,
         "n_groups": 2,
     },
+    "xlstm": {
+        "hidden_size": 64,
+        "num_heads": 64,
+        "v_dim_factor": 4.0,
+        "ffn_proj_factor": 1.0,
+        "chunk_size": 8,
+    },
 }
 
 
 def stock_settings(family: str, state_size: int) -> dict[str, Any]:
-    """Keyword arguments of a family's configuration."""
-    return {**COMMON, **OWN[family], SIZE_FIELDS[family]: state_size}
+    """Keyword arguments of a family's configuration; as many heads as channels, and a factor is the size."""
+    size = float(state_size) if family == "xlstm" else state_size
+    return {**COMMON, **OWN[family], SIZE_FIELDS[family]: size}
