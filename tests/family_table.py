@@ -136,7 +136,7 @@ S5_BIDIRECTIONAL = Family(
 )
 LRU = Family("lru", "lru", LRUForCausalLM, LRUConfig)
 XLSTM = stock_family("xlstm", "xLSTM")
-XLSTM_FUSED = stock_family("xlstm", "xLSTM", "xlstm-fused", weight_mode="fused", use_bias=True)
+XLSTM_BIASED = stock_family("xlstm", "xLSTM", "xlstm-biased", use_bias=True)
 
 MAMBA_FAMILIES = (
     MAMBA,
@@ -151,7 +151,7 @@ MAMBA_FAMILIES = (
     GRANITE,
     NEMOTRON_H,
 )
-FAMILIES = (*MAMBA_FAMILIES, S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU, XLSTM, XLSTM_FUSED)
+FAMILIES = (*MAMBA_FAMILIES, S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU, XLSTM, XLSTM_BIASED)
 LAYOUTS = (MAMBA, FALCON_MAMBA, ZAMBA, MAMBA2, BAMBA, S5, LRU, XLSTM)
 """One family for each way in which a cut changes parameters."""
 LINEAR = tuple(family for family in FAMILIES if family.is_linear)
@@ -183,6 +183,13 @@ def ssm_layers(model: nn.Module) -> dict[str, Any]:
     """The SSM layers by name, found without the package: those that own a matrix of state parameters, or keys."""
     own = ("A_log", "B_re", "qk_dim")
     return {name: module for name, module in model.named_modules() if any(hasattr(module, each) for each in own)}
+
+
+def states_of(layer: nn.Module) -> int:
+    """The number of states of a layer, found without the package."""
+    if hasattr(layer, "qk_dim"):
+        return layer.qk_dim // layer.config.num_heads
+    return getattr(layer, "ssm_state_size", None) or layer.state_size
 
 
 def owner_of_a_cut_parameter(layer: nn.Module) -> tuple[nn.Module, str]:

@@ -105,7 +105,8 @@ OWN: dict[str, dict[str, Any]] = {
         "num_heads": 64,
         "v_dim_factor": 4.0,
         "ffn_proj_factor": 1.0,
-        "chunk_size": 8,
+        "chunk_size": 16,
+        "use_cache": False,  # stock xLSTM overwrites its cache in place, and then has no gradients
     },
 }
 

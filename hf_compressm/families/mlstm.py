@@ -54,10 +54,8 @@ class MLSTMStatistics(CovarianceStatistics):
 
     | name | meaning | shape |
     |---|---|---|
-    | read | q at some steps | `(steps, heads, N)` |
-    | along | `C^T h` there, with the output `h = C q` | `(steps, heads, N)` |
-    | beside | `C^T s` there, s random signs without their part along h | `(steps, heads, N)` |
-    | eps | mean share of eps in the square that the norm divides by | `(heads,)` |
+    | reads | q at some steps; `C^T h` with the output `h = C q`; `C^T s` with random s across h | `(steps, 3, heads, N)` |
+    | eps | sum of the shares of eps in the square that the norm divides by | `(heads,)` |
 
     C and h are weighted by loudness.
     """
@@ -65,18 +63,22 @@ class MLSTMStatistics(CovarianceStatistics):
     def __init__(self, family: SelectiveFamily, module: Any) -> None:
         super().__init__(family, module)
         self.eps = float(module.multihead_norm.eps)
+        self._reads: list[Tensor] = []  # those of the present call, on the layer's device
 
     def sums_of(self, call: Call, mask: Tensor | None) -> dict[str, Tensor]:
         """Those of one call."""
         variance = call.output.detach().float().var(dim=-1, correction=0).movedim(1, 0)  # (heads, batch, length)
         share = self.eps / (variance + self.eps)
         real = share if mask is None else share * mask
-        return {**super().sums_of(call, mask), "eps": real.flatten(1).sum(dim=1)}
+        sums = {**super().sums_of(call, mask), "eps": real.flatten(1).sum(dim=1)}
+        reads, self._reads = torch.cat(self._reads), []
+        self.samples.setdefault("reads", []).append(reads.to("cpu", torch.float32))
+        return sums
 
     def sample(self, weighted: Tensor, reads: Tensor, first: int, count: int) -> None:
         """Keep the steps of a chunk that are due, of `count` in all."""
         steps, batch, _, channels, _ = weighted.shape
-        every = max(1, count * batch // SAMPLED_READS)
+        every = min(max(1, count * batch // SAMPLED_READS), count)
         due = [step for step in range(steps) if (first + step + 1) % every == 0]
         if not due:
             return
@@ -86,8 +88,7 @@ class MLSTMStatistics(CovarianceStatistics):
         square = h.square().sum(dim=-1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny)
         across = signs - h * (h * signs).sum(dim=-1, keepdim=True) / square
         along, beside = (torch.einsum("sbhdn,sbhd->sbhn", C, mixture) for mixture in (h, across))
-        for name, signal in (("read", q), ("along", along), ("beside", beside)):
-            self.samples.setdefault(name, []).append(signal.detach().flatten(0, 1).to("cpu", torch.float32))
+        self._reads.append(torch.stack([q, along, beside], dim=2).flatten(0, 1))
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ class MLSTMFamily(SelectiveFamily):
         measured = super().measure(layer, method, statistics)
         if measured.problem or statistics is None:
             return measured
-        samples = measured.detail.samples
+        reads = measured.detail.samples["reads"].double()
         balanced = in_balanced_states(measured, statistics.mean("P"), statistics.mean("Q"), layer, method)
-        return replace(balanced, errors=_errors(balanced.detail, samples, statistics.mean("eps")))
+        return replace(balanced, errors=_errors(balanced.detail, reads, statistics.mean("eps")))
 
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
         """Project keys and queries of every head onto `size` balanced states."""
@@ -189,7 +190,7 @@ def _signs(count: int, seed: int) -> Tensor:
     return torch.randint(2, (count,), generator=generator) * 2 - 1
 
 
-def _errors(selection: Selection, samples: Mapping[str, Tensor], eps: Tensor) -> Tensor:
+def _errors(selection: Selection, reads: Tensor, eps: Tensor) -> Tensor:
     """Relative error of the output after keeping the first k balanced states of the order, `(N + 1,)`.
 
     A read-out of length `|h|` becomes h', and the norm divides both by the root of their square plus eps. So the error
@@ -199,19 +200,19 @@ def _errors(selection: Selection, samples: Mapping[str, Tensor], eps: Tensor) ->
 
     Args:
         selection: what is kept first.
-        samples: as `MLSTMStatistics` has them.
-        eps: `(heads,)`, likewise.
+        reads: as `MLSTMStatistics` has them.
+        eps: `(heads,)`, mean share of eps.
     """
     W, V = projections(selection, selection.orders.shape[1])
-    read, along, beside = (samples[name].double() for name in ("read", "along", "beside"))
-    reads = torch.einsum("shn,hnr->shr", read, V)
+    q, along, beside = reads.unbind(1)
+    read = torch.einsum("shn,hnr->shr", q, V)
 
     def kept(states: Tensor) -> Tensor:
-        parts = (reads * torch.einsum("shn,hrn->shr", states, W)).gather(2, selection.orders.expand_as(reads))
+        parts = (read * torch.einsum("shn,hrn->shr", states, W)).gather(2, selection.orders.expand_as(read))
         return F.pad(parts.cumsum(dim=-1), (1, 0))  # (steps, heads, N + 1)
 
-    tiny = torch.finfo(read.dtype).tiny
-    h = (read * along).sum(dim=-1, keepdim=True).clamp_min(tiny)  # |h|^2
+    tiny = torch.finfo(q.dtype).tiny
+    h = (q * along).sum(dim=-1, keepdim=True).clamp_min(tiny)  # |h|^2
     part, rest = kept(along) / h, kept(beside).square() / h  # h' along h, and beside it, as shares of h
     a = ((1 - eps[:, None]) * (part.square() + rest) + eps[:, None]).clamp_min(tiny).rsqrt()
     square = h * ((a * part - 1).square() + a.square() * rest)
