@@ -54,7 +54,7 @@ class MLSTMStatistics(CovarianceStatistics):
 
     | name | meaning | shape |
     |---|---|---|
-    | reads | q at some steps; `C^T h` with the output `h = C q`; `C^T s` with random s across h | `(steps, 3, heads, N)` |
+    | reads | q at some steps; `C^T h` with `h = C q`; `C^T s`, s random across h | `(steps, 3, heads, N)` |
     | eps | sum of the shares of eps in the square that the norm divides by | `(heads,)` |
 
     C and h are weighted by loudness.
