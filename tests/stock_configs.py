@@ -106,7 +106,7 @@ OWN: dict[str, dict[str, Any]] = {
         "v_dim_factor": 4.0,
         "ffn_proj_factor": 1.0,
         "chunk_size": 16,
-        "use_cache": False,  # stock xLSTM overwrites its cache in place, and then has no gradients
+        "use_cache": False,  # its cache is overwritten in place, and then there are no gradients
     },
 }
 

@@ -186,8 +186,8 @@ def _hidden(module: Any) -> int:
 
 def _signs(count: int, seed: int) -> Tensor:
     """Signs that look random, the same ones in every run, `(count,)`."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, (count,), generator=generator) * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(2, (count,), generator=generator, device="cpu") * 2 - 1
 
 
 def _errors(selection: Selection, reads: Tensor, eps: Tensor) -> Tensor:
