@@ -142,6 +142,8 @@ S5_BIDIRECTIONAL = Family(
     granularity=2,
 )
 LRU = Family("lru", "lru", LRUForCausalLM, LRUConfig)
+XLSTM = stock_family("xlstm", "xLSTM")
+XLSTM_BIASED = stock_family("xlstm", "xLSTM", "xlstm-biased", use_bias=True)
 
 MAMBA_FAMILIES = (
     MAMBA,
@@ -157,8 +159,9 @@ MAMBA_FAMILIES = (
     NEMOTRON_H,
 )
 DELTA_NETS = (QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, LARA_MINI, OLMO_HYBRID)
-FAMILIES = (*MAMBA_FAMILIES, *DELTA_NETS, S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU)
-LAYOUTS = (MAMBA, FALCON_MAMBA, ZAMBA, MAMBA2, BAMBA, QWEN3_NEXT, QWEN3_5, S5, LRU)
+OTHERS = (S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU, XLSTM, XLSTM_BIASED)
+FAMILIES = (*MAMBA_FAMILIES, *DELTA_NETS, *OTHERS)
+LAYOUTS = (MAMBA, FALCON_MAMBA, ZAMBA, MAMBA2, BAMBA, QWEN3_NEXT, QWEN3_5, S5, LRU, XLSTM)
 """One family for each way in which a cut changes parameters."""
 LINEAR = tuple(family for family in FAMILIES if family.is_linear)
 LANGUAGE_MODELS = tuple(family for family in FAMILIES if family.is_language_model)
@@ -186,14 +189,15 @@ def perturbed(model: nn.Module, scale: float = 0.3) -> nn.Module:
 
 
 def ssm_layers(model: nn.Module) -> dict[str, Any]:
-    """The SSM layers by name, found without the package: those that own a matrix of state parameters."""
-    return {
-        name: module for name, module in model.named_modules() if any(hasattr(module, x) for x in ("A_log", "B_re"))
-    }
+    """The SSM layers by name, found without the package: those that own a matrix of state parameters, or keys."""
+    own = ("A_log", "B_re", "qk_dim")
+    return {name: module for name, module in model.named_modules() if any(hasattr(module, each) for each in own)}
 
 
-def size_of(layer: Any) -> int:
-    """The number of states that an SSM layer says it has."""
+def states_of(layer: nn.Module) -> int:
+    """The number of states of a layer, found without the package."""
+    if hasattr(layer, "qk_dim"):
+        return layer.qk_dim // layer.config.num_heads
     return next(int(getattr(layer, name)) for name in SIZE_ATTRIBUTES if hasattr(layer, name))
 
 
@@ -201,6 +205,8 @@ def owner_of_a_cut_parameter(layer: nn.Module) -> tuple[nn.Module, str]:
     """Module and name of a parameter that every cut of a layer replaces."""
     if hasattr(layer, "B_re"):
         return layer, "B_re"
+    if hasattr(layer, "qk_dim"):
+        return getattr(layer, "qkv_opreact", None) or layer.k, "weight"
     return (layer, "A_log") if layer.A_log.dim() > 1 else (layer.conv1d, "weight")
 
 
@@ -223,7 +229,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "identities": [id(parameter) for parameter in model.parameters()],
         "grads": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
         "modes": [module.training for module in model.modules()],
-        "sizes": [size_of(layer) for layer in ssm_layers(model).values()],
+        "sizes": [states_of(layer) for layer in ssm_layers(model).values()],
         "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
         "config": model.config.to_dict(),
     }

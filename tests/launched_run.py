@@ -20,7 +20,7 @@ from hf_compressm import find_last_complete_checkpoint
 from hf_compressm.surgery import operation
 from hf_compressm.training import run as training_run
 from hf_compressm.utils.processes import checksum
-from tests.family_table import LRU, MAMBA, S5
+from tests.family_table import LRU, MAMBA, S5, XLSTM
 from tests.trainers import Examples, Stream, callback_of, trainer_of
 
 
@@ -36,6 +36,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "family": MAMBA,
         "settings": {"tolerance": 0.1, "end": 5, "num_cuts": 2, "min_reduction": 0, "per_layer": True},
     },
+    "xlstm": {"family": XLSTM, "settings": TWICE},
     "one-batch": {"family": MAMBA, "settings": {**TWICE, "calibration_batches": 1}},
     "stream": {"family": LRU, "settings": {**TWICE, "criterion": "empirical"}, "train_dataset": Stream()},
     "stable": {

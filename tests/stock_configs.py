@@ -55,6 +55,7 @@ SIZE_FIELDS = {
     "qwen4_exp": "linear_key_head_dim",
     "lara_mini": "linear_key_head_dim",
     "olmo_hybrid": "linear_key_head_dim",
+    "xlstm": "qk_dim_factor",
 }
 GROUP_FIELDS = {
     "mamba2": "n_groups",
@@ -135,9 +136,18 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen4_exp": {**DELTA_NET, **EXPERTS, **INDEXER},
     "lara_mini": {**DELTA_NET, **EXPERTS, "tie_word_embeddings": True},
     "olmo_hybrid": DELTA_NET,
+    "xlstm": {
+        "hidden_size": 64,
+        "num_heads": 64,
+        "v_dim_factor": 4.0,
+        "ffn_proj_factor": 1.0,
+        "chunk_size": 16,
+        "use_cache": False,  # its cache is overwritten in place, and then there are no gradients
+    },
 }
 
 
 def stock_settings(family: str, state_size: int) -> dict[str, Any]:
-    """Keyword arguments of a family's configuration."""
-    return {**COMMON, **OWN[family], SIZE_FIELDS[family]: state_size}
+    """Keyword arguments of a family's configuration; as many heads as channels, and a factor is the size."""
+    size = float(state_size) if family == "xlstm" else state_size
+    return {**COMMON, **OWN[family], SIZE_FIELDS[family]: size}

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
-from tests.family_table import LRU, MAMBA, S5_CLASSIFIER, Family, by_layout, family_id, same, size_of, ssm_layers
+from tests.family_table import LRU, MAMBA, S5_CLASSIFIER, Family, by_layout, family_id, same, ssm_layers, states_of
 from tests.trainers import HALVE, Examples, Stream, callback_of, trainer_of
 
 
@@ -42,7 +42,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
         layer = next(iter(ssm_layers(kwargs["model"]).values()))
-        self.sizes.append(size_of(layer))
+        self.sizes.append(states_of(layer))
         self.before = {name: p.detach().clone() for name, p in kwargs["model"].named_parameters()}
         held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
         assert held == {id(p) for p in kwargs["model"].parameters()}

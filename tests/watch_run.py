@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_compressm.families import find_layers
 from hf_compressm.families.watching import watching
-from tests.family_table import LRU, MAMBA, MAMBA2, S5
+from tests.family_table import LRU, MAMBA, MAMBA2, S5, XLSTM
 from tests.launched_run import leave
 
 
-FAMILIES = {"lru": LRU, "mamba": MAMBA, "mamba2": MAMBA2, "s5": S5}
+FAMILIES = {"lru": LRU, "mamba": MAMBA, "mamba2": MAMBA2, "s5": S5, "xlstm": XLSTM}
 
 
 def main(folder: Path, name: str, engine: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_compressm.families import size_fields
+from hf_compressm.families import misconfigured, size_fields
 from hf_compressm.utils.checks import quoted
 
 
@@ -11,7 +11,7 @@ MOST_LAYERS = 10_000
 
 
 def check_sizes(values: Mapping[str, Any]) -> None:
-    """Make sure that every state size is a whole number of at least 1, and belongs to a layer that exists.
+    """Make sure that every state size is one, and belongs to a layer that exists.
 
     Args:
         values: contents of a `config.json`.
@@ -22,8 +22,8 @@ def check_sizes(values: Mapping[str, Any]) -> None:
     for place, own in described(values):
         _check_layers(place, own)
     for field, size in named_sizes(values):
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{field} must be a whole number of at least 1, got {quoted(size)}.")
+        if problem := misconfigured(field.rpartition(".")[2], size):
+            raise ValueError(f"{field} {problem}, got {quoted(size)}.")
 
 
 def described(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -24,7 +24,7 @@ from hf_compressm.surgery import (
     rewritten,
     tell_undescribed,
 )
-from hf_compressm.surgery.configuration import Copies
+from hf_compressm.surgery.configuration import Copies, configured
 from hf_compressm.utils.modes import plain_modes
 from hf_compressm.utils.processes import ALONE, Processes, checksum
 
@@ -183,7 +183,7 @@ def _rewritten_configs(model: nn.Module, plan: CompressionPlan, step: int | None
     layers = {layer.name: layer for layer in find_layers(model)}
     planned = {item.name: item for item in plan.layers}
     values = {
-        item.name: {layers[item.name].family.size_field: item.new_state_size, **item.cut.config_fields}
+        item.name: {**configured(layers[item.name], item.new_state_size), **item.cut.config_fields}
         for item in plan.layers
         if item.cut is not None
     }

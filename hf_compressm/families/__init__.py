@@ -22,8 +22,16 @@ from hf_compressm.families.layout import Layout, rows, states
 from hf_compressm.families.lru import LRUFamily
 from hf_compressm.families.mamba2 import Mamba2Family
 from hf_compressm.families.mamba3 import Mamba3Family
+from hf_compressm.families.mlstm import MLSTMFamily
 from hf_compressm.families.owners import Holder, Owner, holders_of
-from hf_compressm.families.registry import family_of, find_layers, register, registered_families, size_fields
+from hf_compressm.families.registry import (
+    family_of,
+    find_layers,
+    misconfigured,
+    register,
+    registered_families,
+    size_fields,
+)
 from hf_compressm.families.s5 import S5Family
 from hf_compressm.families.s5_pytorch import S5PytorchFamily
 from hf_compressm.families.selective import SelectiveFamily
@@ -44,6 +52,7 @@ __all__ = [
     "LayerCut",
     "LayerShape",
     "Layout",
+    "MLSTMFamily",
     "Mamba2Family",
     "Mamba3Family",
     "Measurement",
@@ -62,6 +71,7 @@ __all__ = [
     "family_of",
     "find_layers",
     "holders_of",
+    "misconfigured",
     "refuse_single_batch",
     "register",
     "registered_families",

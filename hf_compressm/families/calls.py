@@ -19,18 +19,23 @@ from torch import Tensor
 from hf_compressm.families.sampling import sample
 from hf_compressm.scans import delta_states, diagonal_scan, selective_scan, selective_states, ssd_scan, ssd_states
 from hf_compressm.scans.kernels import torch_path
+from hf_compressm.scans.mlstm import mlstm_states
 from hf_compressm.scans.selective import step_sizes
 from hf_compressm.scans.trapezoidal import rotated, trapezoidal_states
 
 
 SELECTIVE, SSD, DIAGONAL = "selective_scan", "ssd_scan", "diagonal_scan"
-MAMBA3, DELTA = "mamba3_siso_combined", "delta_rule"
+MAMBA3, DELTA, MLSTM = "mamba3_siso_combined", "delta_rule", "mlstm"
 ALIASES = {
     SELECTIVE: {"hidden_states": "u", "dt": "delta"},
     SSD: {"hidden_states": "x"},
     DIAGONAL: {},
     MAMBA3: {"Q": "C", "K": "B", "V": "x", "Z": "z"},
     DELTA: {"query": "C", "q": "C", "key": "B", "k": "B", "value": "x", "v": "x"},
+    MLSTM: {
+        **{"query": "C", "key": "B", "value": "x"},
+        **{"q": "C", "k": "B", "v": "x", "i": "igate", "f": "fgate"},  # as mlstm_kernels has them
+    },
 }
 """Other names of arguments, by kind of recurrence."""
 L2_EPS = 1e-6
@@ -43,8 +48,8 @@ class Call:
     """One call of a recurrence.
 
     Attributes:
-        kind: `"selective_scan"`, `"ssd_scan"`, `"diagonal_scan"`, `"mamba3_siso_combined"` or `"delta_rule"`, whose
-            argument names are used, those of the last two's vectors and signals as in `ssd_scan`.
+        kind: `"selective_scan"`, `"ssd_scan"`, `"diagonal_scan"`, `"mamba3_siso_combined"`, `"delta_rule"` or
+            `"mlstm"`, whose argument names are used, those of the last three's vectors and signals as in `ssd_scan`.
         arguments: by name; absent ones are left out.
         output: what it returned first.
         gain: loudness of every entry of the output, in its shape; None where the layer has no output projection.
@@ -125,7 +130,7 @@ def signals(call: Call, mask: Tensor | None) -> Signals:
     Raises:
         ValueError: if texts of one row cannot be told apart.
     """
-    of_kind = {SSD: _ssd_signals, MAMBA3: _mamba3_signals, DELTA: _delta_signals}
+    of_kind = {SSD: _ssd_signals, MAMBA3: _mamba3_signals, DELTA: _delta_signals, MLSTM: _mlstm_signals}
     return of_kind.get(call.kind, _selective_signals)(call, mask)
 
 
@@ -273,6 +278,21 @@ def delta_gates(given: Mapping[str, Any], rows: slice) -> tuple[Tensor | None, T
     if beta is not None and given.get("use_beta_sigmoid_in_kernel", False):
         beta = beta.sigmoid() * (2 if given.get("allow_neg_eigval", False) else 1)
     return g, beta
+
+
+def _mlstm_signals(call: Call, mask: Tensor | None) -> Signals:
+    """Every head is a group; its states are those that are read out, over the normaliser."""
+    given, gain = call.arguments, call.gain
+    assert gain is not None  # as above
+    B, C, x = (given[name].transpose(1, 2) for name in ("B", "C", "x"))
+    rows, every = sample(x.shape[:2], mask, B.shape[-1])
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    B, C, x, igate, fgate = (each[rows].to(dtype) for each in (B, C, x, given["igate"], given["fgate"]))
+    gain = gain[rows].to(dtype).permute(2, 0, 1, 3)
+    first = [given[name][rows] for name in ("c_initial", "n_initial", "m_initial") if name in given]
+    start = (first[0], first[1], first[2]) if first else None
+    states = mlstm_states(C, B, x, igate, fgate, start, every)
+    return Signals(states, every, gain, B, C, _real_tokens(gain, mask))
 
 
 def _real_tokens(gain: Tensor, mask: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ never changes the layer. The room `surgery` does that, from the list of paramete
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.calls import Example, Seen
+from hf_compressm.families.maps import summing_dtype
 from hf_compressm.families.owners import Owner
 
 
@@ -260,11 +261,6 @@ class Statistics(ABC):
         """Add up what one forward call of the layer shows, `tokens` among it; or set `obstacle` and add nothing."""
 
 
-def summing_dtype(device: torch.device) -> torch.dtype:
-    """Float64 where the device has it."""
-    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
-
-
 @dataclass(frozen=True)
 class Family(ABC):
     """One family of SSM layers.
@@ -272,12 +268,13 @@ class Family(ABC):
     Attributes:
         name: its name in plans, tables and error messages.
         module_type: class of the layer, or its dotted path where importing it would be slow or might fail.
-        size_field: the model config's field with the state size.
+        size_field: the model config's field with the state size, or what it follows from.
         per_layer: whether all of the family's model classes hold a size per layer.
         criteria: supported criteria; the default is the first one, or without data the first that needs none.
         data_criteria: criteria that are measured on data.
         tells_texts_apart_by: arguments of packed rows by which its models let no state pass from one text to the next.
         mark: a tensor that tells the family's layers from others of the same class, or "".
+        size_type: of the values of `size_field`: float where it is a share of another width; see `configured`.
     """
 
     name: str
@@ -288,6 +285,7 @@ class Family(ABC):
     data_criteria: frozenset[str] = field(default=frozenset({"empirical", "surrogate", "interpolative"}))
     tells_texts_apart_by: frozenset[str] = frozenset()
     mark: str = ""
+    size_type: type[int | float] = int
 
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
         """The criterion to use for `wanted`, which may be `"auto"`.
@@ -319,9 +317,17 @@ class Family(ABC):
     def state_size(self, module: Any) -> int:
         """Present number of states of a layer."""
 
+    def configured(self, module: Any, size: int) -> int | float:
+        """What the configuration's field must say for the layer to have `size` states."""
+        return size
+
     @abstractmethod
     def state_entries(self, module: Any) -> int:
         """Number of real numbers in a layer's state of one sequence, which decoding carries from token to token."""
+
+    def cached_sizes(self, module: Any, given: Sequence[Any]) -> Iterable[int]:
+        """Numbers of states that a cache among the arguments of a layer's forward holds for it."""
+        return ()
 
     @abstractmethod
     def statistics(self, module: Any, criterion: str) -> Statistics | None:
@@ -353,8 +359,7 @@ class Family(ABC):
     def at_size(self, module: Any, size: int) -> LayerShape | None:
         """What a layer would look like with `size` states, more or fewer than now; None if the family cannot tell.
 
-        It is needed only where no configuration does: a module of one's own takes its sizes from the shapes in a
-        checkpoint.
+        Only a module of one's own needs it, which takes its sizes from the shapes in a checkpoint.
         """
         return None
 
@@ -367,11 +372,6 @@ class Family(ABC):
     def unfused(self) -> Mapping[str, Any]:
         """Attributes of the layer, with the values that make it call its recurrence by itself."""
         return {}
-
-    @property
-    def cache_axis(self) -> int | None:
-        """The axis of the states in a cached state of transformers; None for layers with caches of their own."""
-        return None
 
     @property
     def reruns(self) -> bool:
@@ -401,10 +401,7 @@ class Family(ABC):
         return False
 
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
-        """Names of the layer's modules whose weights a cut replaces, and of such parameters without a state axis.
-
-        Adapters around other modules need not follow.
-        """
+        """Names of the modules whose weights a cut replaces, and of such parameters; adapters elsewhere may stay."""
         return ()
 
 

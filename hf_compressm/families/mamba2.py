@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_compressm.families.family import (
@@ -30,14 +29,12 @@ from hf_compressm.families.family import (
     ParameterChange,
     SSMLayer,
     Statistics,
-    kept_order,
 )
 from hf_compressm.families.layout import Layout, Part, rows, states
 from hf_compressm.families.maps import float64
+from hf_compressm.families.projecting import in_balanced_states, projection_error, projections
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import Selection, SelectiveFamily, parameter_name
-from hf_compressm.numerics import interpolation
-from hf_compressm.numerics.projection import balanced_projection, projection_errors
 
 
 @dataclass(frozen=True)
@@ -53,22 +50,14 @@ class Mamba2Family(SelectiveFamily):
         measured = super().measure(layer, method, statistics)
         if measured.problem or statistics is None or not self._projects(layer, method):
             return measured
-        P, Q = statistics.mean("P"), statistics.mean("Q")
-        sigma = interpolation.empirical_hankel_singular_values(P, Q)  # (groups, N)
-        order = torch.arange(sigma.shape[1])[kept_order(sigma.shape[1], method, layer)]
-        tails = torch.stack([projection_errors(one).square() * one.square().sum() for one in sigma]).sum(dim=0)
-        detail = Selection(order.expand_as(sigma), P, Q, reads_out=False)
-        errors = interpolation.relative_errors(tails)
-        return replace(measured, errors=errors, detail=detail)
+        return in_balanced_states(measured, statistics.mean("P"), statistics.mean("Q"), layer, method)
 
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
         """Select `size` states of every group, or project onto as many."""
         if not self._projects(layer, method):
             return super().cut(layer, method, measurement, size)
         selection: Selection = measurement.detail
-        kept = selection.orders[:, :size].sort(dim=-1).values
-        pairs = [balanced_projection(*group) for group in zip(selection.P, selection.Q, kept, strict=True)]
-        W, V = (torch.stack(parts) for parts in zip(*pairs, strict=True))  # (groups, r, N), (groups, N, r)
+        W, V = projections(selection, size)
         spectrum = measurement.hankel_singular_values
         width = getattr(layer.module, "conv_state_size", layer.state_size)
         changes, additions = _projection_changes(layer, W, V)
@@ -77,7 +66,7 @@ class Mamba2Family(SelectiveFamily):
             additions=additions,
             attributes=(AttributeChange(layer.module, self.layout.state_size, size),),
             config_fields={"conv_state_size": width},
-            predicted_error=_projection_error(selection.P, selection.Q, W, V),
+            predicted_error=projection_error(selection.P, selection.Q, W, V),
             error_bound=None,
             energy_kept=float(spectrum[:size].sum() / spectrum.sum()),
         )
@@ -153,13 +142,6 @@ def _projection_changes(
         for name in forward
     )
     return tuple(changes), ()
-
-
-def _projection_error(P: Tensor, Q: Tensor, W: Tensor, V: Tensor) -> float:
-    """Predicted relative output error of all groups together."""
-    defect = torch.eye(P.shape[-1], dtype=torch.float64) - V @ W
-    lost = torch.einsum("gij,gji->", Q, defect @ P @ defect.mT)
-    return float((lost / torch.einsum("gij,gji->", Q, P)).clamp(0, 1).sqrt())
 
 
 _PARTS = (

@@ -1,4 +1,4 @@
-"""The functions that run a layer's recurrence, by their dotted paths, and putting stand-ins in their places.
+"""The functions and modules that run a layer's recurrence, by dotted paths, and putting stand-ins in their places.
 
 A module of Python that imported a function holds it under a name of its own, and so may a module of torch as an
 attribute. Both are looked through, since a layer may call its recurrence by way of a helper in another file.
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_compressm.families.calls import DELTA, DIAGONAL, MAMBA3, SELECTIVE, SSD
+from hf_compressm.families.calls import DELTA, DIAGONAL, MAMBA3, MLSTM, SELECTIVE, SSD
 from hf_compressm.families.unfused import (
     mamba_inner_fn,
     mamba_inner_fn_no_out_proj,
@@ -59,6 +59,11 @@ RECURRENCES: dict[str, str] = {
     "fla.ops.kda.fused_recurrent.fused_recurrent_kda": DELTA,
 }
 """The functions that are seen, each with the recurrence of this package that has its arguments."""
+RECURRENT_MODULES: dict[str, str] = {
+    "transformers.models.xlstm.modeling_xlstm.xLSTMBackend": MLSTM,
+    "mlstm_kernels.torch.backend_module.mLSTMBackend": MLSTM,
+}
+"""Classes of modules whose forward is a recurrence: they hold its function where no name leads to it."""
 FUSED: dict[str, Callable[..., Callable[..., Any]]] = {
     **dict.fromkeys(_stock(_MAMBA, "mamba_inner_fn"), lambda scans, heard: not_available),
     **dict.fromkeys(_stock(_MAMBA2, "mamba2_split_conv1d_scan_combined"), lambda scans, heard: not_available),
@@ -100,11 +105,18 @@ def replaced(
     holders = [space for space in distinct if not wanted.keys().isdisjoint(map(id, space.values()))]  # few
     places = [(held, name) for held in holders for name, value in held.items() if id(value) in wanted]
     originals = [held[name] for held, name in places]
+    forwards = [(vars(module), stand_in(kind, module.forward)) for kind, module in _recurrent(model)]
+    own = [held.get("forward") for held, _ in forwards]
     try:
         for (held, name), original in zip(places, originals, strict=True):
             held[name] = wanted[id(original)]
+        for held, forward in forwards:
+            held["forward"] = forward
         yield
     finally:
+        for (held, _), before in zip(forwards, own, strict=True):
+            held.pop("forward", None)
+            held.update({} if before is None else {"forward": before})
         for (held, name), original in zip(places, originals, strict=True):
             held[name] = original
 
@@ -116,6 +128,15 @@ def _found(table: dict[str, Any]) -> Iterator[tuple[Any, Callable[..., Any]]]:
         function = getattr(sys.modules.get(module), name, None)
         if function is not None:
             yield entry, function
+
+
+def _recurrent(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model whose forward is a recurrence, each with its kind."""
+    for module in model.modules():
+        paths = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
+        known = next((path for path in paths if path in RECURRENT_MODULES), None)
+        if known is not None:
+            yield RECURRENT_MODULES[known], module
 
 
 def _modules(model: nn.Module) -> list[Any]:

@@ -1,5 +1,8 @@
 """The registry of families, keyed on the type of the layer."""
 
+import math
+from typing import Any
+
 from torch import nn
 
 from hf_compressm.families.family import Family, SSMLayer
@@ -49,6 +52,14 @@ def size_fields() -> list[str]:
     """The configuration fields in which the known families keep their state sizes, sorted."""
     fields = {family.size_field for known in _FAMILIES.values() for family in known.values()}
     return sorted(fields - {""})
+
+
+def misconfigured(field: str, value: Any) -> str:
+    """What is wrong with the value of one of these fields, or ""."""
+    families = [family for known in _FAMILIES.values() for family in known.values() if family.size_field == field]
+    if any(family.size_type is float for family in families):
+        return "" if type(value) is float and 0 < value < math.inf else "must be a number with a point, and above 0"
+    return "" if type(value) is int and value >= 1 else "must be a whole number of at least 1"
 
 
 def find_layers(model: nn.Module) -> list[SSMLayer]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.utils.generic import maybe_autocast
 
 from hf_compressm.families.calls import SELECTIVE, Call, Seen, selective_inputs, signals
@@ -35,9 +36,9 @@ from hf_compressm.families.family import (
     Statistics,
     has_finite_parameters,
     kept_order,
-    summing_dtype,
 )
 from hf_compressm.families.layout import STATE, Layout
+from hf_compressm.families.maps import summing_dtype
 from hf_compressm.families.running import KEPT_TOKENS, example_of, tokens_of
 from hf_compressm.numerics import interpolation, surrogate
 from hf_compressm.peft import plain_modules
@@ -121,6 +122,7 @@ class CovarianceStatistics(RecurrenceStatistics):
             for name, moment in moments.items():
                 moment = share * moment.to(summing_dtype(moment.device))
                 sums[name] = sums[name] + moment if name in sums else moment
+            self.sample(weighted, reads[start : start + states.shape[0]], start, reads.shape[0])
             start += states.shape[0]
         sums["Q"] = _second_moment((seen.C * seen.mask[..., None, None]).movedim(2, 0))
         if self.family.sampled_tokens:
@@ -129,6 +131,16 @@ class CovarianceStatistics(RecurrenceStatistics):
                 step = max(1, rows.shape[0] // self.family.sampled_tokens)
                 self.samples.setdefault(name, []).append(rows[::step].to("cpu", torch.float64))
         return sums
+
+    def sample(self, weighted: Tensor, reads: Tensor, first: int, count: int) -> None:
+        """Keep something of a chunk of steps.
+
+        Args:
+            weighted: the states times their loudness, `(steps, batch, groups, channels, N)`.
+            reads: what reads them, `(steps, batch, groups, N)`.
+            first: number of the first step.
+            count: how many steps there are in all chunks.
+        """
 
 
 class SurrogateStatistics(RecurrenceStatistics):
@@ -198,7 +210,7 @@ class SelectiveFamily(Family):
 
     @property
     def cache_axis(self) -> int:
-        """The last one."""
+        """The axis of the states in a cached state of transformers."""
         return -1
 
     @property
@@ -259,6 +271,14 @@ class SelectiveFamily(Family):
         held = [slot.tensor.numel() for slot in slots if slot.part.segments == (STATE,)]
         output: Any = self.output_of(module)
         return sum(held) if held else self.state_size(module) * int(output.weight.shape[1])
+
+    def cached_sizes(self, module: Any, given: Sequence[Any]) -> Iterator[int]:
+        """What the layer's recurrent states hold in a cache of transformers."""
+        cache = next((value for value in given if isinstance(value, Cache)), None)
+        index = getattr(module, "layer_idx", None)
+        if cache is not None and index is not None and index < len(cache.layers):
+            states = getattr(cache.layers[index], "recurrent_states", {}).values()
+            yield from (state.shape[self.cache_axis] for state in states if isinstance(state, Tensor))
 
     def state_axes(self, module: Any) -> Mapping[str, int | None]:
         """Those of the layout."""

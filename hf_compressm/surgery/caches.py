@@ -1,9 +1,9 @@
 """Refusal of caches that were filled before a cut, and so do not fit the layer after it."""
 
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from torch import nn
 
 from hf_compressm.families import SSMLayer, family_of
 
@@ -13,22 +13,18 @@ def refuse_stale_caches(layer: SSMLayer) -> None:
 
     The hook exists in this process only. It is not saved, since a loaded model has no cache from before its cut.
     """
-    if any(hook is _check_cache for hook in layer.module._forward_pre_hooks.values()):
+    if any(getattr(hook, "func", None) is _check_cache for hook in layer.module._forward_pre_hooks.values()):
         return
-    layer.module.register_forward_pre_hook(_check_cache, with_kwargs=True)
+    layer.module.register_forward_pre_hook(partial(_check_cache, layer.index), with_kwargs=True)
 
 
-def _check_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_cache(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise `ValueError` if a cache among the arguments holds another number of states than the layer has."""
-    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-    family, index = family_of(module), getattr(module, "layer_idx", None)
-    axis = None if family is None else family.cache_axis
-    if cache is None or family is None or axis is None or index is None or index >= len(cache.layers):
-        return
-    size = family.state_size(module)
-    for state in getattr(cache.layers[index], "recurrent_states", {}).values():
-        if isinstance(state, Tensor) and state.shape[axis] != size:
+    family = family_of(module)
+    size = None if family is None else family.state_size(module)
+    for held in () if family is None else family.cached_sizes(module, (*args, *kwargs.values())):
+        if held != size:
             raise ValueError(
-                f"The cache holds {state.shape[axis]} states for layer {index}, which now has {size}: it was filled "
+                f"The cache holds {held} states for layer {index}, which now has {size}: it was filled "
                 "before the layer was cut. Start again without this cache."
             )

@@ -21,9 +21,9 @@ from hf_compressm.peft import underlying
 
 logger = logging.get_logger(__name__)
 
-Sizes = Mapping[str, Mapping[int, int | None]]
+Sizes = Mapping[str, Mapping[int, int | float | None]]
 """Values by field of the config and by layer index."""
-Fields = Mapping[str, int]
+Fields = Mapping[str, int | float]
 """A layer's values by field of its config, the state size among them."""
 Record = Callable[[Any, Holder, Sequence[str]], None]
 """Called with a new configuration, the module that holds it, and the names of the layers in it that change."""
@@ -122,6 +122,11 @@ def tell_undescribed(model: nn.Module, layers: Sequence[SSMLayer]) -> None:
         )
 
 
+def configured(layer: SSMLayer, size: int) -> Fields:
+    """The field of a layer's configuration that its size follows from, and what it must say for `size` states."""
+    return {layer.family.size_field: layer.family.configured(layer.module, size)}
+
+
 def has_room(config: Any, layer: SSMLayer) -> bool:
     """Whether a configuration has room for a size of this layer's own, different from those of its other layers."""
     per_layer = layer.family.per_layer or own_config_class(type(config)) is type(config)
@@ -162,7 +167,7 @@ def write_sizes_per_layer(config: PreTrainedConfig, sizes: Sizes) -> None:
         config.per_layer_config = overrides
 
 
-def write_sizes_of_mamba_ssm(config: Any, size: int) -> None:
+def write_sizes_of_mamba_ssm(config: Any, size: int | float) -> None:
     """Set the state size in the config of mamba-ssm's own language model."""
     config.ssm_cfg = {**(config.ssm_cfg or {}), "d_state": size}
 
@@ -172,7 +177,7 @@ def _write(config: Any, layers: Sequence[SSMLayer], values: Mapping[str, Fields]
     if not isinstance(config, PreTrainedConfig):
         write_sizes_of_mamba_ssm(config, max(values[layer.name][layer.family.size_field] for layer in layers))
         return
-    sizes: dict[str, dict[int, int | None]] = {}
+    sizes: dict[str, dict[int, int | float | None]] = {}
     for layer in layers:
         for name, value in values[layer.name].items():
             sizes.setdefault(name, {})[layer.index] = value

@@ -163,7 +163,7 @@ def bind_fakes(monkeypatch, modules):
 
 
 def test_every_family_has_a_case():
-    assert list(OWN) == list(stock._FAMILIES)
+    assert [family for family in OWN if family != "xlstm"] == list(stock._FAMILIES)  # its recurrence is no scan
 
 
 @pytest.mark.parametrize("family", SCANS)
