@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from hf_compressm.families.calls import SELECTIVE, Call, Seen, selective_inputs, signals
+from hf_compressm.families.calls import DELTA, SELECTIVE, Call, Seen, selective_inputs, signals
 from hf_compressm.families.family import (
     AttributeChange,
     CutMethod,
@@ -103,10 +103,10 @@ class RecurrenceStatistics(Statistics):
 
 
 class CovarianceStatistics(RecurrenceStatistics):
-    """Loudness-weighted state covariance P and read-out covariance Q of every group."""
+    """Loudness-weighted state covariance P and read-out covariance Q of every group; of the delta rule, keys too."""
 
     def sums_of(self, call: Call, mask: Tensor | None) -> dict[str, Tensor]:
-        """P, Q and, where a read-out cannot be folded in, M."""
+        """P, Q, where a read-out cannot be folded in M, and of the delta rule K `E[k k^T]`."""
         seen = signals(call, mask)
         every, sums = seen.every, {"tokens": seen.mask.sum()}
         gains, reads = seen.gain[every - 1 :: every], seen.C[:, every - 1 :: every].transpose(0, 1)
@@ -123,6 +123,8 @@ class CovarianceStatistics(RecurrenceStatistics):
                 sums[name] = sums[name] + moment if name in sums else moment
             start += states.shape[0]
         sums["Q"] = _second_moment((seen.C * seen.mask[..., None, None]).movedim(2, 0))
+        if call.kind == DELTA:
+            sums["K"] = _second_moment((seen.B * seen.mask[..., None, None]).movedim(2, 0))
         if self.family.sampled_tokens:
             for name, signal in (("B", seen.B), ("C", seen.C)):
                 rows = signal.detach()[seen.mask > 0]

@@ -1,7 +1,8 @@
-"""Hugging Face models: S5, LRU, and Mamba and Mamba-2 with a state size per layer.
+"""Hugging Face models: S5, LRU, and Mamba, Mamba-2 and delta nets with a state size per layer.
 
-They are registered with the Auto classes under `s5`, `lru`, `compressm_mamba` and `compressm_mamba2`. This folder is
-flat, since its files are copied one by one beside saved models, as custom code.
+They are registered with the Auto classes under `s5`, `lru`, `compressm_mamba`, `compressm_mamba2` and the model types
+of the delta nets with `compressm_` before them. This folder is flat, since its files are copied one by one beside
+saved models, as custom code.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -12,6 +13,8 @@ from .configuration_compressm_mamba2 import CompreSSMamba2Config
 from .configuration_diagonal_ssm import DiagonalSSMConfig
 from .configuration_lru import LRUConfig
 from .configuration_s5 import S5Config
+from .modeling_compressm_delta import DELTA_KINDS, DeltaStates
+from .modeling_compressm_delta import own_class as _own_delta_class
 from .modeling_compressm_mamba import CompreSSMambaForCausalLM, CompreSSMambaModel
 from .modeling_compressm_mamba2 import CompreSSMamba2ForCausalLM, CompreSSMamba2Mixer, CompreSSMamba2Model
 from .modeling_lru import LRUForCausalLM, LRUForSequenceClassification, LRULayer, LRUModel
@@ -26,6 +29,7 @@ __all__ = [
     "CompreSSMambaConfig",
     "CompreSSMambaForCausalLM",
     "CompreSSMambaModel",
+    "DeltaStates",
     "DiagonalSSMConfig",
     "LRUConfig",
     "LRUForCausalLM",
@@ -45,14 +49,29 @@ __all__ = [
     "stock_class",
 ]
 
+_DELTA_MODELS = [
+    tuple(_own_delta_class(f"CompreSSM{name}") for name in (kind.model, kind.causal))
+    for kind in DELTA_KINDS
+    if kind.is_known
+]
+
 # `register_for_auto_class` makes `save_pretrained` copy the code beside the weights.
-for _config_class in (S5Config, LRUConfig, CompreSSMambaConfig, CompreSSMamba2Config):
+for _config_class in (
+    *(S5Config, LRUConfig, CompreSSMambaConfig, CompreSSMamba2Config),
+    *(model.config_class for model, _ in _DELTA_MODELS),
+):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     _config_class.register_for_auto_class()
 
 for _auto_class, _model_classes in (
-    (AutoModel, (S5Model, LRUModel, CompreSSMambaModel, CompreSSMamba2Model)),
-    (AutoModelForCausalLM, (S5ForCausalLM, LRUForCausalLM, CompreSSMambaForCausalLM, CompreSSMamba2ForCausalLM)),
+    (AutoModel, (S5Model, LRUModel, CompreSSMambaModel, CompreSSMamba2Model, *(model for model, _ in _DELTA_MODELS))),
+    (
+        AutoModelForCausalLM,
+        (
+            *(S5ForCausalLM, LRUForCausalLM, CompreSSMambaForCausalLM, CompreSSMamba2ForCausalLM),
+            *(causal for _, causal in _DELTA_MODELS),
+        ),
+    ),
     (AutoModelForSequenceClassification, (S5ForSequenceClassification, LRUForSequenceClassification)),
 ):
     for _model_class in _model_classes:

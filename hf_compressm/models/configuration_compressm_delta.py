@@ -1,0 +1,129 @@
+"""Configurations of delta nets whose layers may have state sizes of their own, and project keys onto their states.
+
+| model types | states of a key head, the size field | channels of a key head before the projection |
+|---|---|---|
+| gated delta nets | `linear_key_head_dim` | `conv_key_head_dim` |
+| Kimi delta attention | `linear_head_dim` | `conv_head_dim`, also those of values and gates |
+
+Every class is made when it is asked for, since it needs the files of its model type.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from .configuration_compressm_mamba import layers_with_own
+
+
+class DeltaStatesConfig(PreTrainedConfig):
+    """What the configurations share: a size per layer, and the width before the projection.
+
+    Sizes go through transformers' own `per_layer_config`, for example
+    `per_layer_config={"0": {"linear_key_head_dim": 32, "conv_key_head_dim": 128}}`; a layer that is not named there
+    has the global values. Without a width, a layer does not project.
+    """
+
+    size_field: ClassVar[str]
+    width_field: ClassVar[str]
+    per_layer_fields: ClassVar[frozenset[str]]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check the sizes."""
+        kwargs.pop("model_type", None)  # the one of a stock checkpoint would hide the class's
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    def validate_architecture(self) -> None:
+        """Check the sizes of every layer. Runs at construction, before saving and when a model is built.
+
+        Raises:
+            ValueError: When `per_layer_config` names a missing layer or a field that layers share, a size is below 1, or a width is below
+                its size.
+        """
+        layers = layers_with_own(self, self.per_layer_fields)
+        super().validate_architecture()
+        for index, layer in enumerate(layers):
+            size, width = getattr(layer, self.size_field), getattr(layer, self.width_field)
+            if size < 1:
+                raise ValueError(
+                    f"`{self.size_field}` is {size} in layer {index}; it must be a positive integer. A layer needs "
+                    "states: use 1 for the smallest."
+                )
+            if width is not None and width < size:
+                raise ValueError(
+                    f"`{self.width_field}` is {width} in layer {index}, below its `{self.size_field}` of {size}: a "
+                    f"projection cannot make states out of fewer channels. Use a `{self.size_field}` of at most "
+                    f"{width}, or `{self.width_field}=None` for a layer without projection."
+                )
+
+
+@dataclass(frozen=True)
+class DeltaConfigKind:
+    """One model type.
+
+    Attributes:
+        folder: where transformers keeps it.
+        stock: the name of its configuration class.
+        size_field: the field with the states of a key head.
+        width_field: the field with its channels before the projection.
+    """
+
+    folder: str
+    stock: str
+    size_field: str = "linear_key_head_dim"
+    width_field: str = "conv_key_head_dim"
+
+    @property
+    def name(self) -> str:
+        """The name of this package's class."""
+        return f"CompreSSM{self.stock}"
+
+    def stock_class(self) -> type:
+        """The configuration class of transformers."""
+        module = importlib.import_module(f"transformers.models.{self.folder}.configuration_{self.folder}")
+        return getattr(module, self.stock)
+
+    def make(self) -> type:
+        """This package's class."""
+        stock = self.stock_class()
+        space = {
+            "__module__": __name__,
+            "__doc__": f"Configuration of a [`~transformers.{self.stock}`] with states of its own in every layer.",
+            "__annotations__": {self.width_field: int | None},
+            self.width_field: None,
+            "model_type": f"compressm_{stock.model_type}",
+            "size_field": self.size_field,
+            "width_field": self.width_field,
+            "per_layer_fields": frozenset({self.size_field, self.width_field}),
+        }
+        return strict(type(self.name, (DeltaStatesConfig, stock), space))
+
+
+CONFIG_KINDS = (
+    DeltaConfigKind("qwen3_next", "Qwen3NextConfig"),
+    DeltaConfigKind("qwen3_5", "Qwen3_5TextConfig"),
+    DeltaConfigKind("qwen3_5_moe", "Qwen3_5MoeTextConfig"),
+    DeltaConfigKind("qwen4_exp", "Qwen4ExpTextConfig"),
+    DeltaConfigKind("lara_mini", "LaraMiniConfig"),
+    DeltaConfigKind("olmo_hybrid", "OlmoHybridConfig"),
+)
+
+
+def own_config_class(kind: DeltaConfigKind) -> type:
+    """This package's class; it is made when it is asked for first."""
+    if kind.name not in globals():
+        globals()[kind.name] = kind.make()
+    return globals()[kind.name]
+
+
+def __getattr__(name: str) -> type:
+    for kind in CONFIG_KINDS:
+        if kind.name == name:
+            return own_config_class(kind)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["CONFIG_KINDS", "DeltaConfigKind", "DeltaStatesConfig", "own_config_class"]
