@@ -18,6 +18,7 @@ from hf_compressm.families.family import (
     SSMLayer,
     Statistics,
 )
+from hf_compressm.families.kimi import KimiFamily
 from hf_compressm.families.layout import Layout, rows, states
 from hf_compressm.families.lru import LRUFamily
 from hf_compressm.families.mamba2 import Mamba2Family
@@ -40,6 +41,7 @@ __all__ = [
     "DeltaFamily",
     "Family",
     "Holder",
+    "KimiFamily",
     "LRUFamily",
     "LayerCut",
     "LayerShape",

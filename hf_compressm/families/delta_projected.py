@@ -63,13 +63,7 @@ class Directions:
 
 @dataclass(frozen=True)
 class ProjectingFamily(SelectiveFamily):
-    """Layers that select states, and layers of this package's classes that project queries and keys onto them.
-
-    Attributes:
-        width_field: the field of this package's configuration with the channels of a key head before the projection.
-    """
-
-    width_field: str = "conv_key_head_dim"
+    """Layers that select states, and layers of this package's classes that project queries and keys onto them."""
 
     def state_size(self, module: Any) -> int:
         """Rows of the projection, or the width of a key head without one."""
@@ -79,42 +73,56 @@ class ProjectingFamily(SelectiveFamily):
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
         """Empirical HSVs, and the order in which states, or directions, are kept."""
         measured = super().measure(layer, method, statistics)
-        if measured.problem or statistics is None or not self._projects(layer, method):
+        if measured.problem or statistics is None or not self.projects(layer, method):
             return measured
+        return self.projected(layer, method, statistics, measured)
+
+    def projected(
+        self, layer: SSMLayer, method: CutMethod, statistics: Statistics, selecting: Measurement
+    ) -> Measurement:
+        """The measurement of a layer that projects, from that of one that selects."""
         P, Q, K = (statistics.mean(name) for name in ("P", "Q", "K"))
         bases = torch.stack([shared_directions(*head) for head in zip(Q, K, strict=True)])
         bases = bases[:, kept_order(bases.shape[1], method, layer)]
         losses = torch.stack([_losses(*head) for head in zip(P, Q, bases, strict=True)]).sum(dim=0)
         detail = Directions(bases, P, Q, K, refines=method.keep == "largest")
-        return replace(measured, errors=interpolation.relative_errors(losses), detail=detail)
+        return replace(selecting, errors=interpolation.relative_errors(losses), detail=detail)
 
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
         """Select `size` states of every key head, or project onto as many."""
-        if not self._projects(layer, method):
+        if not self.projects(layer, method):
             return super().cut(layer, method, measurement, size)
         found: Directions = measurement.detail
         U = found.bases[:, :size]
         if found.refines:
             U = torch.stack([shared_projection(*head) for head in zip(found.Q, found.K, U, strict=True)])
-        changes, additions = _projection_changes(layer, U)
+        changes, additions = projection_changes(layer, U)
         dropped = torch.eye(U.shape[2], dtype=torch.float64) - U.mT @ U
         energy = torch.einsum("hij,hji->", found.Q, found.P)
         lost = torch.einsum("hij,hji->", found.Q @ dropped, found.P @ dropped)
         sigma = measurement.hankel_singular_values
-        present = getattr(layer.module, PROJECTION, None)
         return LayerCut(
             changes=changes,
             additions=additions,
             attributes=(),
-            config_fields={self.width_field: layer.state_size if present is None else present.shape[2]},
+            config_fields=self.config_fields(layer, size),
             predicted_error=float((lost / energy).clamp(0, 1).sqrt()),
             error_bound=None,
             energy_kept=float(sigma[:size].sum() / sigma.sum()),
         )
 
+    def config_fields(self, layer: SSMLayer, size: int) -> dict[str, int]:
+        """Fields of this package's configuration, for a layer with `size` states."""
+        return {"conv_key_head_dim": self.width(layer.module)}
+
+    def width(self, module: Any) -> int:
+        """Channels of a key head before the projection."""
+        projection = getattr(module, PROJECTION, None)
+        return self.state_size(module) if projection is None else int(projection.shape[2])
+
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
         """Projections and convolution if states are selected; none if queries and keys are projected."""
-        return () if self._projects(layer, method) else super().cut_parts(layer, method)
+        return () if self.projects(layer, method) else super().cut_parts(layer, method)
 
     def state_axes(self, module: Any) -> Mapping[str, int | None]:
         """Those of the layout, and of the projection."""
@@ -127,7 +135,7 @@ class ProjectingFamily(SelectiveFamily):
             return super().at_size(module, size)
         return LayerShape({PROJECTION: (projection.shape[0], size, projection.shape[2])}, ())
 
-    def _projects(self, layer: SSMLayer, method: CutMethod) -> bool:
+    def projects(self, layer: SSMLayer, method: CutMethod) -> bool:
         """Whether queries and keys are projected; a layer with a projection keeps it."""
         return method.project or getattr(layer.module, PROJECTION, None) is not None
 
@@ -139,7 +147,7 @@ def _losses(P: Tensor, Q: Tensor, basis: Tensor) -> Tensor:
     return torch.cat([tails, tails.new_zeros(1)])
 
 
-def _projection_changes(
+def projection_changes(
     layer: SSMLayer, U: Tensor
 ) -> tuple[tuple[ParameterChange, ...], tuple[ParameterAddition, ...]]:
     """The projection of a layer: a new one, or the present one projected further.

@@ -49,27 +49,25 @@ __all__ = [
     "stock_class",
 ]
 
-_DELTA_MODELS = [
-    tuple(_own_delta_class(f"CompreSSM{name}") for name in (kind.model, kind.causal))
-    for kind in DELTA_KINDS
-    if kind.is_known
-]
+_KNOWN_DELTA_KINDS = [kind for kind in DELTA_KINDS if kind.is_known]
+_DELTA_MODELS = tuple(_own_delta_class(f"CompreSSM{kind.model}") for kind in _KNOWN_DELTA_KINDS)
+_DELTA_LANGUAGE_MODELS = tuple(_own_delta_class(f"CompreSSM{kind.causal}") for kind in _KNOWN_DELTA_KINDS if kind.causal)
 
 # `register_for_auto_class` makes `save_pretrained` copy the code beside the weights.
 for _config_class in (
     *(S5Config, LRUConfig, CompreSSMambaConfig, CompreSSMamba2Config),
-    *(model.config_class for model, _ in _DELTA_MODELS),
+    *(model.config_class for model in _DELTA_MODELS),
 ):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     _config_class.register_for_auto_class()
 
 for _auto_class, _model_classes in (
-    (AutoModel, (S5Model, LRUModel, CompreSSMambaModel, CompreSSMamba2Model, *(model for model, _ in _DELTA_MODELS))),
+    (AutoModel, (S5Model, LRUModel, CompreSSMambaModel, CompreSSMamba2Model, *_DELTA_MODELS)),
     (
         AutoModelForCausalLM,
         (
             *(S5ForCausalLM, LRUForCausalLM, CompreSSMambaForCausalLM, CompreSSMamba2ForCausalLM),
-            *(causal for _, causal in _DELTA_MODELS),
+            *_DELTA_LANGUAGE_MODELS,
         ),
     ),
     (AutoModelForSequenceClassification, (S5ForSequenceClassification, LRUForSequenceClassification)),

@@ -76,7 +76,7 @@ def _of_delta_nets(kind: DeltaKind) -> Counterparts:
         {layer: pairs[layer]},
         place=kind.place,
         parameters=("state_proj",),
-        field=kind.config.width_field,
+        field=kind.config.added,
     )
 
 

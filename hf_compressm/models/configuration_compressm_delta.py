@@ -2,8 +2,8 @@
 
 | model types | states of a key head, the size field | channels of a key head before the projection |
 |---|---|---|
-| gated delta nets | `linear_key_head_dim` | `conv_key_head_dim` |
-| Kimi delta attention | `linear_head_dim` | `conv_head_dim`, also those of values and gates |
+| gated delta nets | `linear_key_head_dim` | `conv_key_head_dim`, None without projection |
+| Kimi delta attention | `linear_key_head_dim`, None without projection | `linear_head_dim`, also that of values and gates |
 
 Every class is made when it is asked for, since it needs the files of its model type.
 """
@@ -23,11 +23,10 @@ class DeltaStatesConfig(PreTrainedConfig):
 
     Sizes go through transformers' own `per_layer_config`, for example
     `per_layer_config={"0": {"linear_key_head_dim": 32, "conv_key_head_dim": 128}}`; a layer that is not named there
-    has the global values. Without a width, a layer does not project.
+    has the global values.
     """
 
-    size_field: ClassVar[str]
-    width_field: ClassVar[str]
+    kind: ClassVar["DeltaConfigKind"]
     per_layer_fields: ClassVar[frozenset[str]]
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -36,27 +35,34 @@ class DeltaStatesConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
+    @property
+    def projection(self) -> tuple[int, int] | None:
+        """States and channels of a key head, in the configuration of one layer; None without projection."""
+        sizes = getattr(self, self.kind.size_field), getattr(self, self.kind.width_field)
+        return None if None in sizes else sizes
+
     def validate_architecture(self) -> None:
         """Check the sizes of every layer. Runs at construction, before saving and when a model is built.
 
         Raises:
-            ValueError: When `per_layer_config` names a missing layer or a field that layers share, a size is below 1, or a width is below
-                its size.
+            ValueError: When `per_layer_config` names a missing layer or a field that layers share, a size is below 1,
+                or a width is below its size.
         """
         layers = layers_with_own(self, self.per_layer_fields)
         super().validate_architecture()
+        size_field, width_field = self.kind.size_field, self.kind.width_field
         for index, layer in enumerate(layers):
-            size, width = getattr(layer, self.size_field), getattr(layer, self.width_field)
-            if size < 1:
+            size, width = getattr(layer, size_field), getattr(layer, width_field)
+            if size is not None and size < 1:
                 raise ValueError(
-                    f"`{self.size_field}` is {size} in layer {index}; it must be a positive integer. A layer needs "
-                    "states: use 1 for the smallest."
+                    f"`{size_field}` is {size} in layer {index}; it must be a positive integer. A layer needs states: "
+                    "use 1 for the smallest."
                 )
-            if width is not None and width < size:
+            if layer.projection is not None and width < size:
                 raise ValueError(
-                    f"`{self.width_field}` is {width} in layer {index}, below its `{self.size_field}` of {size}: a "
-                    f"projection cannot make states out of fewer channels. Use a `{self.size_field}` of at most "
-                    f"{width}, or `{self.width_field}=None` for a layer without projection."
+                    f"`{width_field}` is {width} in layer {index}, below its `{size_field}` of {size}: a projection "
+                    f"cannot make states out of fewer channels. Use a `{size_field}` of at most {width}, or "
+                    f"`{self.kind.added}=None` for a layer without projection."
                 )
 
 
@@ -69,12 +75,14 @@ class DeltaConfigKind:
         stock: the name of its configuration class.
         size_field: the field with the states of a key head.
         width_field: the field with its channels before the projection.
+        added: which of the two transformers does not have; a layer in which it is None does not project.
     """
 
     folder: str
     stock: str
     size_field: str = "linear_key_head_dim"
     width_field: str = "conv_key_head_dim"
+    added: str = "conv_key_head_dim"
 
     @property
     def name(self) -> str:
@@ -92,12 +100,11 @@ class DeltaConfigKind:
         space = {
             "__module__": __name__,
             "__doc__": f"Configuration of a [`~transformers.{self.stock}`] with states of its own in every layer.",
-            "__annotations__": {self.width_field: int | None},
-            self.width_field: None,
+            "__annotations__": {self.added: int | None},
+            self.added: None,
             "model_type": f"compressm_{stock.model_type}",
-            "size_field": self.size_field,
-            "width_field": self.width_field,
-            "per_layer_fields": frozenset({self.size_field, self.width_field}),
+            "kind": self,
+            "per_layer_fields": frozenset({self.size_field, self.added}),
         }
         return strict(type(self.name, (DeltaStatesConfig, stock), space))
 
@@ -109,6 +116,9 @@ CONFIG_KINDS = (
     DeltaConfigKind("qwen4_exp", "Qwen4ExpTextConfig"),
     DeltaConfigKind("lara_mini", "LaraMiniConfig"),
     DeltaConfigKind("olmo_hybrid", "OlmoHybridConfig"),
+    DeltaConfigKind("kimi_linear", "KimiLinearConfig", width_field="linear_head_dim", added="linear_key_head_dim"),
+    DeltaConfigKind("bailing_hybrid", "BailingHybridConfig", width_field="linear_head_dim", added="linear_key_head_dim"),
+    DeltaConfigKind("glm5_next", "Glm5NextTextConfig", width_field="linear_head_dim", added="linear_key_head_dim"),
 )
 
 

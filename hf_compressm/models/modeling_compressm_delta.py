@@ -48,16 +48,17 @@ class DeltaStates(nn.Module):
     rules: ClassVar[tuple[str, str]] = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
     heads: ClassVar[str] = "num_k_heads"
     value_channels: ClassVar[str] = "head_v_dim"
+    keeps_texts_apart: ClassVar[bool] = True  # whether the recurrence is told where packed texts begin
     state_proj: nn.Parameter | None
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
-        size, width = getattr(config, config.size_field), getattr(config, config.width_field)
         unprojected = copy.copy(config)
-        setattr(unprojected, config.size_field, size if width is None else width)
+        if config.projection is not None and config.kind.added == config.kind.width_field:
+            setattr(unprojected, config.kind.size_field, config.projection[1])
         super().__init__(unprojected, layer_idx)
         self.register_parameter("state_proj", None)
-        if width is not None:
-            self.state_proj = nn.Parameter(torch.empty(getattr(self, self.heads), size, width))
+        if config.projection is not None:
+            self.state_proj = nn.Parameter(torch.empty(getattr(self, self.heads), *config.projection))
             if self.state_proj.device.type != "meta":
                 self.init_projection()
 
@@ -98,6 +99,8 @@ class DeltaStates(nn.Module):
         scale = (self.state_proj.shape[1] / channels) ** 0.5  # the recurrence divides by sqrt(N)
         q, k = (self._project(vectors.unflatten(-1, (heads, channels))) for vectors in (q, k))
         v = v.unflatten(-1, (-1, getattr(self, self.value_channels)))
+        if self.keeps_texts_apart:
+            kwargs["cu_seqlens"] = kwargs.pop("cu_seq_lens_q", None)
         rule = getattr(self.modeling, self.rules[state is not None and v.shape[1] == 1])
         read, state = rule(
             (q * scale).to(v.dtype),
@@ -108,7 +111,6 @@ class DeltaStates(nn.Module):
             initial_state=state,
             output_final_state=cache is not None,
             use_qk_l2norm_in_kernel=False,
-            cu_seqlens=kwargs.pop("cu_seq_lens_q", None),
             **kwargs,
         )
         if cache is not None:
@@ -137,9 +139,12 @@ class DeltaStates(nn.Module):
 
     def outputs(self, read: Tensor, gate: Tensor) -> Tensor:
         """The layer's output, from what its value heads read and the gate."""
+        return self.out_proj(self._normalized(self.norm, read, gate))
+
+    def _normalized(self, norm: nn.Module, read: Tensor, gate: Tensor) -> Tensor:
+        """What all value heads read, `(batch, length, channels)`, after the gated norm of every head."""
         shape = read.shape
-        read = self.norm(read.reshape(-1, shape[-1]), gate.reshape(-1, shape[-1]))
-        return self.out_proj(read.reshape(*shape[:2], -1))
+        return norm(read.reshape(-1, shape[-1]), gate.reshape(-1, shape[-1])).reshape(*shape[:2], -1)
 
     def log_decay(self, a: Tensor) -> Tensor:
         """g; in float32, since the rate may overflow in float16."""
@@ -182,9 +187,35 @@ class SeparateDeltaStates(DeltaStates):
 
     def outputs(self, read: Tensor, gate: Tensor) -> Tensor:
         """As in the base class."""
-        shape = read.shape
-        read = self.o_norm(read.reshape(-1, shape[-1]), gate.reshape(-1, shape[-1]))
-        return self.o_proj(read.reshape(*shape[:2], -1))
+        return self.o_proj(self._normalized(self.o_norm, read, gate))
+
+
+class KimiDeltaStates(SeparateDeltaStates):
+    """Layers with a decay for every state: U selects channels, and the forget gate has a row for each one that stays.
+
+    After a cut U is trained as any parameter. The forget gate's bottleneck, and values and gates, have M channels.
+    """
+
+    rules = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
+    heads = "num_heads"
+    value_channels = "head_dim"
+    keeps_texts_apart = False
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if self.state_proj is None:
+            return
+        gate, rows = self.forget_gate, self.num_heads * self.state_proj.shape[1]
+        name = "f_b_proj" if hasattr(gate, "f_b_proj") else "f_proj"
+        setattr(gate, name, nn.Linear(getattr(gate, name).in_features, rows, bias=False))
+        gate.dt_bias = nn.Parameter(torch.empty(rows, dtype=gate.dt_bias.dtype))
+        gate.head_dim, gate.qkv_dim = self.state_proj.shape[1], rows
+
+    def inputs(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As in the base class."""
+        mixed = torch.cat([project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+        gate = self.g_proj(hidden_states) if hasattr(self, "g_proj") else self.g_b_proj(self.g_a_proj(hidden_states))
+        return mixed, gate, self.b_proj(hidden_states).sigmoid(), self.forget_gate(hidden_states)
 
 
 class DeltaStatesModel(ExportedWithCode):
@@ -233,7 +264,7 @@ class DeltaKind:
         states: what its layer adds to the stock one.
         layer: the name of the stock layer.
         model: the name of the stock backbone.
-        causal: the name of the stock language model.
+        causal: the name of the stock language model, if there is one.
         place: the attribute of a block that holds the layer.
     """
 
@@ -241,7 +272,7 @@ class DeltaKind:
     states: type[DeltaStates]
     layer: str
     model: str
-    causal: str
+    causal: str = ""
     place: str = "linear_attn"
 
     @property
@@ -257,7 +288,7 @@ class DeltaKind:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the stock classes that have a counterpart."""
-        return self.layer, self.model, self.causal
+        return tuple(name for name in (self.layer, self.model, self.causal) if name)
 
     def make(self, name: str) -> type:
         """The counterpart of the stock class of that name."""
@@ -272,8 +303,9 @@ class DeltaKind:
         space |= {
             "config_class": own_config_class(self.config),
             "_exported_classes": {
-                "AutoModel": f"{file}.CompreSSM{self.model}",
-                "AutoModelForCausalLM": f"{file}.CompreSSM{self.causal}",
+                auto: f"{file}.CompreSSM{each}"
+                for auto, each in (("AutoModel", self.model), ("AutoModelForCausalLM", self.causal))
+                if each
             },
         }
         inner = [self.layer] if name == self.model else [self.layer, self.model]
@@ -310,6 +342,25 @@ DELTA_KINDS = (
         "OlmoHybridGatedDeltaNet",
         "OlmoHybridModel",
         "OlmoHybridForCausalLM",
+    ),
+    DeltaKind(
+        _CONFIGS["kimi_linear"],
+        KimiDeltaStates,
+        "KimiLinearDeltaAttention",
+        "KimiLinearModel",
+        "KimiLinearForCausalLM",
+        "self_attn",
+    ),
+    DeltaKind(
+        _CONFIGS["bailing_hybrid"],
+        KimiDeltaStates,
+        "BailingHybridDeltaAttention",
+        "BailingHybridModel",
+        "BailingHybridForCausalLM",
+        "self_attn",
+    ),
+    DeltaKind(
+        _CONFIGS["glm5_next"], KimiDeltaStates, "Glm5NextTextLinearAttention", "Glm5NextTextModel", place="self_attn"
     ),
 )
 
