@@ -20,6 +20,7 @@ from hf_compressm.families.family import (
 )
 from hf_compressm.families.kimi import KimiFamily
 from hf_compressm.families.layout import Layout, rows, states
+from hf_compressm.families.lightning import LightningFamily
 from hf_compressm.families.lru import LRUFamily
 from hf_compressm.families.mamba2 import Mamba2Family
 from hf_compressm.families.mamba3 import Mamba3Family
@@ -46,6 +47,7 @@ __all__ = [
     "LayerCut",
     "LayerShape",
     "Layout",
+    "LightningFamily",
     "Mamba2Family",
     "Mamba3Family",
     "Measurement",

@@ -139,7 +139,7 @@ _LAYOUT = Layout(
     groups="num_heads",
     others=(*_OTHERS, *(f"{name}.weight" for name in _WIDE)),
 )
-_OWN = "hf_compressm.models.modeling_compressm_delta.CompreSSM"
+_OWN = "hf_compressm.models.modeling_compressm_linear_attention.CompreSSM"
 _FAMILIES = (
     ("kimi_linear", "KimiLinearDeltaAttention"),
     ("bailing_hybrid", "BailingHybridDeltaAttention"),

@@ -1,7 +1,7 @@
-"""Hugging Face models: S5, LRU, and Mamba, Mamba-2 and delta nets with a state size per layer.
+"""Hugging Face models: S5, LRU, and Mamba, Mamba-2 and linear attention with a state size per layer.
 
 They are registered with the Auto classes under `s5`, `lru`, `compressm_mamba`, `compressm_mamba2` and the model types
-of the delta nets with `compressm_` before them. This folder is flat, since its files are copied one by one beside
+of linear attention with `compressm_` before them. This folder is flat, since its files are copied one by one beside
 saved models, as custom code.
 """
 
@@ -13,8 +13,8 @@ from .configuration_compressm_mamba2 import CompreSSMamba2Config
 from .configuration_diagonal_ssm import DiagonalSSMConfig
 from .configuration_lru import LRUConfig
 from .configuration_s5 import S5Config
-from .modeling_compressm_delta import DELTA_KINDS, DeltaStates
-from .modeling_compressm_delta import own_class as _own_delta_class
+from .modeling_compressm_linear_attention import MODEL_KINDS
+from .modeling_compressm_linear_attention import own_class as _own_attention_class
 from .modeling_compressm_mamba import CompreSSMambaForCausalLM, CompreSSMambaModel
 from .modeling_compressm_mamba2 import CompreSSMamba2ForCausalLM, CompreSSMamba2Mixer, CompreSSMamba2Model
 from .modeling_lru import LRUForCausalLM, LRUForSequenceClassification, LRULayer, LRUModel
@@ -29,7 +29,6 @@ __all__ = [
     "CompreSSMambaConfig",
     "CompreSSMambaForCausalLM",
     "CompreSSMambaModel",
-    "DeltaStates",
     "DiagonalSSMConfig",
     "LRUConfig",
     "LRUForCausalLM",
@@ -49,25 +48,27 @@ __all__ = [
     "stock_class",
 ]
 
-_KNOWN_DELTA_KINDS = [kind for kind in DELTA_KINDS if kind.is_known]
-_DELTA_MODELS = tuple(_own_delta_class(f"CompreSSM{kind.model}") for kind in _KNOWN_DELTA_KINDS)
-_DELTA_LANGUAGE_MODELS = tuple(_own_delta_class(f"CompreSSM{kind.causal}") for kind in _KNOWN_DELTA_KINDS if kind.causal)
+_KNOWN_KINDS = [kind for kind in MODEL_KINDS if kind.is_known]
+_ATTENTION_MODELS = tuple(_own_attention_class(f"CompreSSM{kind.model}") for kind in _KNOWN_KINDS)
+_ATTENTION_LANGUAGE_MODELS = tuple(
+    _own_attention_class(f"CompreSSM{kind.causal}") for kind in _KNOWN_KINDS if kind.causal
+)
 
 # `register_for_auto_class` makes `save_pretrained` copy the code beside the weights.
 for _config_class in (
     *(S5Config, LRUConfig, CompreSSMambaConfig, CompreSSMamba2Config),
-    *(model.config_class for model in _DELTA_MODELS),
+    *(model.config_class for model in _ATTENTION_MODELS),
 ):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     _config_class.register_for_auto_class()
 
 for _auto_class, _model_classes in (
-    (AutoModel, (S5Model, LRUModel, CompreSSMambaModel, CompreSSMamba2Model, *_DELTA_MODELS)),
+    (AutoModel, (S5Model, LRUModel, CompreSSMambaModel, CompreSSMamba2Model, *_ATTENTION_MODELS)),
     (
         AutoModelForCausalLM,
         (
             *(S5ForCausalLM, LRUForCausalLM, CompreSSMambaForCausalLM, CompreSSMamba2ForCausalLM),
-            *_DELTA_LANGUAGE_MODELS,
+            *_ATTENTION_LANGUAGE_MODELS,
         ),
     ),
     (AutoModelForSequenceClassification, (S5ForSequenceClassification, LRUForSequenceClassification)),

@@ -15,11 +15,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block, Mamba2Mixer
 
-from .configuration_compressm_delta import own_config_class as own_delta_config
+from .configuration_compressm_linear_attention import own_config_class as own_attention_config
 from .configuration_compressm_mamba import CompreSSMambaConfig
 from .configuration_compressm_mamba2 import CompreSSMamba2Config
-from .modeling_compressm_delta import DELTA_KINDS, DeltaKind
-from .modeling_compressm_delta import own_class as own_delta_class
+from .modeling_compressm_linear_attention import MODEL_KINDS, ModelKind
+from .modeling_compressm_linear_attention import own_class as own_attention_class
 from .modeling_compressm_mamba import (
     CompreSSMambaBlock,
     CompreSSMambaForCausalLM,
@@ -66,16 +66,16 @@ class Counterparts:
         return [part for part in model.modules() if type(part) in self.layer.values()]
 
 
-def _of_delta_nets(kind: DeltaKind) -> Counterparts:
-    """The classes of delta nets."""
-    pairs = {getattr(kind.modeling, name): own_delta_class(f"CompreSSM{name}") for name in kind.names}
+def _of_linear_attention(kind: ModelKind) -> Counterparts:
+    """The classes of a model type with linear attention."""
+    pairs = {getattr(kind.modeling, name): own_attention_class(f"CompreSSM{name}") for name in kind.names}
     layer = getattr(kind.modeling, kind.layer)
     return Counterparts(
-        (kind.config.stock_class(), own_delta_config(kind.config)),
+        (kind.config.stock_class(), own_attention_config(kind.config)),
         {stock: own for stock, own in pairs.items() if stock is not layer},
         {layer: pairs[layer]},
         place=kind.place,
-        parameters=("state_proj",),
+        parameters=kind.states.projections,
         field=kind.config.added,
     )
 
@@ -95,7 +95,7 @@ _COUNTERPARTS = (
         parameters=("B_proj", "C_proj"),
         field="conv_state_size",
     ),
-    *(_of_delta_nets(kind) for kind in DELTA_KINDS if kind.is_known),
+    *(_of_linear_attention(kind) for kind in MODEL_KINDS if kind.is_known),
 )
 _CLASSES: dict[type, type] = {stock: own for each in _COUNTERPARTS for stock, own in each.classes.items()}
 _CONFIGS: dict[type, type] = dict(each.config for each in _COUNTERPARTS)

@@ -23,12 +23,19 @@ def _check_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
     family, index = family_of(module), getattr(module, "layer_idx", None)
     axis = None if family is None else family.cache_axis
-    if cache is None or family is None or axis is None or index is None or index >= len(cache.layers):
+    if cache is None or family is None or axis is None or index is None:
         return
     size = family.state_size(module)
-    for state in getattr(cache.layers[index], "recurrent_states", {}).values():
+    for state in _states(cache, index):
         if isinstance(state, Tensor) and state.shape[axis] != size:
             raise ValueError(
                 f"The cache holds {state.shape[axis]} states for layer {index}, which now has {size}: it was filled "
                 "before the layer was cut. Start again without this cache."
             )
+
+
+def _states(cache: Any, index: int) -> list[Any]:
+    """The states that a cache holds for a layer, in the places that transformers has for them."""
+    held = list(getattr(cache.layers[index], "recurrent_states", {}).values()) if index < len(cache.layers) else []
+    linear = getattr(cache, "linear_cache", [])  # of MiniMax
+    return held + linear[index : index + 1]

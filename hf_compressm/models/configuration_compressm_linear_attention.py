@@ -1,13 +1,15 @@
-"""Configurations of delta nets whose layers may have state sizes of their own, and project keys onto their states.
+"""Configurations of linear attention whose layers may have state sizes of their own, and project onto their states.
 
-| model types | states of a key head, the size field | channels of a key head before the projection |
+| layers | states of a key head, the size field | channels of a key head before the projection |
 |---|---|---|
 | gated delta nets | `linear_key_head_dim` | `conv_key_head_dim`, None without projection |
 | Kimi delta attention | `linear_key_head_dim`, None without projection | `linear_head_dim`, also that of values and gates |
+| lightning attention | `linear_key_head_dim`, None without projection | `head_dim`, also that of values and full attention |
 
 Every class is made when it is asked for, since it needs the files of its model type.
 """
 
+import copy
 import importlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,7 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from .configuration_compressm_mamba import layers_with_own
 
 
-class DeltaStatesConfig(PreTrainedConfig):
+class LinearAttentionConfig(PreTrainedConfig):
     """What the configurations share: a size per layer, and the width before the projection.
 
     Sizes go through transformers' own `per_layer_config`, for example
@@ -26,7 +28,7 @@ class DeltaStatesConfig(PreTrainedConfig):
     has the global values.
     """
 
-    kind: ClassVar["DeltaConfigKind"]
+    kind: ClassVar["ConfigKind"]
     per_layer_fields: ClassVar[frozenset[str]]
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -36,10 +38,17 @@ class DeltaStatesConfig(PreTrainedConfig):
         self.validate_architecture()
 
     @property
-    def projection(self) -> tuple[int, int] | None:
-        """States and channels of a key head, in the configuration of one layer; None without projection."""
-        sizes = getattr(self, self.kind.size_field), getattr(self, self.kind.width_field)
-        return None if None in sizes else sizes
+    def projected_states(self) -> int | None:
+        """States of a key head, in the configuration of a layer that projects; None without projection."""
+        return None if getattr(self, self.kind.added) is None else getattr(self, self.kind.size_field)
+
+    @property
+    def unprojected(self) -> PreTrainedConfig:
+        """The configuration from which the stock layer has the channels before the projection."""
+        config, width = copy.copy(self), getattr(self, self.kind.width_field)
+        if self.kind.added == self.kind.width_field and width is not None:
+            setattr(config, self.kind.size_field, width)
+        return config
 
     def validate_architecture(self) -> None:
         """Check the sizes of every layer. Runs at construction, before saving and when a model is built.
@@ -58,7 +67,7 @@ class DeltaStatesConfig(PreTrainedConfig):
                     f"`{size_field}` is {size} in layer {index}; it must be a positive integer. A layer needs states: "
                     "use 1 for the smallest."
                 )
-            if layer.projection is not None and width < size:
+            if layer.projected_states is not None and width is not None and width < size:
                 raise ValueError(
                     f"`{width_field}` is {width} in layer {index}, below its `{size_field}` of {size}: a projection "
                     f"cannot make states out of fewer channels. Use a `{size_field}` of at most {width}, or "
@@ -67,7 +76,7 @@ class DeltaStatesConfig(PreTrainedConfig):
 
 
 @dataclass(frozen=True)
-class DeltaConfigKind:
+class ConfigKind:
     """One model type.
 
     Attributes:
@@ -99,30 +108,31 @@ class DeltaConfigKind:
         stock = self.stock_class()
         space = {
             "__module__": __name__,
-            "__doc__": f"Configuration of a [`~transformers.{self.stock}`] with states of its own in every layer.",
+            "__doc__": f"A [`~transformers.{self.stock}`] with a size per layer.",
             "__annotations__": {self.added: int | None},
             self.added: None,
             "model_type": f"compressm_{stock.model_type}",
             "kind": self,
             "per_layer_fields": frozenset({self.size_field, self.added}),
         }
-        return strict(type(self.name, (DeltaStatesConfig, stock), space))
+        return strict(type(self.name, (LinearAttentionConfig, stock), space))
 
 
 CONFIG_KINDS = (
-    DeltaConfigKind("qwen3_next", "Qwen3NextConfig"),
-    DeltaConfigKind("qwen3_5", "Qwen3_5TextConfig"),
-    DeltaConfigKind("qwen3_5_moe", "Qwen3_5MoeTextConfig"),
-    DeltaConfigKind("qwen4_exp", "Qwen4ExpTextConfig"),
-    DeltaConfigKind("lara_mini", "LaraMiniConfig"),
-    DeltaConfigKind("olmo_hybrid", "OlmoHybridConfig"),
-    DeltaConfigKind("kimi_linear", "KimiLinearConfig", width_field="linear_head_dim", added="linear_key_head_dim"),
-    DeltaConfigKind("bailing_hybrid", "BailingHybridConfig", width_field="linear_head_dim", added="linear_key_head_dim"),
-    DeltaConfigKind("glm5_next", "Glm5NextTextConfig", width_field="linear_head_dim", added="linear_key_head_dim"),
+    ConfigKind("qwen3_next", "Qwen3NextConfig"),
+    ConfigKind("qwen3_5", "Qwen3_5TextConfig"),
+    ConfigKind("qwen3_5_moe", "Qwen3_5MoeTextConfig"),
+    ConfigKind("qwen4_exp", "Qwen4ExpTextConfig"),
+    ConfigKind("lara_mini", "LaraMiniConfig"),
+    ConfigKind("olmo_hybrid", "OlmoHybridConfig"),
+    ConfigKind("kimi_linear", "KimiLinearConfig", width_field="linear_head_dim", added="linear_key_head_dim"),
+    ConfigKind("bailing_hybrid", "BailingHybridConfig", width_field="linear_head_dim", added="linear_key_head_dim"),
+    ConfigKind("glm5_next", "Glm5NextTextConfig", width_field="linear_head_dim", added="linear_key_head_dim"),
+    ConfigKind("minimax", "MiniMaxConfig", width_field="head_dim", added="linear_key_head_dim"),
 )
 
 
-def own_config_class(kind: DeltaConfigKind) -> type:
+def own_config_class(kind: ConfigKind) -> type:
     """This package's class; it is made when it is asked for first."""
     if kind.name not in globals():
         globals()[kind.name] = kind.make()
@@ -136,4 +146,4 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["CONFIG_KINDS", "DeltaConfigKind", "DeltaStatesConfig", "own_config_class"]
+__all__ = ["CONFIG_KINDS", "ConfigKind", "LinearAttentionConfig", "own_config_class"]
