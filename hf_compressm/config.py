@@ -268,7 +268,7 @@ class CompreSSMConfig:
         )
         for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is None and name in RANK_RULES:
+            if value is None and name in (*RANK_RULES, "refit_steps"):
                 continue
             if not _is_finite(value) or int(value) != value or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {quoted(value)}.")

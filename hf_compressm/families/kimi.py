@@ -42,6 +42,11 @@ class KimiFamily(ProjectingFamily):
         """A cached state is `(batch, heads, N, P)`."""
         return -2
 
+    @property
+    def reruns(self) -> bool:
+        """As for the delta nets: norm and erase term are not in the moments of the states."""
+        return True
+
     def state_entries(self, module: Any) -> int:
         """One matrix for each head."""
         return self.state_size(module) * int(module.qkv_dim)

@@ -34,6 +34,11 @@ class LightningFamily(Mamba2Family):
         return -2
 
     @property
+    def reruns(self) -> bool:
+        """A norm over all heads follows the recurrence."""
+        return True
+
+    @property
     def unfused(self) -> Mapping[str, Any]:
         """The class in which it calls its recurrence."""
         return {"__class__": own_class("CompreSSMMiniMaxLightningAttention")}
