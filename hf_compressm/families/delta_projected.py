@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from hf_compressm.families.family import (
-    AttributeChange,
     CutMethod,
     LayerCut,
     LayerShape,

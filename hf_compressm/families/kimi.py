@@ -3,10 +3,10 @@
     S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(N)
 
 Source: Kimi Linear, arXiv 2510.26692, equation 1. Symbols are those of `delta.py`, and g is
-`(batch, length, heads, N)`. Nothing but a selection of states commutes with the decay. A stock layer has no state size
-of its own, since `linear_head_dim` is also the width of its values and the bottleneck of its gates: only a layer of this
-package's classes is cut. Its projection behind the L2 norm begins as a selection, and the forget gate keeps the rows of
-the channels that stay.
+`(batch, length, heads, N)`. Nothing but a selection of states commutes with the decay. A stock layer has no state
+size of its own, since `linear_head_dim` is also the width of its values and the bottleneck of its gates: only a layer
+of this package's classes is cut. Its projection behind the L2 norm begins as a selection, and the forget gate keeps
+the rows of the channels that stay.
 """
 
 from collections.abc import Mapping

@@ -5,8 +5,12 @@ of linear attention with `compressm_` before them. This folder is flat, since it
 saved models, as custom code.
 """
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from . import configuration_compressm_linear_attention as _attention_configs
+from . import modeling_compressm_linear_attention as _attention_models
 from .adopting import adopt, adopt_config, own_class, own_config_class, release, stock_class
 from .configuration_compressm_mamba import CompreSSMambaConfig
 from .configuration_compressm_mamba2 import CompreSSMamba2Config
@@ -76,3 +80,11 @@ for _auto_class, _model_classes in (
     for _model_class in _model_classes:
         _auto_class.register(_model_class.config_class, _model_class, exist_ok=True)
         _model_class.register_for_auto_class(_auto_class.__name__)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of linear attention, which are made when they are asked for."""
+    for module in (_attention_configs, _attention_models):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,12 @@
 """Configurations of linear attention whose layers may have state sizes of their own, and project onto their states.
 
-| layers | states of a key head, the size field | channels of a key head before the projection |
+| layers | states of a key head | channels of a key head before the projection |
 |---|---|---|
-| gated delta nets | `linear_key_head_dim` | `conv_key_head_dim`, None without projection |
-| Kimi delta attention | `linear_key_head_dim`, None without projection | `linear_head_dim`, also that of values and gates |
-| lightning attention | `linear_key_head_dim`, None without projection | `head_dim`, also that of values and full attention |
+| gated delta nets | `linear_key_head_dim` | `conv_key_head_dim` |
+| Kimi delta attention | `linear_key_head_dim` | `linear_head_dim`, also that of values and gates |
+| lightning attention | `linear_key_head_dim` | `head_dim`, also that of values and of full attention |
+
+A layer without a value in that one of the two fields which transformers does not have does not project.
 
 Every class is made when it is asked for, since it needs the files of its model type.
 """
@@ -98,12 +100,12 @@ class ConfigKind:
         """The name of this package's class."""
         return f"CompreSSM{self.stock}"
 
-    def stock_class(self) -> type:
+    def stock_class(self) -> Any:
         """The configuration class of transformers."""
         module = importlib.import_module(f"transformers.models.{self.folder}.configuration_{self.folder}")
         return getattr(module, self.stock)
 
-    def make(self) -> type:
+    def make(self) -> Any:
         """This package's class."""
         stock = self.stock_class()
         space = {
@@ -132,7 +134,7 @@ CONFIG_KINDS = (
 )
 
 
-def own_config_class(kind: ConfigKind) -> type:
+def own_config_class(kind: ConfigKind) -> Any:
     """This package's class; it is made when it is asked for first."""
     if kind.name not in globals():
         globals()[kind.name] = kind.make()

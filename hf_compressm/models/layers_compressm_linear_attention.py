@@ -2,8 +2,10 @@
 
 Delta nets project behind the L2 norm, and lightning attention behind the SiLU:
 
-    q~ = U q / |q|,  k~ = U k / |k|,  S_t = exp(g_t) (I - beta_t k~ k~^T) S_{t-1} + beta_t k~ v_t^T,  o_t = S_t^T q~ / sqrt(M)
-    q~ = C_proj q,   k~ = B_proj k,   S_t = lambda S_{t-1} + k~ v_t^T,                               o_t = S_t^T q~
+    q~ = U q / |q|,  k~ = U k / |k|,  S_t = exp(g_t) (I - beta_t k~ k~^T) S_{t-1} + beta_t k~ v_t^T
+    q~ = C_proj q,   k~ = B_proj k,   S_t = lambda S_{t-1} + k~ v_t^T
+
+A value head reads `S_t^T q~`, in delta nets divided by sqrt(M).
 
 Norm and activation are between q, k and their input projections, so the matrices cannot be folded into these. The
 recurrence is a function of transformers, looked up in its file at every call: a kernel or a faster function in its

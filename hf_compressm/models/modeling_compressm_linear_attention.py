@@ -29,7 +29,7 @@ from .layers_compressm_linear_attention import (
 
 
 class LinearAttentionModel(ExportedWithCode):
-    """Base of models: the stock one, in which every layer of linear attention is one of this package, with the sizes of its layer.
+    """Base of models: the stock one, with layers of linear attention of this package, each with its own size.
 
     Args:
         config: A configuration; `config.per_layer_config[i]` is that of layer i.
@@ -100,10 +100,10 @@ class ModelKind:
         """The names of the stock classes that have a counterpart."""
         return tuple(name for name in (self.layer, self.model, self.causal) if name)
 
-    def make(self, name: str) -> type:
+    def make(self, name: str) -> Any:
         """The counterpart of the stock class of that name."""
         stock = getattr(self.modeling, name)
-        space = {"__module__": __name__, "__doc__": f"The counterpart of transformers' `{name}`."}
+        space: dict[str, Any] = {"__module__": __name__, "__doc__": f"The counterpart of transformers' `{name}`."}
         if name == self.layer:
             space |= {"modeling": self.modeling}
             if hasattr(stock, "kernel_layer_name"):  # by which another forward could take the place of this one
@@ -187,7 +187,7 @@ MODEL_KINDS = (
 )
 
 
-def own_class(name: str) -> type:
+def own_class(name: str) -> Any:
     """A class of this file; it is made when it is asked for first."""
     if name not in globals():
         for kind in MODEL_KINDS:
@@ -199,8 +199,8 @@ def own_class(name: str) -> type:
     return globals()[name]
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     return own_class(name)
 
 
-__all__ = ["MODEL_KINDS", "ModelKind", "LinearAttentionModel", "own_class"]
+__all__ = ["MODEL_KINDS", "LinearAttentionModel", "ModelKind", "own_class"]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 STEPS = 50
-"""More steps lower the loss by less than a thousandth."""
+"""Ten times as many lower the loss by less than 0.002, of 2 for nothing kept."""
 ARMIJO = 1e-4
 """Share of the decrease that the slope promises, below which a step is too long."""
 SMALLEST_STEP = 1e-12
@@ -41,14 +41,17 @@ def shared_projection_loss(Q: Tensor, K: Tensor, U: Tensor) -> float:
 def shared_directions(Q: Tensor, K: Tensor) -> Tensor:
     """An orthonormal basis, by how much of the products lies in each direction, `(N, N)`; O(N^3).
 
-    Its first r rows are where `shared_projection` begins.
+    These are the eigenvectors of `K^(1/2) Q K^(1/2) / tr(Q K) + K^2 / tr(K^2)`. Their first r rows are where
+    `shared_projection` begins.
 
     Args:
         Q: `(N, N)` second moment of the queries.
         K: `(N, N)` second moment of the keys.
     """
     Q, K = _scaled(Q, K)
-    return torch.linalg.eigh(_symmetric(Q @ K) + K @ K).eigenvectors.flip(1).mT
+    values, vectors = torch.linalg.eigh(K)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    return torch.linalg.eigh(root @ Q @ root + K @ K).eigenvectors.flip(1).mT
 
 
 def shared_projection(Q: Tensor, K: Tensor, U: Tensor) -> Tensor:
@@ -95,8 +98,8 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def _scaled(Q: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
-    """Q and K in units in which `tr(Q K)` and `tr(K K)` are 1, or 0 without any signal."""
+    """Q and K in units in which `tr(Q K)` and `tr(K K)` are 1; 0 without any signal."""
     Q, K = Q.double(), K.double()
-    tiny = torch.finfo(torch.float64).tiny
-    K = K / (K * K).sum().clamp_min(tiny).sqrt()
-    return Q / (Q * K).sum().clamp_min(tiny), K
+    keys, products = (K * K).sum().sqrt(), (Q * K).sum()
+    K = K / keys if keys > 0 else torch.zeros_like(K)
+    return (Q * keys / products if products > 0 else torch.zeros_like(Q)), K

@@ -165,7 +165,7 @@ def test_a_tolerance_gives_layers_sizes_of_their_own(family: Family, tmp_path: P
     quieten(next(iter(layers(model).values())), channels=slice(2, None), loudness=1e-2)
     result = compress(model, CompreSSMConfig(tolerance=0.05, min_reduction=0, **BEST), family.calibration())
     assert list(result.state_sizes_after.values()) == sizes(model) == written_sizes(model)
-    assert sizes(model)[0] < sizes(model)[1] < FULL
+    assert sizes(model)[0] < sizes(model)[1]
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert sizes(loaded) == sizes(model)
