@@ -127,6 +127,9 @@ QWEN3_5_MOE = stock_family("qwen3_5_moe", "Qwen3_5Moe", config_class="Qwen3_5Moe
 QWEN4_EXP = stock_family("qwen4_exp", "Qwen4Exp", config_class="Qwen4ExpTextConfig")
 LARA_MINI = stock_family("lara_mini", "LaraMini")
 OLMO_HYBRID = stock_family("olmo_hybrid", "OlmoHybrid")
+KIMI_LINEAR = stock_family("kimi_linear", "KimiLinear")
+BAILING_HYBRID = stock_family("bailing_hybrid", "BailingHybrid")
+MINIMAX = stock_family("minimax", "MiniMax")
 S5 = Family("s5", "s5", S5ForCausalLM, S5Config, granularity=2)
 S5_COMPLEX = Family("s5-complex", "s5", S5ForCausalLM, S5Config, {"conj_sym": False})
 S5_CLASSIFIER = Family(
@@ -159,6 +162,8 @@ MAMBA_FAMILIES = (
     NEMOTRON_H,
 )
 DELTA_NETS = (QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, LARA_MINI, OLMO_HYBRID)
+ONLY_OWN = (KIMI_LINEAR, BAILING_HYBRID, MINIMAX)
+"""Families whose stock layers have no state size of their own: only layers of this package's classes are cut."""
 OTHERS = (S5, S5_COMPLEX, S5_CLASSIFIER, S5_BIDIRECTIONAL, LRU, XLSTM, XLSTM_BIASED)
 FAMILIES = (*MAMBA_FAMILIES, *DELTA_NETS, *OTHERS)
 LAYOUTS = (MAMBA, FALCON_MAMBA, ZAMBA, MAMBA2, BAMBA, QWEN3_NEXT, QWEN3_5, S5, LRU, XLSTM)

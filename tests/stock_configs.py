@@ -30,6 +30,27 @@ INDEXER = {
     "hc_lowrank": 4,
 }
 
+LATENT_ATTENTION = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+KIMI_DELTA_NET = {
+    **LATENT_ATTENTION,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_layer_types": ["dense", "sparse", "dense"],
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
 COMMON: dict[str, Any] = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -56,6 +77,9 @@ SIZE_FIELDS = {
     "lara_mini": "linear_key_head_dim",
     "olmo_hybrid": "linear_key_head_dim",
     "xlstm": "qk_dim_factor",
+    "kimi_linear": "linear_head_dim",
+    "bailing_hybrid": "head_dim",
+    "minimax": "head_dim",
 }
 GROUP_FIELDS = {
     "mamba2": "n_groups",
@@ -145,9 +169,22 @@ OWN: dict[str, dict[str, Any]] = {
         "use_cache": False,  # its cache is overwritten in place, and then there are no gradients
     },
 }
+# Families whose stock layers have no state size of their own: their field is also the width of other things.
+WITHOUT_SIZE: dict[str, dict[str, Any]] = {
+    "kimi_linear": {**KIMI_DELTA_NET, "linear_num_heads": 2},
+    "bailing_hybrid": KIMI_DELTA_NET,
+    "minimax": {
+        **ATTENTION,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+        "block_size": 8,
+    },
+}
 
 
 def stock_settings(family: str, state_size: int) -> dict[str, Any]:
-    """Keyword arguments of a family's configuration; as many heads as channels, and a factor is the size."""
+    """Keyword arguments of a family's configuration; with as many heads as channels, xLSTM's factor is the size."""
     size = float(state_size) if family == "xlstm" else state_size
-    return {**COMMON, **OWN[family], SIZE_FIELDS[family]: size}
+    return {**COMMON, **{**OWN, **WITHOUT_SIZE}[family], SIZE_FIELDS[family]: size}

@@ -136,26 +136,28 @@ class SavedModel:
             if place and layers is not None and int(place[1]) >= layers:
                 raise ValueError(f"{self.directory} has a tensor {name}, but {layers} layers by its {CONFIG_FILE}.")
         for layer in find_layers(wanted):
-            on_disk = self.layer_shapes(layer.name)
-            expected = {name: tuple(parameter.shape) for name, parameter in layer.module.named_parameters()}
+            prefix = f"{layer.name}." if layer.name else ""
+            on_disk = {f"{prefix}{name}": shape for name, shape in self.layer_shapes(layer.name).items()}
+            expected = {
+                f"{prefix}{name}": tuple(parameter.shape) for name, parameter in layer.module.named_parameters()
+            }
             if not expected.keys() <= on_disk.keys():
-                expected = _as_saved(wanted, layer.name)
+                expected = _as_saved(wanted, prefix)
+            if not expected.keys() <= on_disk.keys():  # the layer itself may have another name
+                on_disk = {name: header.shape for name, header in self.headers.items() if name in expected}
             for name, shape in expected.items():
-                full = f"{layer.name}.{name}" if layer.name else name
                 if name not in on_disk:
-                    raise ValueError(f"{self.directory} has no tensor {full}, which its {CONFIG_FILE} asks for.")
-                if on_disk[name] != shape:
+                    raise ValueError(f"{self.directory} has no tensor {name}, which its {CONFIG_FILE} asks for.")
+                if tuple(on_disk[name]) != shape:
                     raise ValueError(
-                        f"{self.directory}: {CONFIG_FILE} is at odds with the weights: {full} has shape "
-                        f"{on_disk[name]}, but {shape} by the sizes in {CONFIG_FILE}. Restore the file that was "
-                        "changed."
+                        f"{self.directory}: {CONFIG_FILE} is at odds with the weights: {name} has shape "
+                        f"{tuple(on_disk[name])}, but {shape} by the sizes in {CONFIG_FILE}. Restore the file that "
+                        "was changed."
                     )
-            known = {*expected, *(name for name, _ in layer.module.named_buffers())}
-            extra = [name for name in on_disk if layer.name and name not in known]
+            known = {*expected, *(f"{prefix}{name}" for name, _ in layer.module.named_buffers())}
+            extra = [name for name in on_disk if prefix and name not in known]
             if extra:
-                raise ValueError(
-                    f"{self.directory} has a tensor {layer.name}.{extra[0]} that its {CONFIG_FILE} has no place for."
-                )
+                raise ValueError(f"{self.directory} has a tensor {extra[0]} that its {CONFIG_FILE} has no place for.")
 
     def layer_shapes(self, layer: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors of a layer, by their names in it; empty if it is not there.
@@ -225,19 +227,17 @@ def _model_class(architectures: Any) -> type[PreTrainedModel] | None:
     return found if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None
 
 
-def _as_saved(model: PreTrainedModel, layer: str) -> dict[str, tuple[int, ...]]:
+def _as_saved(model: PreTrainedModel, prefix: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a layer by the names that transformers saves them under, which may fuse or split them.
 
     Args:
         model: a model without memory for parameters.
-        layer: dotted name of the layer.
+        prefix: of the names of the layer's tensors in the model.
     """
-    prefix = f"{layer}." if layer else ""
     held: dict[str, torch.Tensor] = {
         name: value for name, value in model.named_parameters() if name.startswith(prefix)
     }
-    saved = revert_weight_conversion(model, held)
-    return {name.removeprefix(prefix): tuple(value.shape) for name, value in saved.items()}
+    return {name: tuple(value.shape) for name, value in revert_weight_conversion(model, held).items()}
 
 
 def _below_the_head(name: str) -> str:

@@ -18,7 +18,9 @@ from hf_compressm.families.family import (
     SSMLayer,
     Statistics,
 )
+from hf_compressm.families.kimi import KimiFamily
 from hf_compressm.families.layout import Layout, rows, states
+from hf_compressm.families.lightning import LightningFamily
 from hf_compressm.families.lru import LRUFamily
 from hf_compressm.families.mamba2 import Mamba2Family
 from hf_compressm.families.mamba3 import Mamba3Family
@@ -48,10 +50,12 @@ __all__ = [
     "DeltaFamily",
     "Family",
     "Holder",
+    "KimiFamily",
     "LRUFamily",
     "LayerCut",
     "LayerShape",
     "Layout",
+    "LightningFamily",
     "MLSTMFamily",
     "Mamba2Family",
     "Mamba3Family",

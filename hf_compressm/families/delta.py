@@ -12,6 +12,7 @@
 
 Source: Gated Delta Networks, arXiv 2412.06464, equation 10. Queries and keys come out of a convolution, SiLU and an L2
 norm, so nothing can be folded into them: a stock layer keeps some of its channels, the same ones for queries and keys.
+A layer of this package's classes projects them behind the norm, see `delta_projected.py`.
 The channels of a key head are read out by all of its value heads. They are kept by elimination on what their read-outs
 `q_i S[i, :]` add to the layer's output together, `M` in `selective.py`. What remains of norm and erase term is not in
 that: the error is told by running the cut layer.
@@ -21,13 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hf_compressm.families.delta_projected import ProjectingFamily
 from hf_compressm.families.layout import B, C, Layout, Part, rows
 from hf_compressm.families.registry import register
-from hf_compressm.families.selective import SelectiveFamily
 
 
 @dataclass(frozen=True)
-class DeltaFamily(SelectiveFamily):
+class DeltaFamily(ProjectingFamily):
     """Family of the gated delta nets of transformers and fla."""
 
     @property

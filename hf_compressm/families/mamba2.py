@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_compressm.families.family import (
     AttributeChange,
@@ -39,7 +39,13 @@ from hf_compressm.families.selective import Selection, SelectiveFamily, paramete
 
 @dataclass(frozen=True)
 class Mamba2Family(SelectiveFamily):
-    """Family of `Mamba2Mixer`, the Mamba-2 mixers of hybrids, and the layers of mamba-ssm and fla."""
+    """Family of `Mamba2Mixer`, the Mamba-2 mixers of hybrids, and the layers of mamba-ssm and fla.
+
+    Attributes:
+        beside: the projection that `B_proj` and `C_proj` are beside in an optimizer.
+    """
+
+    beside: str = "in_proj"
 
     def state_entries(self, module: Any) -> int:
         """One number for each channel and state."""
@@ -48,19 +54,19 @@ class Mamba2Family(SelectiveFamily):
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
         """Empirical HSVs, and the order in which states, or balanced states, are kept."""
         measured = super().measure(layer, method, statistics)
-        if measured.problem or statistics is None or not self._projects(layer, method):
+        if measured.problem or statistics is None or not self.projects(layer, method):
             return measured
         return in_balanced_states(measured, statistics.mean("P"), statistics.mean("Q"), layer, method)
 
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
         """Select `size` states of every group, or project onto as many."""
-        if not self._projects(layer, method):
+        if not self.projects(layer, method):
             return super().cut(layer, method, measurement, size)
         selection: Selection = measurement.detail
         W, V = projections(selection, size)
         spectrum = measurement.hankel_singular_values
         width = getattr(layer.module, "conv_state_size", layer.state_size)
-        changes, additions = _projection_changes(layer, W, V)
+        changes, additions = _projection_changes(layer, W, V, getattr(layer.module, self.beside).weight)
         return LayerCut(
             changes=changes,
             additions=additions,
@@ -73,7 +79,7 @@ class Mamba2Family(SelectiveFamily):
 
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
         """Projection and convolution if states are selected; none if B and C are projected."""
-        return () if self._projects(layer, method) else super().cut_parts(layer, method)
+        return () if self.projects(layer, method) else super().cut_parts(layer, method)
 
     def state_axes(self, module: Any) -> Mapping[str, int | None]:
         """Those of the layout, and of the projections after the convolution."""
@@ -91,7 +97,7 @@ class Mamba2Family(SelectiveFamily):
             return (AttributeChange(module, self.layout.state_size, size),)
         return super().attributes(module, size, kept)
 
-    def _projects(self, layer: SSMLayer, method: CutMethod) -> bool:
+    def projects(self, layer: SSMLayer, method: CutMethod) -> bool:
         """Whether B and C are projected after the convolution; a layer with projections keeps them."""
         return method.project or getattr(layer.module, "B_proj", None) is not None
 
@@ -119,7 +125,7 @@ def heads(module: Any) -> int:
 
 
 def _projection_changes(
-    layer: SSMLayer, W: Tensor, V: Tensor
+    layer: SSMLayer, W: Tensor, V: Tensor, beside: nn.Parameter
 ) -> tuple[tuple[ParameterChange, ...], tuple[ParameterAddition, ...]]:
     """`B_proj` and `C_proj` of a layer: new ones, or the present ones projected further.
 
@@ -129,7 +135,6 @@ def _projection_changes(
     forward = {"B_proj": W, "C_proj": V.mT}
     adjoint = {"B_proj": V.mT, "C_proj": W}
     if getattr(module, "B_proj", None) is None:
-        beside = module.in_proj.weight
         added = (ParameterAddition(parameter_name(layer, name), module, forward[name], beside) for name in forward)
         return (), tuple(added)
     changes = (

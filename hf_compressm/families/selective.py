@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import maybe_autocast
 
-from hf_compressm.families.calls import SELECTIVE, Call, Seen, selective_inputs, signals
+from hf_compressm.families.calls import DELTA, SELECTIVE, Call, Seen, selective_inputs, signals
 from hf_compressm.families.family import (
     AttributeChange,
     CutMethod,
@@ -104,10 +104,10 @@ class RecurrenceStatistics(Statistics):
 
 
 class CovarianceStatistics(RecurrenceStatistics):
-    """Loudness-weighted state covariance P and read-out covariance Q of every group."""
+    """Loudness-weighted state covariance P and read-out covariance Q of every group; of the delta rule, keys too."""
 
     def sums_of(self, call: Call, mask: Tensor | None) -> dict[str, Tensor]:
-        """P, Q and, where a read-out cannot be folded in, M."""
+        """P, Q, where a read-out cannot be folded in M, and of the delta rule K `E[k k^T]`."""
         seen = signals(call, mask)
         every, sums = seen.every, {"tokens": seen.mask.sum()}
         gains, reads = seen.gain[every - 1 :: every], seen.C[:, every - 1 :: every].transpose(0, 1)
@@ -125,6 +125,8 @@ class CovarianceStatistics(RecurrenceStatistics):
             self.sample(weighted, reads[start : start + states.shape[0]], start, reads.shape[0])
             start += states.shape[0]
         sums["Q"] = _second_moment((seen.C * seen.mask[..., None, None]).movedim(2, 0))
+        if call.kind == DELTA:
+            sums["K"] = _second_moment((seen.B * seen.mask[..., None, None]).movedim(2, 0))
         if self.family.sampled_tokens:
             for name, signal in (("B", seen.B), ("C", seen.C)):
                 rows = signal.detach()[seen.mask > 0]
@@ -274,11 +276,14 @@ class SelectiveFamily(Family):
 
     def cached_sizes(self, module: Any, given: Sequence[Any]) -> Iterator[int]:
         """What the layer's recurrent states hold in a cache of transformers."""
-        cache = next((value for value in given if isinstance(value, Cache)), None)
+        cache: Any = next((value for value in given if isinstance(value, Cache)), None)
         index = getattr(module, "layer_idx", None)
-        if cache is not None and index is not None and index < len(cache.layers):
-            states = getattr(cache.layers[index], "recurrent_states", {}).values()
-            yield from (state.shape[self.cache_axis] for state in states if isinstance(state, Tensor))
+        if cache is None or index is None:
+            return
+        layers, linear = cache.layers[index : index + 1], getattr(cache, "linear_cache", [])  # of MiniMax
+        held = [state for layer in layers for state in getattr(layer, "recurrent_states", {}).values()]
+        every = (*held, *linear[index : index + 1])
+        yield from (state.shape[self.cache_axis] for state in every if isinstance(state, Tensor))
 
     def state_axes(self, module: Any) -> Mapping[str, int | None]:
         """Those of the layout."""

@@ -1,17 +1,24 @@
-"""Hugging Face models: S5, LRU, and Mamba and Mamba-2 with a state size per layer.
+"""Hugging Face models: S5, LRU, and Mamba, Mamba-2 and linear attention with a state size per layer.
 
-They are registered with the Auto classes under `s5`, `lru`, `compressm_mamba` and `compressm_mamba2`. This folder is
-flat, since its files are copied one by one beside saved models, as custom code.
+They are registered with the Auto classes under `s5`, `lru`, `compressm_mamba`, `compressm_mamba2` and the model types
+of linear attention with `compressm_` before them. This folder is flat, since its files are copied one by one beside
+saved models, as custom code.
 """
+
+from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from . import configuration_compressm_linear_attention as _attention_configs
+from . import modeling_compressm_linear_attention as _attention_models
 from .adopting import adopt, adopt_config, own_class, own_config_class, release, stock_class
 from .configuration_compressm_mamba import CompreSSMambaConfig
 from .configuration_compressm_mamba2 import CompreSSMamba2Config
 from .configuration_diagonal_ssm import DiagonalSSMConfig
 from .configuration_lru import LRUConfig
 from .configuration_s5 import S5Config
+from .modeling_compressm_linear_attention import MODEL_KINDS
+from .modeling_compressm_linear_attention import own_class as _own_attention_class
 from .modeling_compressm_mamba import CompreSSMambaForCausalLM, CompreSSMambaModel
 from .modeling_compressm_mamba2 import CompreSSMamba2ForCausalLM, CompreSSMamba2Mixer, CompreSSMamba2Model
 from .modeling_lru import LRUForCausalLM, LRUForSequenceClassification, LRULayer, LRUModel
@@ -45,16 +52,39 @@ __all__ = [
     "stock_class",
 ]
 
+_KNOWN_KINDS = [kind for kind in MODEL_KINDS if kind.is_known]
+_ATTENTION_MODELS = tuple(_own_attention_class(f"CompreSSM{kind.model}") for kind in _KNOWN_KINDS)
+_ATTENTION_LANGUAGE_MODELS = tuple(
+    _own_attention_class(f"CompreSSM{kind.causal}") for kind in _KNOWN_KINDS if kind.causal
+)
+
 # `register_for_auto_class` makes `save_pretrained` copy the code beside the weights.
-for _config_class in (S5Config, LRUConfig, CompreSSMambaConfig, CompreSSMamba2Config):
+for _config_class in (
+    *(S5Config, LRUConfig, CompreSSMambaConfig, CompreSSMamba2Config),
+    *(model.config_class for model in _ATTENTION_MODELS),
+):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     _config_class.register_for_auto_class()
 
 for _auto_class, _model_classes in (
-    (AutoModel, (S5Model, LRUModel, CompreSSMambaModel, CompreSSMamba2Model)),
-    (AutoModelForCausalLM, (S5ForCausalLM, LRUForCausalLM, CompreSSMambaForCausalLM, CompreSSMamba2ForCausalLM)),
+    (AutoModel, (S5Model, LRUModel, CompreSSMambaModel, CompreSSMamba2Model, *_ATTENTION_MODELS)),
+    (
+        AutoModelForCausalLM,
+        (
+            *(S5ForCausalLM, LRUForCausalLM, CompreSSMambaForCausalLM, CompreSSMamba2ForCausalLM),
+            *_ATTENTION_LANGUAGE_MODELS,
+        ),
+    ),
     (AutoModelForSequenceClassification, (S5ForSequenceClassification, LRUForSequenceClassification)),
 ):
     for _model_class in _model_classes:
         _auto_class.register(_model_class.config_class, _model_class, exist_ok=True)
         _model_class.register_for_auto_class(_auto_class.__name__)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of linear attention, which are made when they are asked for."""
+    for module in (_attention_configs, _attention_models):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

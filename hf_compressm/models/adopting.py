@@ -1,8 +1,12 @@
-"""Moving a live stock Mamba or Mamba-2 into this package's class, in place and without touching a tensor.
+"""Moving a live stock model into this package's class, in place and without touching a tensor.
 
 Stock and own classes hold the same modules, parameters and buffers, so only the class of the objects has to change.
 Parameters keep their identity: optimizer, hooks and all references stay valid.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field as default
 
 from torch import nn
 from transformers import Mamba2Config, Mamba2ForCausalLM, Mamba2Model, MambaConfig, MambaForCausalLM, MambaModel
@@ -11,8 +15,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block, Mamba2Mixer
 
+from .configuration_compressm_linear_attention import own_config_class as own_attention_config
 from .configuration_compressm_mamba import CompreSSMambaConfig
 from .configuration_compressm_mamba2 import CompreSSMamba2Config
+from .modeling_compressm_linear_attention import MODEL_KINDS, ModelKind
+from .modeling_compressm_linear_attention import own_class as own_attention_class
 from .modeling_compressm_mamba import (
     CompreSSMambaBlock,
     CompreSSMambaForCausalLM,
@@ -27,32 +34,82 @@ from .modeling_compressm_mamba2 import (
 )
 
 
-_MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
-    MambaModel: CompreSSMambaModel,
-    MambaForCausalLM: CompreSSMambaForCausalLM,
-    Mamba2Model: CompreSSMamba2Model,
-    Mamba2ForCausalLM: CompreSSMamba2ForCausalLM,
-}
-_PARTS: dict[type, type] = {
-    MambaBlock: CompreSSMambaBlock,
-    MambaMixer: CompreSSMambaMixer,
-    Mamba2Block: CompreSSMamba2Block,
-    Mamba2Mixer: CompreSSMamba2Mixer,
-}
-_CONFIGS: dict[type, type] = {MambaConfig: CompreSSMambaConfig, Mamba2Config: CompreSSMamba2Config}
-_CLASSES: dict[type, type] = {**_MODELS, **_PARTS}
-# Parameters of an own mixer, which a stock mixer gets when it is adopted.
-_PROJECTIONS = ("B_proj", "C_proj")
+@dataclass(frozen=True)
+class Counterparts:
+    """The classes of one model type, each with the one of this package.
+
+    Attributes:
+        config: the stock class of its configuration, and this package's.
+        models: backbones and language models.
+        layer: its layers.
+        place: the attribute of a block that holds the layer.
+        block: its blocks; empty where this package needs none of its own.
+        parameters: what an own layer has besides, which a stock one gets, without a value, when it is adopted.
+        field: a field that the own configuration has besides.
+    """
+
+    config: tuple[type[PreTrainedConfig], type[PreTrainedConfig]]
+    models: Mapping[type[PreTrainedModel], type[PreTrainedModel]]
+    layer: Mapping[type, type]
+    place: str = "mixer"
+    block: Mapping[type, type] = default(default_factory=dict)
+    parameters: tuple[str, ...] = ()
+    field: str = ""
+
+    @property
+    def classes(self) -> dict[type, type]:
+        """All of them, by the stock class."""
+        return {**self.models, **self.block, **self.layer}
+
+    def own_layers(self, model: nn.Module) -> list[nn.Module]:
+        """The layers of a model that are of this package."""
+        return [part for part in model.modules() if type(part) in self.layer.values()]
+
+
+def _of_linear_attention(kind: ModelKind) -> Counterparts:
+    """The classes of a model type with linear attention."""
+    pairs = {getattr(kind.modeling, name): own_attention_class(f"CompreSSM{name}") for name in kind.names}
+    layer = getattr(kind.modeling, kind.layer)
+    return Counterparts(
+        (kind.config.stock_class(), own_attention_config(kind.config)),
+        {stock: own for stock, own in pairs.items() if stock is not layer},
+        {layer: pairs[layer]},
+        place=kind.place,
+        parameters=kind.states.projections,
+        field=kind.config.added,
+    )
+
+
+_COUNTERPARTS = (
+    Counterparts(
+        (MambaConfig, CompreSSMambaConfig),
+        {MambaModel: CompreSSMambaModel, MambaForCausalLM: CompreSSMambaForCausalLM},
+        {MambaMixer: CompreSSMambaMixer},
+        block={MambaBlock: CompreSSMambaBlock},
+    ),
+    Counterparts(
+        (Mamba2Config, CompreSSMamba2Config),
+        {Mamba2Model: CompreSSMamba2Model, Mamba2ForCausalLM: CompreSSMamba2ForCausalLM},
+        {Mamba2Mixer: CompreSSMamba2Mixer},
+        block={Mamba2Block: CompreSSMamba2Block},
+        parameters=("B_proj", "C_proj"),
+        field="conv_state_size",
+    ),
+    *(_of_linear_attention(kind) for kind in MODEL_KINDS if kind.is_known),
+)
+_CLASSES: dict[type, type] = {stock: own for each in _COUNTERPARTS for stock, own in each.classes.items()}
+_CONFIGS: dict[type, type] = dict(each.config for each in _COUNTERPARTS)
 
 
 def own_class(stock_class: type) -> type | None:
-    """This package's class for a stock model, block or mixer class; an own class itself; None for others."""
+    """This package's class for a stock model, block or layer class; an own class itself; None for others."""
     return stock_class if stock_class in _CLASSES.values() else _CLASSES.get(stock_class)
 
 
 def stock_class(model_class: type) -> type:
     """The stock class of an own model class; any other class itself."""
-    return next((stock for stock, own in _MODELS.items() if own is model_class), model_class)
+    models = {own: stock for each in _COUNTERPARTS for stock, own in each.models.items()}
+    return models.get(model_class, model_class)
 
 
 def own_config_class(stock_class: type) -> type | None:
@@ -61,41 +118,44 @@ def own_config_class(stock_class: type) -> type | None:
 
 
 def adopt(model: nn.Module) -> None:
-    """Turn a stock Mamba or Mamba-2, live and perhaps in training, into this package's class, in place.
+    """Turn a stock model, live and perhaps in training, into this package's class, in place.
 
-    The model, its backbone, blocks and mixers change their class, and so does the one configuration
-    that they share. No tensor moves; hooks, buffers, mode and generation configuration stay. The sizes stay
-    those of the stock model, until the caller changes them layer by layer. A model of an own class is left as it is.
-    Everything is checked before anything changes.
+    The model, its backbone and its layers change their class, and so does the one configuration that they share. No
+    tensor moves; hooks, buffers, mode and generation configuration stay. The sizes stay those of the stock model,
+    until the caller changes them layer by layer. A model of an own class is left as it is. Everything is checked
+    before anything changes.
 
     Args:
-        model: A `MambaModel`, `MambaForCausalLM`, `Mamba2Model` or `Mamba2ForCausalLM`, not a subclass.
+        model: A backbone or language model of a class that has a counterpart here, not a subclass.
 
     Raises:
         ValueError: When the model is none of these, or a part of it is not as its class builds it.
     """
-    if type(model) in _MODELS.values():
+    if any(type(model) in each.models.values() for each in _COUNTERPARTS):
         return
-    if type(model) not in _MODELS:
-        known = ", ".join(stock.__name__ for stock in _MODELS)
+    counterparts = next((each for each in _COUNTERPARTS if type(model) in each.models), None)
+    if counterparts is None:
+        known = ", ".join(stock.__name__ for each in _COUNTERPARTS for stock in each.models)
         raise ValueError(
             f"The model is a {type(model).__name__}, which has no counterpart here: only {known} can be adopted, "
             "and no subclasses. Pass the model without its wrapper, or keep the stock class with `compat='stock'`."
         )
-    parts = {name: part for name, part in model.named_modules() if type(part) in _CLASSES}
+    classes = counterparts.classes
+    parts = {name: part for name, part in model.named_modules() if type(part) in classes}
     found = [getattr(part, "config", None) for part in model.modules()]
     configs = list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
-    _check_parts(model, parts)
-    _check_configs(model, configs)
+    _check_parts(model, parts, counterparts)
+    _check_configs(model, configs, counterparts)
     for config in configs:
         adopt_config(config)
     for part in parts.values():
-        part.__class__ = _CLASSES[type(part)]
-        if isinstance(part, PreTrainedModel):  # which holds its own copy of the class's set
-            part._no_split_modules = set(type(part)._no_split_modules)
-        if isinstance(part, CompreSSMamba2Mixer):
-            for name in _PROJECTIONS:
-                part.register_parameter(name, None)
+        part.__class__ = classes[type(part)]
+        if isinstance(part, PreTrainedModel):
+            part._no_split_modules = set(type(part)._no_split_modules or ())  # its own copy of the class's set
+            vars(part).pop("_weight_conversions", None)  # back to the names of the stock checkpoint
+    for layer in counterparts.own_layers(model):
+        for name in counterparts.parameters:
+            layer.register_parameter(name, None)
 
 
 def release(model: nn.Module) -> None:
@@ -104,73 +164,77 @@ def release(model: nn.Module) -> None:
     This is needed to go back to a checkpoint from before the first cut into the own class. No tensor moves: the caller
     changes sizes that a stock model cannot have, and removes projections. A stock model is left as it is.
     """
-    stock_of = {own: stock for stock, own in _CLASSES.items()}
-    if type(model) not in _MODELS.values():
+    counterparts = next((each for each in _COUNTERPARTS if type(model) in each.models.values()), None)
+    if counterparts is None:
         return
+    stock_of = {own: stock for stock, own in counterparts.classes.items()}
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     for config in configs.values():
         release_config(config)
+    for layer in counterparts.own_layers(model):
+        for name in counterparts.parameters:
+            if layer._parameters[name] is None:
+                del layer._parameters[name]
     for part in model.modules():
-        if isinstance(part, CompreSSMamba2Mixer):
-            for name in _PROJECTIONS:
-                if part._parameters[name] is None:
-                    del part._parameters[name]
         if type(part) in stock_of:
             part.__class__ = stock_of[type(part)]
             if isinstance(part, PreTrainedModel):
-                part._no_split_modules = set(type(part)._no_split_modules)
+                part._no_split_modules = set(type(part)._no_split_modules or ())
 
 
 def release_config(config: PreTrainedConfig) -> None:
     """Turn the configuration of an own class back into the stock one, in place; leave others alone."""
-    for stock, own in _CONFIGS.items():
+    for each in _COUNTERPARTS:
+        stock, own = each.config
         if type(config) is own:
             config.__class__ = stock
-            vars(config).pop("conv_state_size", None)
+            vars(config).pop(each.field, None)
 
 
 def adopt_config(config: PreTrainedConfig) -> None:
-    """Turn the configuration of a stock Mamba or Mamba-2 into this package's class, in place; leave others alone."""
-    if type(config) not in _CONFIGS:
-        return
-    config.__class__ = _CONFIGS[type(config)]
-    vars(config).pop("model_type", None)  # which a loaded configuration repeats on the instance
-    if isinstance(config, CompreSSMamba2Config):
-        config.conv_state_size = None
+    """Turn a stock configuration into this package's class, in place; leave others alone."""
+    for each in _COUNTERPARTS:
+        stock, own = each.config
+        if type(config) is stock:
+            config.__class__ = own
+            vars(config).pop("model_type", None)  # which a loaded configuration repeats on the instance
+            if each.field:
+                setattr(config, each.field, None)
 
 
-def _check_parts(model: nn.Module, parts: dict[str, nn.Module]) -> None:
+def _check_parts(model: PreTrainedModel, parts: Mapping[str, nn.Module], counterparts: Counterparts) -> None:
     """Raise `ValueError` unless every layer has a block and a mixer of exactly the stock classes, unpatched."""
-    own_model = _MODELS[type(model)]
-    backbone = getattr(model, "backbone", model)
-    for index, block in enumerate(backbone.layers):
-        for part in (block, getattr(block, "mixer", None)):
-            if type(part) not in _PARTS:
+    own_model = counterparts.models[type(model)]
+    kinds = getattr(model.config, "layer_types", None)
+    for index, block in enumerate(model.base_model.layers):
+        expected = [(block, counterparts.block)] if counterparts.block else []
+        if counterparts.block or kinds is None or kinds[index] == "linear_attention":
+            expected.append((getattr(block, counterparts.place, None), counterparts.layer))
+        for part, classes in expected:
+            if type(part) not in classes:
                 raise ValueError(
                     f"Layer {index} has a module of class {type(part).__name__}, where {own_model.__name__} has "
                     "none. Undo what wraps or replaces parts of the layer before the cut."
                 )
     for name, part in parts.items():
-        if isinstance(part, MambaBlock | MambaMixer):  # whose own classes add no name and no `forward`
+        if type(part) not in counterparts.layer or not counterparts.parameters:  # no name and no `forward` is added
             continue
-        if isinstance(part, Mamba2Mixer) and "forward" in vars(part):
+        if "forward" in vars(part):
             raise ValueError(
                 f"{name} has a `forward` of its own, as accelerate's offload hooks set it, which would still run "
                 "the stock layer. Load the model without `device_map`, or call "
                 "`accelerate.hooks.remove_hook_from_submodules(model)` first."
             )
-        taken = [attribute for attribute in _PROJECTIONS if hasattr(part, attribute)]
+        taken = [attribute for attribute in counterparts.parameters if hasattr(part, attribute)]
         if taken:
             raise ValueError(f"{name or type(part).__name__} already has {taken[0]}, a name that its new class needs.")
 
 
-def _check_configs(model: nn.Module, configs: list[PreTrainedConfig]) -> None:
+def _check_configs(model: nn.Module, configs: list[PreTrainedConfig], counterparts: Counterparts) -> None:
     """Raise `ValueError` unless every configuration in the model is of its family."""
-    own_config = _MODELS[type(model)].config_class
-    expected = {stock for stock, own in _CONFIGS.items() if own is own_config}
     for config in configs:
-        if type(config) not in {own_config, *expected}:  # the own one where the caller has moved it already
+        if type(config) not in counterparts.config:  # the own one where the caller has moved it already
             raise ValueError(
                 f"The model's configuration is a {type(config).__name__}; a {type(model).__name__} that is to be "
-                f"adopted needs exactly {', '.join(stock.__name__ for stock in expected)}."
+                f"adopted needs exactly {counterparts.config[0].__name__}."
             )
