@@ -16,7 +16,6 @@ from hf_compressm.families.family import (
     ParameterAddition,
     ParameterChange,
     SSMLayer,
-    Statistics,
 )
 from hf_compressm.families.kimi import KimiFamily
 from hf_compressm.families.layout import Layout, rows, states
@@ -38,6 +37,7 @@ from hf_compressm.families.s5 import S5Family
 from hf_compressm.families.s5_pytorch import S5PytorchFamily
 from hf_compressm.families.selective import SelectiveFamily
 from hf_compressm.families.statistics import collect_statistics, refuse_single_batch, run_batch
+from hf_compressm.families.sums import Statistics
 from hf_compressm.families.vision import SS2D, VIM
 
 

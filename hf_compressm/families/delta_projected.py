@@ -28,11 +28,11 @@ from hf_compressm.families.family import (
     ParameterAddition,
     ParameterChange,
     SSMLayer,
-    Statistics,
     kept_order,
 )
 from hf_compressm.families.maps import float64
 from hf_compressm.families.selective import SelectiveFamily, parameter_name
+from hf_compressm.families.sums import Statistics
 from hf_compressm.numerics import interpolation
 from hf_compressm.numerics.shared_projection import shared_directions, shared_projection
 

@@ -26,11 +26,11 @@ from hf_compressm.families.family import (
     MomentTerm,
     ParameterChange,
     SSMLayer,
-    Statistics,
 )
 from hf_compressm.families.layout import B, C, Layout, rows
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import parameter_name, unmeasurable
+from hf_compressm.families.sums import Statistics
 
 
 @dataclass(frozen=True)

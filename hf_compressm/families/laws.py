@@ -21,9 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.calls import DELTA, SELECTIVE, Call, Seen
-from hf_compressm.families.family import SSMLayer, Statistics
+from hf_compressm.families.family import (
+    SSMLayer,
+)
 from hf_compressm.families.layout import REST, STATE, B, C, Layout, Slot
 from hf_compressm.families.selective import SelectiveFamily
+from hf_compressm.families.sums import Statistics
 from hf_compressm.families.watching import watching
 
 

@@ -16,11 +16,18 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_compressm.families.family import AttributeChange, CutMethod, LayerCut, Measurement, SSMLayer, Statistics
+from hf_compressm.families.family import (
+    AttributeChange,
+    CutMethod,
+    LayerCut,
+    Measurement,
+    SSMLayer,
+)
 from hf_compressm.families.layout import B, C, Layout, Part
 from hf_compressm.families.mamba2 import Mamba2Family
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import unmeasurable
+from hf_compressm.families.sums import Statistics
 from hf_compressm.models.modeling_compressm_linear_attention import own_class
 
 

@@ -30,11 +30,11 @@ from hf_compressm.families.family import (
     MomentTerm,
     ParameterChange,
     SSMLayer,
-    Statistics,
     has_finite_parameters,
     kept_order,
 )
 from hf_compressm.families.sampling import sample
+from hf_compressm.families.sums import Statistics
 from hf_compressm.numerics import BalancedTruncation, Balancing, DiagonalSystem, balance, relative_h2_error, truncate
 from hf_compressm.numerics.balancing import NUMERICAL_RANK
 from hf_compressm.numerics.ranks import tail_sums

@@ -28,13 +28,13 @@ from hf_compressm.families.family import (
     ParameterAddition,
     ParameterChange,
     SSMLayer,
-    Statistics,
 )
 from hf_compressm.families.layout import Layout, Part, rows, states
 from hf_compressm.families.maps import float64
 from hf_compressm.families.projecting import in_balanced_states, projection_error, projections
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import Selection, SelectiveFamily, parameter_name
+from hf_compressm.families.sums import Statistics
 
 
 @dataclass(frozen=True)

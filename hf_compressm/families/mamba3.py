@@ -25,13 +25,13 @@ from hf_compressm.families.family import (
     Measurement,
     ParameterChange,
     SSMLayer,
-    Statistics,
     kept_order,
 )
 from hf_compressm.families.layout import Following, Layout, Part, rows
 from hf_compressm.families.maps import float64
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import CovarianceStatistics, Selection, SelectiveFamily
+from hf_compressm.families.sums import Statistics
 from hf_compressm.numerics import interpolation
 
 

@@ -34,13 +34,13 @@ from hf_compressm.families.family import (
     MomentTerm,
     ParameterChange,
     SSMLayer,
-    Statistics,
 )
 from hf_compressm.families.layout import B, C, Layout, Slot, rows
 from hf_compressm.families.maps import apply_map, float64
 from hf_compressm.families.projecting import in_balanced_states, projections
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import CovarianceStatistics, Selection, SelectiveFamily, parameter_name
+from hf_compressm.families.sums import Statistics
 
 
 SAMPLED_READS = 256

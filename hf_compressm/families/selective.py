@@ -33,13 +33,13 @@ from hf_compressm.families.family import (
     Measurement,
     ParameterChange,
     SSMLayer,
-    Statistics,
     has_finite_parameters,
     kept_order,
 )
 from hf_compressm.families.layout import STATE, Layout
 from hf_compressm.families.maps import summing_dtype
 from hf_compressm.families.running import KEPT_TOKENS, example_of, tokens_of
+from hf_compressm.families.sums import Statistics
 from hf_compressm.numerics import interpolation, surrogate
 from hf_compressm.peft import plain_modules
 

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_compressm.families.declaring import tried
-from hf_compressm.families.family import CutMethod, SSMLayer, Statistics
+from hf_compressm.families.family import (
+    CutMethod,
+    SSMLayer,
+)
+from hf_compressm.families.sums import Statistics
 from hf_compressm.families.watching import watching
 from hf_compressm.peft import underlying
 from hf_compressm.utils.randomness import undisturbed

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.calls import Call, Seen, bound
-from hf_compressm.families.family import SSMLayer, Statistics
+from hf_compressm.families.family import (
+    SSMLayer,
+)
 from hf_compressm.families.norms import AfterRecurrence
 from hf_compressm.families.recurrences import replaced
+from hf_compressm.families.sums import Statistics
 from hf_compressm.peft import effective_weight
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hf_compressm.families import CutMethod, collect_statistics, find_layers
 from hf_compressm.families.calls import Seen, Signals, signals
-from hf_compressm.families.family import Statistics
+from hf_compressm.families.sums import Statistics
 from hf_compressm.families.watching import watching
 
 

@@ -17,7 +17,7 @@ from transformers.models.mamba import modeling_mamba
 
 from hf_compressm import CompreSSMConfig, Layout, analyze, declare_layer, enable_fast_selective_scan, rows, states
 from hf_compressm.families import find_layers
-from hf_compressm.families.family import Statistics
+from hf_compressm.families.sums import Statistics
 from hf_compressm.families.watching import watching
 from tests.blocks import SS2D, OffsetVim
 from tests.families.measuring import Recorded, calls_of, run
