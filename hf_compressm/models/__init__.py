@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 # `register_for_auto_class` makes `save_pretrained` copy the code beside the weights.
-_MODELS: dict[type, list[Any]] = {
+_MODELS: dict[Any, list[Any]] = {
     AutoModel: [S5Model, LRUModel, CompreSSMambaModel, CompreSSMamba2Model],
     AutoModelForCausalLM: [S5ForCausalLM, LRUForCausalLM, CompreSSMambaForCausalLM, CompreSSMamba2ForCausalLM],
     AutoModelForImageTextToText: [],

@@ -236,7 +236,9 @@ def _check_configs(model: nn.Module, configs: list[PreTrainedConfig], counterpar
     """Raise `ValueError` unless every configuration in the model is of its family, or of a part without layers."""
     wanted = counterparts.models[type(model)].config_class
     known = {*counterparts.configs, *counterparts.configs.values()}  # own where the caller has moved it already
-    known |= {type(getattr(config, name)) for config in configs if type(config) in known for name in config.sub_configs}
+    known |= {
+        type(getattr(config, name)) for config in configs if type(config) in known for name in config.sub_configs
+    }
     for config in configs:
         if type(config) not in known:
             needed = next(stock for stock, own in counterparts.configs.items() if own is wanted)

@@ -125,7 +125,11 @@ class ModelKind:
             auto: f"{file}.CompreSSM{each}" for auto, each in zip(served, models, strict=False)
         }
         space["config_class"] = own_config_class(self.config.whole if name in self.wholes else self.config.stock)
-        parts = [self.layer, *([] if name == self.model else [self.model]), *(models[:1] if name == models[-1] else [])]
+        parts = [
+            self.layer,
+            *([] if name == self.model else [self.model]),
+            *(models[:1] if name == models[-1] else []),
+        ]
         parts = [each for each in parts if each != name]
         space["own_parts"] = {getattr(self.modeling, each): own_class(f"CompreSSM{each}") for each in parts}
         return type(f"CompreSSM{name}", (LinearAttentionModel, stock), space)
