@@ -89,8 +89,8 @@ class CompreSSMConfig:
     )
     compat: str = _setting(
         "stock",
-        "stock: plain transformers can load the result. best: Mamba and Mamba-2 language models may move into a class "
-        "of this package, saved as custom code, for sizes per layer and less damage.",
+        "stock: plain transformers can load the result. best: models with Mamba, Mamba-2 or linear attention may move "
+        "into a class of this package, saved as custom code, for sizes per layer and less damage.",
     )
     round_to: int = _setting(1, "New sizes are multiples of this.")
     min_state_size: int = _setting(1, "No layer gets smaller than this.")

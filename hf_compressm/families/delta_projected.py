@@ -12,7 +12,7 @@ states are needed for it. They are for the spectrum and the predicted error, `tr
 states as they are and knows nothing of what the erase term does with fewer of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,6 +126,14 @@ class ProjectingFamily(SelectiveFamily):
     def state_axes(self, module: Any) -> Mapping[str, int | None]:
         """Those of the layout, and of the projection."""
         return {**super().state_axes(module), PROJECTION: 1}
+
+    def fitted(self, module: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """The projection; without one, the rows of queries and keys."""
+        projection = getattr(module, PROJECTION, None)
+        if projection is None:
+            yield from super().fitted(module)
+        else:
+            yield projection, torch.ones_like(projection)
 
     def at_size(self, module: Any, size: int) -> LayerShape:
         """What a layer would look like: with a projection, only that changes."""

@@ -9,7 +9,7 @@ of this package's classes is cut. Its projection behind the L2 norm begins as a 
 the rows of the channels that stay.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,17 @@ class KimiFamily(ProjectingFamily):
         """As for the delta nets: norm and erase term are not in the moments of the states."""
         return True
 
+    @property
+    def refit_steps(self) -> int:
+        """As for the delta nets."""
+        return 100
+
+    def fitted(self, module: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """The projection, and the rows of the forget gate."""
+        gate = module.forget_gate
+        for tensor in (module.state_proj, getattr(gate, _gate_projection(module)).weight, gate.dt_bias):
+            yield tensor, torch.ones_like(tensor)
+
     def state_entries(self, module: Any) -> int:
         """One matrix for each head."""
         return self.state_size(module) * int(module.qkv_dim)
@@ -57,7 +68,7 @@ class KimiFamily(ProjectingFamily):
             return unmeasurable(
                 layer,
                 "linear_head_dim is the width of its keys, values and gates at once, so a stock layer cannot have "
-                'fewer states; use compat="best" with a language model by itself',
+                'fewer states; use compat="best"',
             )
         return super().measure(layer, method, statistics)
 

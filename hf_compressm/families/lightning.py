@@ -10,10 +10,11 @@ a function, where a stock layer writes it out: while a stock layer is measured, 
 Source: Lightning Attention-2, arXiv 2401.04658, equation 3.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_compressm.families.family import (
@@ -50,6 +51,11 @@ class LightningFamily(Mamba2Family):
         """The class in which it calls its recurrence."""
         return {"__class__": own_class("CompreSSMMiniMaxLightningAttention")}
 
+    def fitted(self, module: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """The projections."""
+        for tensor in (module.B_proj, module.C_proj):
+            yield tensor, torch.ones_like(tensor)
+
     def state_size(self, module: Any) -> int:
         """Rows of the projections, or the width of a head without them."""
         projection = getattr(module, "B_proj", None)
@@ -65,7 +71,7 @@ class LightningFamily(Mamba2Family):
             return unmeasurable(
                 layer,
                 "head_dim is the width of its keys, values and full attention at once, so a stock layer cannot have "
-                'fewer states; use compat="best" with a language model by itself',
+                'fewer states; use compat="best"',
             )
         return super().measure(layer, method, statistics)
 

@@ -1,7 +1,7 @@
 """Fitting a cut layer to what it gave before: what makes its B and C moves until its output is as near as it gets.
 
 Adam on the mean square error of the layer's output, on inputs that were kept, with steps in proportion to the size of
-every tensor. The layer stays of its class. Only parameters that a cut replaces anyway are fitted, and of those only
+every tensor. The layer stays of its class. Only parameters that a cut replaces or adds are fitted, and of those only
 the entries of states, B and C. A part of the inputs is held out: it tells whether the fit is better, and how far the
 layer is from what it was.
 """
@@ -61,18 +61,24 @@ def _refitted(
         trial = with_cut(layer, cut)
         module = _in_float32(trial.module)
         masks = {id(tensor): mask for tensor, mask in layer.family.fitted(module)}
-        free = {parameter: masks[id(parameter)] for parameter in trial.parameters if id(parameter) in masks}
+        written = (*trial.parameters, *trial.added)
+        free = {parameter: masks[id(parameter)] for parameter in written if id(parameter) in masks}
         if not free:
             return None
         before = _error(module, asked)
         fit(module, free, taught, steps, rate)
         after = _error(module, asked)
         if after < before:  # false for NaN
-            values = [
-                replace(change, value=parameter.detach().to("cpu", torch.float64)) if parameter in free else change
+            values = {parameter: parameter.detach().to("cpu", torch.float64) for parameter in free}
+            changes = tuple(
+                replace(change, value=values.get(parameter, change.value))
                 for change, parameter in zip(cut.changes, trial.parameters, strict=True)
-            ]
-            return replace(cut, changes=tuple(values)), after
+            )
+            additions = tuple(
+                replace(addition, value=values.get(parameter, addition.value))
+                for addition, parameter in zip(cut.additions, trial.added, strict=True)
+            )
+            return replace(cut, changes=changes, additions=additions), after
     return None
 
 

@@ -67,10 +67,12 @@ class Trial:
     Attributes:
         module: a copy of the layer, in evaluation mode.
         parameters: what each change of the cut has become in it.
+        added: what each addition of the cut has become in it.
     """
 
     module: Any
     parameters: tuple[nn.Parameter, ...]
+    added: tuple[nn.Parameter, ...] = ()
 
 
 def with_cut(layer: SSMLayer, cut: LayerCut) -> Trial:
@@ -89,12 +91,14 @@ def with_cut(layer: SSMLayer, cut: LayerCut) -> Trial:
         old, (owner, name) = change.parameter, owners[id(change.parameter)]
         written.append(nn.Parameter(change.value.to(old.device, old.dtype, copy=True)))
         setattr(owner, name, written[-1])
+    added = []
     for addition in cut.additions:
         value = addition.value.to(addition.beside.device, addition.beside.dtype, copy=True)
-        parts[id(addition.module)].register_parameter(addition.name.rpartition(".")[2], nn.Parameter(value))
+        added.append(nn.Parameter(value))
+        parts[id(addition.module)].register_parameter(addition.name.rpartition(".")[2], added[-1])
     for attribute in cut.attributes:
         setattr(parts[id(attribute.module)], attribute.name, attribute.value)
-    return Trial(module, tuple(written))
+    return Trial(module, tuple(written), tuple(added))
 
 
 def run(module: nn.Module, example: Example) -> Tensor:

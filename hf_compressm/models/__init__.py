@@ -7,7 +7,13 @@ saved models, as custom code.
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
 
 from . import configuration_compressm_linear_attention as _attention_configs
 from . import modeling_compressm_linear_attention as _attention_models
@@ -52,32 +58,25 @@ __all__ = [
     "stock_class",
 ]
 
-_KNOWN_KINDS = [kind for kind in MODEL_KINDS if kind.is_known]
-_ATTENTION_MODELS = tuple(_own_attention_class(f"CompreSSM{kind.model}") for kind in _KNOWN_KINDS)
-_ATTENTION_LANGUAGE_MODELS = tuple(
-    _own_attention_class(f"CompreSSM{kind.causal}") for kind in _KNOWN_KINDS if kind.causal
-)
-
 # `register_for_auto_class` makes `save_pretrained` copy the code beside the weights.
-for _config_class in (
-    *(S5Config, LRUConfig, CompreSSMambaConfig, CompreSSMamba2Config),
-    *(model.config_class for model in _ATTENTION_MODELS),
-):
+_MODELS: dict[Any, list[Any]] = {
+    AutoModel: [S5Model, LRUModel, CompreSSMambaModel, CompreSSMamba2Model],
+    AutoModelForCausalLM: [S5ForCausalLM, LRUForCausalLM, CompreSSMambaForCausalLM, CompreSSMamba2ForCausalLM],
+    AutoModelForImageTextToText: [],
+    AutoModelForSequenceClassification: [S5ForSequenceClassification, LRUForSequenceClassification],
+}
+for _kind in MODEL_KINDS:
+    if _kind.is_known:
+        _MODELS[AutoModel] += [_own_attention_class(f"CompreSSM{name}") for name in (_kind.model, *_kind.wholes[:1])]
+        _MODELS[AutoModelForCausalLM] += [_own_attention_class(f"CompreSSM{name}") for name in _kind.text_models[1:]]
+        _MODELS[AutoModelForImageTextToText] += [_own_attention_class(f"CompreSSM{name}") for name in _kind.wholes[1:]]
+
+for _config_class in {_model.config_class: None for _models in _MODELS.values() for _model in _models}:
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     _config_class.register_for_auto_class()
 
-for _auto_class, _model_classes in (
-    (AutoModel, (S5Model, LRUModel, CompreSSMambaModel, CompreSSMamba2Model, *_ATTENTION_MODELS)),
-    (
-        AutoModelForCausalLM,
-        (
-            *(S5ForCausalLM, LRUForCausalLM, CompreSSMambaForCausalLM, CompreSSMamba2ForCausalLM),
-            *_ATTENTION_LANGUAGE_MODELS,
-        ),
-    ),
-    (AutoModelForSequenceClassification, (S5ForSequenceClassification, LRUForSequenceClassification)),
-):
-    for _model_class in _model_classes:
+for _auto_class, _models in _MODELS.items():
+    for _model_class in _models:
         _auto_class.register(_model_class.config_class, _model_class, exist_ok=True)
         _model_class.register_for_auto_class(_auto_class.__name__)
 

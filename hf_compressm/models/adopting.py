@@ -7,6 +7,7 @@ Parameters keep their identity: optimizer, hooks and all references stay valid.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field as default
+from typing import Any
 
 from torch import nn
 from transformers import Mamba2Config, Mamba2ForCausalLM, Mamba2Model, MambaConfig, MambaForCausalLM, MambaModel
@@ -39,16 +40,16 @@ class Counterparts:
     """The classes of one model type, each with the one of this package.
 
     Attributes:
-        config: the stock class of its configuration, and this package's.
-        models: backbones and language models.
+        configs: its configurations, the one of the layers first.
+        models: backbones, the one with the layers first, and models with a head.
         layer: its layers.
         place: the attribute of a block that holds the layer.
         block: its blocks; empty where this package needs none of its own.
         parameters: what an own layer has besides, which a stock one gets, without a value, when it is adopted.
-        field: a field that the own configuration has besides.
+        field: a field that the own configuration of the layers has besides.
     """
 
-    config: tuple[type[PreTrainedConfig], type[PreTrainedConfig]]
+    configs: Mapping[type, type]
     models: Mapping[type[PreTrainedModel], type[PreTrainedModel]]
     layer: Mapping[type, type]
     place: str = "mixer"
@@ -71,7 +72,7 @@ def _of_linear_attention(kind: ModelKind) -> Counterparts:
     pairs = {getattr(kind.modeling, name): own_attention_class(f"CompreSSM{name}") for name in kind.names}
     layer = getattr(kind.modeling, kind.layer)
     return Counterparts(
-        (kind.config.stock_class(), own_attention_config(kind.config)),
+        {kind.config.stock_class(name): own_attention_config(name) for name in kind.config.names},
         {stock: own for stock, own in pairs.items() if stock is not layer},
         {layer: pairs[layer]},
         place=kind.place,
@@ -82,13 +83,13 @@ def _of_linear_attention(kind: ModelKind) -> Counterparts:
 
 _COUNTERPARTS = (
     Counterparts(
-        (MambaConfig, CompreSSMambaConfig),
+        {MambaConfig: CompreSSMambaConfig},
         {MambaModel: CompreSSMambaModel, MambaForCausalLM: CompreSSMambaForCausalLM},
         {MambaMixer: CompreSSMambaMixer},
         block={MambaBlock: CompreSSMambaBlock},
     ),
     Counterparts(
-        (Mamba2Config, CompreSSMamba2Config),
+        {Mamba2Config: CompreSSMamba2Config},
         {Mamba2Model: CompreSSMamba2Model, Mamba2ForCausalLM: CompreSSMamba2ForCausalLM},
         {Mamba2Mixer: CompreSSMamba2Mixer},
         block={Mamba2Block: CompreSSMamba2Block},
@@ -98,7 +99,7 @@ _COUNTERPARTS = (
     *(_of_linear_attention(kind) for kind in MODEL_KINDS if kind.is_known),
 )
 _CLASSES: dict[type, type] = {stock: own for each in _COUNTERPARTS for stock, own in each.classes.items()}
-_CONFIGS: dict[type, type] = dict(each.config for each in _COUNTERPARTS)
+_CONFIGS: dict[type, type] = {stock: own for each in _COUNTERPARTS for stock, own in each.configs.items()}
 
 
 def own_class(stock_class: type) -> type | None:
@@ -185,28 +186,29 @@ def release(model: nn.Module) -> None:
 def release_config(config: PreTrainedConfig) -> None:
     """Turn the configuration of an own class back into the stock one, in place; leave others alone."""
     for each in _COUNTERPARTS:
-        stock, own = each.config
-        if type(config) is own:
-            config.__class__ = stock
-            vars(config).pop(each.field, None)
+        for stock, own in each.configs.items():
+            if type(config) is own:
+                config.__class__ = stock
+                vars(config).pop(each.field, None)
 
 
 def adopt_config(config: PreTrainedConfig) -> None:
     """Turn a stock configuration into this package's class, in place; leave others alone."""
     for each in _COUNTERPARTS:
-        stock, own = each.config
-        if type(config) is stock:
-            config.__class__ = own
-            vars(config).pop("model_type", None)  # which a loaded configuration repeats on the instance
-            if each.field:
-                setattr(config, each.field, None)
+        for place, (stock, own) in enumerate(each.configs.items()):
+            if type(config) is stock:
+                config.__class__ = own
+                vars(config).pop("model_type", None)  # which a loaded configuration repeats on the instance
+                if each.field and place == 0:
+                    setattr(config, each.field, None)
 
 
 def _check_parts(model: PreTrainedModel, parts: Mapping[str, nn.Module], counterparts: Counterparts) -> None:
     """Raise `ValueError` unless every layer has a block and a mixer of exactly the stock classes, unpatched."""
-    own_model = counterparts.models[type(model)]
-    kinds = getattr(model.config, "layer_types", None)
-    for index, block in enumerate(model.base_model.layers):
+    own_model, first = counterparts.models[type(model)], next(iter(counterparts.models.items()))
+    backbone: Any = next((part for part in model.modules() if type(part) in first), model.base_model)
+    kinds = getattr(backbone.config, "layer_types", None)
+    for index, block in enumerate(backbone.layers):
         expected = [(block, counterparts.block)] if counterparts.block else []
         if counterparts.block or kinds is None or kinds[index] == "linear_attention":
             expected.append((getattr(block, counterparts.place, None), counterparts.layer))
@@ -231,10 +233,16 @@ def _check_parts(model: PreTrainedModel, parts: Mapping[str, nn.Module], counter
 
 
 def _check_configs(model: nn.Module, configs: list[PreTrainedConfig], counterparts: Counterparts) -> None:
-    """Raise `ValueError` unless every configuration in the model is of its family."""
+    """Raise `ValueError` unless every configuration in the model is of its family, or of a part without layers."""
+    wanted = counterparts.models[type(model)].config_class
+    known = {*counterparts.configs, *counterparts.configs.values()}  # own where the caller has moved it already
+    known |= {
+        type(getattr(config, name)) for config in configs if type(config) in known for name in config.sub_configs
+    }
     for config in configs:
-        if type(config) not in counterparts.config:  # the own one where the caller has moved it already
+        if type(config) not in known:
+            needed = next(stock for stock, own in counterparts.configs.items() if own is wanted)
             raise ValueError(
                 f"The model's configuration is a {type(config).__name__}; a {type(model).__name__} that is to be "
-                f"adopted needs exactly {counterparts.config[0].__name__}."
+                f"adopted needs exactly {needed.__name__}."
             )

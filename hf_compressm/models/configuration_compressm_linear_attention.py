@@ -87,6 +87,7 @@ class ConfigKind:
         size_field: the field with the states of a key head.
         width_field: the field with its channels before the projection.
         added: which of the two transformers does not have; a layer in which it is None does not project.
+        whole: the name of the configuration class around it where the model type sees images too, or "".
     """
 
     folder: str
@@ -94,58 +95,69 @@ class ConfigKind:
     size_field: str = "linear_key_head_dim"
     width_field: str = "conv_key_head_dim"
     added: str = "conv_key_head_dim"
+    whole: str = ""
 
     @property
-    def name(self) -> str:
-        """The name of this package's class."""
-        return f"CompreSSM{self.stock}"
+    def names(self) -> tuple[str, ...]:
+        """The names of the stock classes that have a counterpart."""
+        return (self.stock, self.whole) if self.whole else (self.stock,)
 
-    def stock_class(self) -> Any:
-        """The configuration class of transformers."""
-        module = importlib.import_module(f"transformers.models.{self.folder}.configuration_{self.folder}")
-        return getattr(module, self.stock)
+    def stock_class(self, name: str) -> Any:
+        """A configuration class of transformers."""
+        return getattr(importlib.import_module(f"transformers.models.{self.folder}.configuration_{self.folder}"), name)
 
-    def make(self) -> Any:
-        """This package's class."""
-        stock = self.stock_class()
-        space = {
-            "__module__": __name__,
-            "__doc__": f"A [`~transformers.{self.stock}`] with a size per layer.",
+    def make(self, name: str) -> Any:
+        """The counterpart of the stock class of that name."""
+        stock = self.stock_class(name)
+        space: dict[str, Any] = {"__module__": __name__, "model_type": f"compressm_{stock.model_type}"}
+        if name == self.whole:
+            inner = {key: spec.config_class for key, spec in stock.sub_configs_defaults.items()}
+            space["sub_configs_defaults"] = {**inner, "text_config": own_config_class(self.stock)}
+            space["__doc__"] = f"A [`~transformers.{name}`] around a text model with a size per layer."
+            return strict(type(f"CompreSSM{name}", (stock,), space))
+        space |= {
+            "__doc__": f"A [`~transformers.{name}`] with a size per layer.",
             "__annotations__": {self.added: int | None},
             self.added: None,
-            "model_type": f"compressm_{stock.model_type}",
             "kind": self,
             "per_layer_fields": frozenset({self.size_field, self.added}),
         }
-        return strict(type(self.name, (LinearAttentionConfig, stock), space))
+        return strict(type(f"CompreSSM{name}", (LinearAttentionConfig, stock), space))
 
 
 CONFIG_KINDS = (
     ConfigKind("qwen3_next", "Qwen3NextConfig"),
-    ConfigKind("qwen3_5", "Qwen3_5TextConfig"),
-    ConfigKind("qwen3_5_moe", "Qwen3_5MoeTextConfig"),
-    ConfigKind("qwen4_exp", "Qwen4ExpTextConfig"),
+    ConfigKind("qwen3_5", "Qwen3_5TextConfig", whole="Qwen3_5Config"),
+    ConfigKind("qwen3_5_moe", "Qwen3_5MoeTextConfig", whole="Qwen3_5MoeConfig"),
+    ConfigKind("qwen4_exp", "Qwen4ExpTextConfig", whole="Qwen4ExpConfig"),
     ConfigKind("lara_mini", "LaraMiniConfig"),
     ConfigKind("olmo_hybrid", "OlmoHybridConfig"),
     ConfigKind("kimi_linear", "KimiLinearConfig", width_field="linear_head_dim", added="linear_key_head_dim"),
     ConfigKind("bailing_hybrid", "BailingHybridConfig", width_field="linear_head_dim", added="linear_key_head_dim"),
-    ConfigKind("glm5_next", "Glm5NextTextConfig", width_field="linear_head_dim", added="linear_key_head_dim"),
+    ConfigKind(
+        "glm5_next",
+        "Glm5NextTextConfig",
+        width_field="linear_head_dim",
+        added="linear_key_head_dim",
+        whole="Glm5NextConfig",
+    ),
     ConfigKind("minimax", "MiniMaxConfig", width_field="head_dim", added="linear_key_head_dim"),
 )
 
 
-def own_config_class(kind: ConfigKind) -> Any:
-    """This package's class; it is made when it is asked for first."""
-    if kind.name not in globals():
-        globals()[kind.name] = kind.make()
-    return globals()[kind.name]
+def own_config_class(stock: str) -> Any:
+    """The counterpart of the stock class of that name; it is made when it is asked for first."""
+    name = f"CompreSSM{stock}"
+    if name not in globals():
+        kind = next((kind for kind in CONFIG_KINDS if stock in kind.names), None)
+        if kind is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = kind.make(stock)
+    return globals()[name]
 
 
-def __getattr__(name: str) -> type:
-    for kind in CONFIG_KINDS:
-        if kind.name == name:
-            return own_config_class(kind)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    return own_config_class(name.removeprefix("CompreSSM"))
 
 
 __all__ = ["CONFIG_KINDS", "ConfigKind", "LinearAttentionConfig", "own_config_class"]

@@ -32,7 +32,7 @@ class LinearAttentionModel(ExportedWithCode):
     """Base of models: the stock one, with layers of linear attention of this package, each with its own size.
 
     Args:
-        config: A configuration; `config.per_layer_config[i]` is that of layer i.
+        config: A configuration; its `per_layer_config[i]`, or that of its text model, is that of layer i.
 
     Raises:
         ValueError: When a size of the configuration is out of range.
@@ -41,18 +41,20 @@ class LinearAttentionModel(ExportedWithCode):
     own_parts: ClassVar[Mapping[type, type]]  # classes of this package by the stock ones
 
     def __init__(self, config: PreTrainedConfig):
-        config.validate_architecture()
-        sizes = config.to_dict()["per_layer_config"] if config.is_heterogeneous else None
-        config.per_layer_config = None  # the stock model is built with one size
+        text = config.get_text_config()
+        text.validate_architecture()
+        sizes = text.to_dict()["per_layer_config"] if text.is_heterogeneous else None
+        own_config = type(text)
+        text.per_layer_config, text.__class__ = None, text.kind.stock_class(text.kind.stock)  # for a stock model
         try:
             super().__init__(config)
         finally:
-            config.per_layer_config = sizes
+            text.__class__, text.per_layer_config = own_config, sizes
         for name, part in list(self.named_modules()):
             own = self.own_parts.get(type(part))
             if own is not None and issubclass(own, ProjectingLayer):
                 place, _, attribute = name.rpartition(".")
-                layer = own(config.per_layer_config[part.layer_idx], part.layer_idx)
+                layer = own(text.per_layer_config[part.layer_idx], part.layer_idx)
                 setattr(self.get_submodule(place), attribute, layer)
             elif own is not None:
                 part.__class__ = own
@@ -75,6 +77,7 @@ class ModelKind:
         layer: the name of the stock layer.
         model: the name of the stock backbone.
         causal: the name of the stock language model, if there is one.
+        wholes: the names of the stock models that see images too, with and without a head.
         place: the attribute of a block that holds the layer.
     """
 
@@ -84,6 +87,7 @@ class ModelKind:
     model: str
     causal: str = ""
     place: str = "linear_attn"
+    wholes: tuple[str, ...] = ()
 
     @property
     def is_known(self) -> bool:
@@ -96,9 +100,14 @@ class ModelKind:
         return importlib.import_module(f"transformers.models.{self.config.folder}.modeling_{self.config.folder}")
 
     @property
+    def text_models(self) -> tuple[str, ...]:
+        """The names of the stock backbone and language model."""
+        return (self.model, self.causal) if self.causal else (self.model,)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of the stock classes that have a counterpart."""
-        return tuple(name for name in (self.layer, self.model, self.causal) if name)
+        return (self.layer, *self.text_models, *self.wholes)
 
     def make(self, name: str) -> Any:
         """The counterpart of the stock class of that name."""
@@ -109,20 +118,28 @@ class ModelKind:
             if hasattr(stock, "kernel_layer_name"):  # by which another forward could take the place of this one
                 space["kernel_layer_name"] = f"CompreSSM{name}"
             return type(f"CompreSSM{name}", (self.states, stock), space)
+        served = AUTO_CLASSES["whole" if name in self.wholes else "text"]
+        models = self.wholes if name in self.wholes else self.text_models
         file = __name__.rpartition(".")[2]
-        space |= {
-            "config_class": own_config_class(self.config),
-            "_exported_classes": {
-                auto: f"{file}.CompreSSM{each}"
-                for auto, each in (("AutoModel", self.model), ("AutoModelForCausalLM", self.causal))
-                if each
-            },
+        space["_exported_classes"] = {
+            auto: f"{file}.CompreSSM{each}" for auto, each in zip(served, models, strict=False)
         }
-        inner = [self.layer] if name == self.model else [self.layer, self.model]
-        space["own_parts"] = {getattr(self.modeling, each): own_class(f"CompreSSM{each}") for each in inner}
+        space["config_class"] = own_config_class(self.config.whole if name in self.wholes else self.config.stock)
+        parts = [
+            self.layer,
+            *([] if name == self.model else [self.model]),
+            *(models[:1] if name == models[-1] else []),
+        ]
+        parts = [each for each in parts if each != name]
+        space["own_parts"] = {getattr(self.modeling, each): own_class(f"CompreSSM{each}") for each in parts}
         return type(f"CompreSSM{name}", (LinearAttentionModel, stock), space)
 
 
+AUTO_CLASSES = {
+    "text": ("AutoModel", "AutoModelForCausalLM"),
+    "whole": ("AutoModel", "AutoModelForImageTextToText"),
+}
+"""Which Auto classes load backbones and models with a head."""
 _CONFIGS = {kind.folder: kind for kind in CONFIG_KINDS}
 MODEL_KINDS = (
     ModelKind(
@@ -132,13 +149,21 @@ MODEL_KINDS = (
         "Qwen3NextModel",
         "Qwen3NextForCausalLM",
     ),
-    ModelKind(_CONFIGS["qwen3_5"], SplitDeltaStates, "Qwen3_5GatedDeltaNet", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
+    ModelKind(
+        _CONFIGS["qwen3_5"],
+        SplitDeltaStates,
+        "Qwen3_5GatedDeltaNet",
+        "Qwen3_5TextModel",
+        "Qwen3_5ForCausalLM",
+        wholes=("Qwen3_5Model", "Qwen3_5ForConditionalGeneration"),
+    ),
     ModelKind(
         _CONFIGS["qwen3_5_moe"],
         SplitDeltaStates,
         "Qwen3_5MoeGatedDeltaNet",
         "Qwen3_5MoeTextModel",
         "Qwen3_5MoeForCausalLM",
+        wholes=("Qwen3_5MoeModel", "Qwen3_5MoeForConditionalGeneration"),
     ),
     ModelKind(
         _CONFIGS["qwen4_exp"],
@@ -146,6 +171,7 @@ MODEL_KINDS = (
         "Qwen4ExpTextGatedDeltaNet",
         "Qwen4ExpTextModel",
         "Qwen4ExpForCausalLM",
+        wholes=("Qwen4ExpModel", "Qwen4ExpForConditionalGeneration"),
     ),
     ModelKind(
         _CONFIGS["lara_mini"], SplitDeltaStates, "LaraMiniGatedDeltaNet", "LaraMiniModel", "LaraMiniForCausalLM"
@@ -174,7 +200,12 @@ MODEL_KINDS = (
         "self_attn",
     ),
     ModelKind(
-        _CONFIGS["glm5_next"], KimiDeltaStates, "Glm5NextTextLinearAttention", "Glm5NextTextModel", place="self_attn"
+        _CONFIGS["glm5_next"],
+        KimiDeltaStates,
+        "Glm5NextTextLinearAttention",
+        "Glm5NextTextModel",
+        place="self_attn",
+        wholes=("Glm5NextModel", "Glm5NextForConditionalGeneration"),
     ),
     ModelKind(
         _CONFIGS["minimax"],

@@ -1,5 +1,6 @@
 """`compat="best"` of linear attention: with its first cut a stock model moves into a class of this package."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 from hf_compressm import CompreSSMConfig, compress
@@ -29,11 +30,13 @@ from tests.family_table import (
     OLMO_HYBRID,
     ONLY_OWN,
     QWEN3_5,
+    QWEN3_5_MOE,
     QWEN3_NEXT,
     QWEN4_EXP,
     Family,
     family_id,
     outputs,
+    perturbed,
     same,
     token_batch,
     train_step,
@@ -281,3 +284,42 @@ def test_a_cache_from_before_the_cut_is_refused(family: Family) -> None:
     compress(model, CompreSSMConfig(target_state_size=4, **BEST), family.calibration())
     with pytest.raises(ValueError, match="holds 16 states for layer 0, which now has 4"):
         model(tokens[:, :1], **cache)
+
+
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 16,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+}
+
+
+@pytest.mark.parametrize("family", [QWEN3_5, pytest.param(QWEN3_5_MOE, marks=pytest.mark.slow)], ids=family_id)
+def test_a_model_that_sees_images_moves_with_its_text_model(family: Family, tmp_path: Path) -> None:
+    module = importlib.import_module(family.model_class.__module__)
+    stock = getattr(module, family.model_class.__name__.replace("CausalLM", "ConditionalGeneration"))
+    config = stock.config_class(text_config=family.config(state_size=FULL).to_dict(), vision_config=VISION)
+    torch.manual_seed(0)
+    model = perturbed(stock(config)).eval()
+    before, wanted = {name: value.clone() for name, value in model.state_dict().items()}, skeleton(stock, config)
+    compress(model, CompreSSMConfig(target_state_size=6, **BEST), family.calibration())
+    assert type(model) is own_class(stock)
+    assert sizes(model) == [6, 6]
+    assert model.config.text_config is model.model.language_model.config
+    model.save_pretrained(tmp_path)
+    expected = outputs(model, family.batch())
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(outputs(loaded, family.batch()), expected)
+    tokens = family.batch()["input_ids"]
+    torch.save({"input_ids": tokens, "logits": expected}, tmp_path / "expected.pt")
+    code = LOAD_AS_CUSTOM_CODE.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert reshape_model(model, wanted)
+    assert type(model) is stock
+    model.load_state_dict(before)
+    assert model.config.to_dict() == config.to_dict()
