@@ -39,8 +39,12 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from hf_compressm.families import DeltaFamily  # noqa: E402
+from hf_compressm.families.kimi import KimiFamily  # noqa: E402
+
 
 SEED = 0
+FEW_STEPS = 2
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -89,6 +93,13 @@ def deterministic() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(algorithms)
     torch.set_grad_enabled(grad)
+
+
+@pytest.fixture(autouse=True)
+def short_refits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut of linear attention is fitted in a few steps, where a test does not say how many: most do not look at it."""
+    for family in (DeltaFamily, KimiFamily):
+        monkeypatch.setattr(family, "refit_steps", FEW_STEPS)
 
 
 @pytest.fixture
