@@ -173,7 +173,7 @@ def selective_inputs(call: Call, rows: slice = slice(None), mask: Tensor | None 
 
 def _selective_signals(call: Call, mask: Tensor | None) -> Signals:
     batch, _, length = call.arguments["u"].shape
-    rows, every = sample((batch, length), mask, call.arguments["A"].shape[1])
+    rows, every = sample((batch, length), mask, call.arguments["A"].shape[1], costly=True)
     seen = selective_inputs(call, rows, mask)
     groups = seen.B.shape[1]
     channels = seen.u.shape[1] // groups

@@ -115,10 +115,11 @@ class CovarianceStatistics(RecurrenceStatistics):
         start = 0
         for states in seen.states:
             weighted = states.mul_(gains[start : start + states.shape[0], ..., None])
-            moments = {"P": _second_moment(weighted.movedim(2, 0))}
+            products = weighted.mT @ weighted  # of all channels, (chunk, batch, groups, N, N)
+            moments = {"P": products.sum(dim=(0, 1))}
             if not self.family.reads_out:
-                read = reads[start : start + states.shape[0]].unsqueeze(3)
-                moments["M"] = _second_moment((weighted * read).movedim(2, 0))
+                read = reads[start : start + states.shape[0]]
+                moments["M"] = products.mul_(read[..., None] * read[..., None, :]).sum(dim=(0, 1))
             for name, moment in moments.items():
                 moment = share * moment.to(summing_dtype(moment.device))
                 sums[name] = sums[name] + moment if name in sums else moment

@@ -139,6 +139,8 @@ def states_after_chunks(
 ) -> Iterator[Tensor]:
     """Yield the states after every whole chunk, (batch, heads, head_dim, N), each a tensor of its own.
 
+    Each is yielded once the next is computed from it, so that it may be written to.
+
     Args:
         drive: (batch, length, heads, head_dim).
         log_decay: (batch, length, heads).
@@ -152,9 +154,12 @@ def states_after_chunks(
         x, logarithms, b = (tensor[:, None, start : start + chunk_size] for tensor in (drive, log_decay, B))
         decays = _decays(logarithms, groups, head_dim)
         written = torch.matmul(_by_group(x * decays.to_end, groups).mT, b.transpose(2, 3))[:, 0]
-        before = state.reshape(written.shape)
-        state = torch.addcmul(written, decays.whole[:, 0], before).view(state.shape)
-        yield state.clone()
+        after = written.addcmul_(decays.whole[:, 0], state.reshape(written.shape)).view(state.shape)
+        if start:
+            yield state
+        state = after
+    if drive.shape[1] >= chunk_size:
+        yield state
 
 
 def _blocks(drive: Tensor) -> list[slice]:

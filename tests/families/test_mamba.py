@@ -47,7 +47,7 @@ def plain_states(mixer: torch.nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor
 def test_streamed_covariances_are_those_of_a_plain_loop(
     bias: bool, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_compressm.families.calls.sample", lambda *_: (slice(None), every))
+    monkeypatch.setattr("hf_compressm.families.calls.sample", lambda *_, **__: (slice(None), every))
     model = MAMBA.build(use_bias=bias)
     for mixer, hidden in zip(ssm_layers(model).values(), mixer_inputs(model, token_batch(3, 37)), strict=True):
         P, Q = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)

@@ -1,11 +1,15 @@
 """Several texts in one row are noticed where states run from one into the next."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
 from hf_compressm.families import SSMLayer, Statistics, find_layers
 from hf_compressm.loops.packing import warn_of_packed_texts
-from tests.family_table import BAMBA, MAMBA, S5, Family
+from tests.family_table import BAMBA, MAMBA, MAMBA2, S5, Family
+from tests.trainers import Examples, callback_of, trainer_of
 
 
 PACKED = {
@@ -57,3 +61,20 @@ def test_layers_whose_model_keeps_the_numbers_of_texts_from_them_are_told(warnin
 def test_batches_that_are_not_packed_warn_of_nothing(name: str, warnings_told: list[str]) -> None:
     warn_of_packed_texts(seen_layers(MAMBA, told=False), PLAIN[name])
     assert warnings_told == []
+
+
+@pytest.mark.parametrize(
+    ("family", "numbered", "told"),
+    [(MAMBA, False, "mamba"), (MAMBA2, True, "mamba2"), (BAMBA, False, "bamba"), (BAMBA, True, ""), (S5, False, "")],
+    ids=["Mamba", "Mamba-2", "Bamba", "Bamba with seq_idx", "S5"],
+)
+def test_a_run_on_packed_batches_says_so_once_and_cuts(
+    family: Family, numbered: bool, told: str, tmp_path: Path, warnings_told: list[str]
+) -> None:
+    rows = [{"input_ids": row["input_ids"].tolist()} for row in Examples(family).rows]
+    collator = DataCollatorWithFlattening(return_seq_idx=numbered)
+    trainer = trainer_of(family, tmp_path, train_dataset=rows, data_collator=collator)
+    trainer.train()
+    assert [event.outcome for event in callback_of(trainer).events] == ["cut"]
+    assert len(warnings_told) == bool(told)
+    assert all(f"the state of {told} layers runs from one text into the next" in text for text in warnings_told)
