@@ -97,7 +97,7 @@ def deterministic() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def short_refits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cut of linear attention is fitted in a few steps, where a test does not say how many: most do not look at it."""
+    """A cut of linear attention is fitted in a few steps where a test does not say how many."""
     for family in (DeltaFamily, KimiFamily):
         monkeypatch.setattr(family, "refit_steps", FEW_STEPS)
 

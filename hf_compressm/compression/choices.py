@@ -136,8 +136,8 @@ def _group(layer: SSMLayer, found: Sequence[SSMLayer], config: CompreSSMConfig, 
         raise ValueError(
             f"per_layer=True needs a model class with a size per layer; {type(layer.owner.module).__name__}, to which "
             f"{layer.name} ({layer.family.name}) belongs, has a single {layer.family.size_field}. There are such "
-            "classes for S5, LRU, Mamba, Mamba-2 and linear attention, by themselves and not inside another model. Use "
-            "per_layer=False."
+            "classes for S5, LRU, Mamba, Mamba-2 and linear attention, by themselves and not inside another model. "
+            "Use per_layer=False."
         )
     separate = config.per_layer
     if separate is None:

@@ -29,8 +29,9 @@ from hf_compressm.families.family import (
 )
 from hf_compressm.families.layout import Following, Layout, Part, rows
 from hf_compressm.families.maps import float64
+from hf_compressm.families.moments import CovarianceStatistics
 from hf_compressm.families.registry import register
-from hf_compressm.families.selective import CovarianceStatistics, Selection, SelectiveFamily
+from hf_compressm.families.selective import Selection, SelectiveFamily
 from hf_compressm.families.sums import Statistics
 from hf_compressm.numerics import interpolation
 

@@ -37,9 +37,10 @@ from hf_compressm.families.family import (
 )
 from hf_compressm.families.layout import B, C, Layout, Slot, rows
 from hf_compressm.families.maps import apply_map, float64
+from hf_compressm.families.moments import CovarianceStatistics
 from hf_compressm.families.projecting import in_balanced_states, projections
 from hf_compressm.families.registry import register
-from hf_compressm.families.selective import CovarianceStatistics, Selection, SelectiveFamily, parameter_name
+from hf_compressm.families.selective import Selection, SelectiveFamily, parameter_name
 from hf_compressm.families.sums import Statistics
 
 
