@@ -79,12 +79,11 @@ def build(layout: str, state_size: int = STATE_SIZE) -> PreTrainedModel:
 def select(model: PreTrainedModel, size: int, rank: Callable[[Selection], Tensor], calibration: list[Batch]) -> None:
     """Keep the states that `rank` wants most, in place, and repair nothing; `config` is not rewritten."""
     layers = find_layers(model)
-    criteria = [layer.family.criterion("auto", calibrated=True) for layer in layers]
-    for layer, name, seen in zip(
-        layers, criteria, collect_statistics(model, layers, criteria, calibration), strict=True
-    ):
+    methods = [CutMethod(layer.family.criterion("auto", calibrated=True)) for layer in layers]
+    collected = collect_statistics(model, layers, methods, calibration)
+    for layer, method, seen in zip(layers, methods, collected, strict=True):
         adapter = layer.family
-        measured = adapter.measure(layer, CutMethod(name), seen)
+        measured = adapter.measure(layer, method, seen)
         if isinstance(adapter, NormalizedMambaFamily):
             adapter = Unrepaired(**{item.name: getattr(adapter, item.name) for item in fields(adapter)})
         found: Selection = measured.detail

@@ -70,7 +70,7 @@ def measure(name: str, length: int, batches: int) -> dict[str, float]:
     data: Any = [{"input_ids": torch.randint(256, (1, length)), "use_cache": False} for _ in range(batches)]
     (choice,) = check_settings(model, config, calibrated=True)
     layer, method = choice.layer, choice.method
-    (seen,), calibration = timed(lambda: collect_statistics(model, [layer], [method.criterion], data))
+    (seen,), calibration = timed(lambda: collect_statistics(model, [layer], [method], data))
     measurement, measuring = timed(lambda: layer.family.measure(layer, method, seen))
     _, cutting = timed(lambda: layer.family.cut(layer, method, measurement, layer.state_size // 2))
     plan = plan_compression(model, config, data)

@@ -63,11 +63,7 @@ def compare_tolerances(
 def count_state_bytes(model: nn.Module, plan: CompressionPlan | None = None) -> int:
     """Bytes of one sequence's state in all SSM layers, now or after a planned cut."""
     sizes = {} if plan is None else {layer.name: layer.new_state_size for layer in plan.layers}
-    total = 0
-    for layer in find_layers(model):
-        entries = layer.family.state_entries(layer.module) * sizes.get(layer.name, layer.state_size)
-        total += entries // layer.state_size * next(layer.module.parameters()).element_size()
-    return total
+    return sum(layer.state_bytes(sizes.get(layer.name, layer.state_size)) for layer in find_layers(model))
 
 
 def _alternative(model: nn.Module, tolerance: float, plan: CompressionPlan) -> Alternative:

@@ -56,6 +56,8 @@ def sentence(event: CutEvent) -> str:
         changed = sum(event.sizes[name] != size for name, size in result.state_sizes_before.items())
         text += f"{changed} of {layers}, {before} -> {after} states"
         text += f", {result.parameters_before:,} -> {result.parameters_after:,} parameters"
+        if result.state_bytes_before is not None and result.state_bytes_after is not None:
+            text += f", {result.state_bytes_before:,} -> {result.state_bytes_after:,} bytes of state per sequence"
     elif event.outcome == "rolled back":
         text += f"{layers}, {before} -> {after} states"
     else:

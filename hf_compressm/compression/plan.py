@@ -1,7 +1,7 @@
 """What a cut would do (the plan) and what it did (the result)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ class LayerPlan:
         status: `"cut"`, `"kept"` (nothing worth cutting) or `"skipped"` (cannot be cut).
         reason: why, in words.
         criterion: how the states were ranked.
+        state_bytes: bytes of one sequence's state now, and after the cut; None in records that lack them.
     """
 
     name: str
@@ -39,9 +40,15 @@ class LayerPlan:
     status: str
     reason: str
     criterion: str
+    state_bytes: tuple[int, int] | None = None
     layer: SSMLayer | None = field(default=None, repr=False)
     cut: LayerCut | None = field(default=None, repr=False)
     fingerprints: tuple[int, ...] = field(default=(), repr=False)
+
+    def unchanged(self, **values: Any) -> "LayerPlan":
+        """The plan of a layer that stays as large as it is, with other values."""
+        present = None if self.state_bytes is None else (self.state_bytes[0], self.state_bytes[0])
+        return replace(self, new_state_size=self.state_size, state_bytes=present, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dict, spectrum included; a spectrum that could not be measured is empty."""
@@ -79,17 +86,14 @@ class CompressionPlan:
         nothing: dict[str, Any] = {"energy_kept": 1.0, "predicted_error": 0.0, "error_bound": None}
         nothing |= {"status": "skipped", "reason": reason, "layer": None, "cut": None, "fingerprints": ()}
         return CompressionPlan(
-            tuple(
-                replace(layer, new_state_size=layer.state_size, **nothing) if layer.status == "cut" else layer
-                for layer in self.layers
-            )
+            tuple(layer.unchanged(**nothing) if layer.status == "cut" else layer for layer in self.layers)
         )
 
     def __str__(self) -> str:
-        """One row per layer."""
+        """One row per layer, and what the state of a sequence takes."""
         head = ("layer", "family", "states", "energy kept", "predicted error", "bound", "status")
         rows = [head, *(_row(layer) for layer in self.layers)]
-        return _table(rows)
+        return "\n".join([_table(rows), *_state_bytes(self.layers)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +127,14 @@ class CompressionResult:
     def __str__(self) -> str:
         """The plan's table, and what the caller has to do now."""
         return "\n".join(part for part in (str(self.plan), self.note) if part)
+
+
+def _state_bytes(layers: Sequence[LayerPlan]) -> Iterator[str]:
+    """What the state of one sequence takes in all layers, in words."""
+    known = [layer.state_bytes for layer in layers if layer.state_bytes is not None]
+    if known and len(known) == len(layers):
+        before, after = (sum(sizes) for sizes in zip(*known, strict=True))
+        yield f"state of a sequence: {before:,} -> {after:,} bytes"
 
 
 def _row(layer: LayerPlan) -> tuple[str, ...]:

@@ -167,6 +167,7 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> Lay
         status="skipped" if measurement.problem else "kept",
         reason=measurement.problem or "the rule and the gate leave nothing worth cutting",
         criterion=method.criterion,
+        state_bytes=(layer.state_bytes(layer.state_size), layer.state_bytes(layer.state_size)),
     )
     if measurement.problem or size >= layer.state_size:
         return plan
@@ -184,6 +185,7 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> Lay
         predicted_error=cut.predicted_error,
         error_bound=cut.error_bound,
         status="cut",
+        state_bytes=(layer.state_bytes(layer.state_size), layer.state_bytes(size)),
         reason=cut.note,
         layer=replace(layer, owner=None),  # plans travel between processes, and each has the configuration
         cut=cut,
@@ -204,9 +206,7 @@ def _one_size_or_none(choices: Sequence[LayerChoice], plans: Sequence[LayerPlan]
 
 def _kept(plan: LayerPlan, reason: str) -> LayerPlan:
     """The plan of a layer that stays as it is."""
-    return replace(
-        plan,
-        new_state_size=plan.state_size,
+    return plan.unchanged(
         energy_kept=1.0,
         predicted_error=0.0,
         error_bound=None,

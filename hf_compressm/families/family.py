@@ -187,6 +187,11 @@ class SSMLayer:
         """Present number of states."""
         return self.family.state_size(self.module)
 
+    def state_bytes(self, size: int) -> int:
+        """Bytes of the state of one sequence with `size` states, in the dtype of the layer's parameters."""
+        entries = self.family.state_entries(self.module) * size // self.state_size
+        return entries * int(next(self.module.parameters()).element_size())
+
 
 @dataclass(frozen=True)
 class Family(ABC):
