@@ -88,7 +88,7 @@ def select(model: PreTrainedModel, size: int, rank: Callable[[Selection], Tensor
             adapter = Unrepaired(**{item.name: getattr(adapter, item.name) for item in fields(adapter)})
         found: Selection = measured.detail
         plain = Selection(rank(found), found.P, found.Q, reads_out=False, samples=found.samples)
-        cut = adapter.cut(layer, CutMethod(name), copy_with(measured, plain), size)
+        cut = adapter.cut(layer, method, copy_with(measured, plain), size)
         commit_replacements(prepare_replacements(model, cut.changes), cut.attributes)
 
 
