@@ -48,8 +48,11 @@ def test_effective_states_hold_99_percent_of_the_energy() -> None:
 def test_a_sentence_tells_of_any_number_of_layers() -> None:
     result = compress(LRU.build(num_hidden_layers=24), CompreSSMConfig(fraction=0.5))
     parameters = f"{result.parameters_before:,} -> {result.parameters_after:,} parameters"
+    state = f"{result.state_bytes_before:,} -> {result.state_bytes_after:,} bytes of state per sequence"
+    assert result.state_bytes_after == result.state_bytes_before / 2
     told = sentence(CutEvent(2, replace(result, seconds=0.314)))
-    assert told == f"CompreSSM, cut after step 2: 24 of 24 layers, 8 -> 4 states, {parameters} (0.31 s)."
+    assert told == f"CompreSSM, cut after step 2: 24 of 24 layers, 8 -> 4 states, {parameters}, {state} (0.31 s)."
+    assert str(result.plan).endswith(f"state of a sequence: {state.removesuffix(' of state per sequence')}")
 
 
 def test_a_sentence_tells_of_sizes_that_differ() -> None:
