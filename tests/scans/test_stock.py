@@ -149,7 +149,9 @@ def fake_packages(monkeypatch, works_on=()):
     for kernel, (module, name) in BOUND.items():
         function = fake(kernel, kernels.torch_path(getattr(module, name)))
         if kernel is kernels.HEAD_UPDATE:  # one function of mamba-ssm serves Mamba and Mamba-2
-            function = _update_of_either_kind(modules[f"{kernel.package}.{kernel.module}"].selective_state_update, function)
+            function = _update_of_either_kind(
+                modules[f"{kernel.package}.{kernel.module}"].selective_state_update, function
+            )
         setattr(modules[f"{kernel.package}.{kernel.module}"], kernel.function, function)
     return calls, modules
 
@@ -384,7 +386,9 @@ def test_kernel_of_another_device_only(monkeypatch):
     _, modules = fake_packages(monkeypatch, works_on=("meta",))
     bind_fakes(monkeypatch, modules)
     monkeypatch.setattr(kernels, "device_types", lambda: ["cpu", "meta"])
-    interface, combined = (modules[f"{kernel.package}.{kernel.module}"] for kernel in (kernels.INNER, kernels.CHUNK_SCAN))
+    interface, combined = (
+        modules[f"{kernel.package}.{kernel.module}"] for kernel in (kernels.INNER, kernels.CHUNK_SCAN)
+    )
     monkeypatch.setattr(interface, "selective_scan_fn", lambda u, *args, **kwargs: _fail_on_cpu(u))
     monkeypatch.setattr(combined, "mamba_chunk_scan_combined", lambda x, *args, **kwargs: _fail_on_cpu(x))
     assert enable_fast_selective_scan() is False  # the accelerator has its kernels
