@@ -1,4 +1,4 @@
-"""Tiny configurations of transformers' recurrent families, by model type: two such layers, in hybrids also attention."""
+"""Tiny configurations of transformers' recurrent families: two such layers, in hybrids also attention."""
 
 from typing import Any
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from .ssd import text_starts
 
 
-BLOCK_ENTRIES = 1 << 16  # entries worked on at once, which fit into the cache
+BLOCK_ENTRIES = 1 << 18  # entries worked on at once, which fit into the cache
 ACTIVATIONS = (None, "silu", "swish")
 
 

@@ -124,7 +124,7 @@ def assert_all_close(actual, expected, tolerance=SINGLE_ROUND_OFF):
 
 
 def fake_packages(monkeypatch, works_on=()):
-    """Install a mamba_ssm and a fla whose functions raise, but on some device types. Returns the list of their calls."""
+    """Install a mamba_ssm and a fla whose functions raise, but on the given device types; return a list of calls."""
     calls = []
 
     def fake(kernel, torch_function):
