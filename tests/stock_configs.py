@@ -1,5 +1,6 @@
 """Tiny configurations of transformers' recurrent families: two such layers, in hybrids also attention."""
 
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -138,7 +139,8 @@ DELTA: dict[str, tuple[str, str, dict[str, Any]] | None] = {
     "bailing_hybrid": ("bailing_hybrid", "head_dim", _KIMI),
     "glm5_next": None,  # likewise
 }
-CAUSAL_DELTA = [family for family, case in DELTA.items() if case is not None]
+HAVE_FILES = [name for name in (*OWN, *DELTA) if find_spec(f"transformers.models.{name}")]  # the oldest lacks some
+CAUSAL_DELTA = [name for name in HAVE_FILES if DELTA.get(name) is not None]
 
 
 def stock_settings(family: str, state_size: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import hf_compressm.scans.kernels as kernels
 import hf_compressm.scans.stock as stock
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
 from tests.caches import as_cache, cache_of
-from tests.stock_configs import CAUSAL_DELTA, DELTA, OWN, stock_settings
+from tests.stock_configs import CAUSAL_DELTA, DELTA, HAVE_FILES, OWN, stock_settings
 
 
 SINGLE_ROUND_OFF = 1e-5  # float32, relative to the largest entry
@@ -59,8 +59,8 @@ def modeling_file(family):
 def functions_of_all_files():
     return {
         (family, job.name): getattr(modeling_file(family), job.name)
-        for family, jobs in stock._FAMILIES.items()
-        for job in jobs
+        for family in HAVE_FILES
+        for job in stock._FAMILIES[family]
     }
 
 
@@ -255,7 +255,7 @@ def test_idempotent_and_reversible():
     originals = functions_of_all_files()
     assert enable_fast_selective_scan() is True
     first = functions_of_all_files()
-    scans = [(family, jobs[0].name) for family, jobs in stock._FAMILIES.items()]
+    scans = [(family, stock._FAMILIES[family][0].name) for family in HAVE_FILES]
     assert all(first[scan] is not originals[scan] for scan in scans)
     assert enable_fast_selective_scan() is True
     assert all(
@@ -300,11 +300,12 @@ def test_packed_sequences_of_mamba_1_are_left_to_stock(fast_calls):
 
 
 MAMBA_2 = [family for family, jobs in stock._FAMILIES.items() if jobs is stock._MAMBA2]
+PACKED = [*MAMBA_2, *CAUSAL_DELTA]
 
 
 # The head of Mamba-2 does not pass `seq_idx` on, and the attention of GraniteMoeHybrid knows no packed texts.
-@pytest.mark.parametrize("family", [family for family in MAMBA_2 if family != "granitemoehybrid"])
-def test_packed_texts_of_mamba_2_stay_apart(family, fast_calls):
+@pytest.mark.parametrize("family", [family for family in PACKED if family != "granitemoehybrid"])
+def test_packed_texts_stay_apart(family, fast_calls):
     texts = (9, 1, 2, 25)
     model, tokens = make_model(family).base_model, make_tokens(sum(texts))[:1]
     enable_fast_selective_scan()
@@ -320,6 +321,36 @@ def test_packed_texts_of_mamba_2_stay_apart(family, fast_calls):
     assert (actual - expected).abs().max() <= SINGLE_ROUND_OFF * expected.abs().max()
     together = model(tokens, use_cache=False).last_hidden_state
     assert (together - expected).abs().max() > 100 * SINGLE_ROUND_OFF * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", [family for family in HAVE_FILES if family in DELTA])
+def test_every_delta_rule_equals_its_torch_path(family):
+    """Also of files without a tiny model, with shared keys where the file has them."""
+    generator = torch.Generator().manual_seed(0)
+    chunked, step = (job.name for job in stock._FAMILIES[family][:2])
+    is_per_channel = stock._FAMILIES[family] is stock._KIMI_DELTA_ATTENTION
+    q, k = torch.randn(2, 2, 70, 4 if is_per_channel else 2, 5, generator=generator)
+    v, beta = torch.randn(2, 70, 4, 3, generator=generator), torch.rand(2, 70, 4, generator=generator)
+    g = -torch.rand(2, 70, 4, *((5,) if is_per_channel else ()), generator=generator)
+    options = {"initial_state": None, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    enable_fast_selective_scan()
+    for name, tensors in ((chunked, (q, k, v, g, beta)), (step, [tensor[:, :1] for tensor in (q, k, v, g, beta)])):
+        function = getattr(modeling_file(family), name)
+        actual, expected = (run(*tensors, **options) for run in (function, kernels.torch_path(function)))
+        assert_all_close(actual, expected)
+
+
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.float32, 1), (torch.bfloat16, 0)])
+@pytest.mark.parametrize("file", [modeling2, modeling_qwen, modeling_kimi])
+def test_convolution_of_single_precision_is_fast(file, dtype, calls, monkeypatch):
+    seen, fast = [], dispatchers.causal_convolution
+    monkeypatch.setattr(dispatchers, "causal_convolution", lambda *args: seen.append(args) or fast(*args))
+    x, weight = torch.randn(2, 6, 9).to(dtype), torch.randn(6, 4).to(dtype)
+    expected = file.causal_conv1d_fn(x, weight=weight, bias=None, activation="silu")
+    enable_fast_selective_scan()
+    actual = file.causal_conv1d_fn(x, weight=weight, bias=None, activation="silu")
+    assert len(seen) == calls
+    assert_all_close([actual], [expected])
 
 
 @pytest.mark.parametrize("bias", [False, True])
