@@ -181,7 +181,7 @@ def test_packed_texts_equal_texts_alone(decay):
 
 
 @pytest.mark.parametrize("decay", ["head", "channel", "none"])
-@pytest.mark.parametrize("every", [1, 3, 50])
+@pytest.mark.parametrize("every", [1, 3, 9, 50])
 def test_states(every, decay):
     arguments = {name: tensor.detach() for name, tensor in make(2, 37, 2, 4, 3, 5, decay).items()}
     query = arguments.pop("query")
@@ -189,7 +189,7 @@ def test_states(every, decay):
     chunks = [chunk.clone() for chunk in delta_states(**arguments, every=every, **options)]
     states = torch.cat(chunks) if chunks else query.new_zeros(0)
     assert len(states) == 37 // every
-    assert all(len(chunk) * every % every == 0 for chunk in chunks[:-1])
+    assert all(len(chunk) > 0 for chunk in chunks)
     for index in {0, len(states) // 2, len(states) - 1} if chunks else ():
         steps = (index + 1) * every
         cut = {name: tensor if name == "initial_state" else tensor[:, :steps] for name, tensor in arguments.items()}
