@@ -198,7 +198,9 @@ def delta_states(
     if every >= CHUNKED_FROM:
         for start in range(0, length - every + 1, every):
             k, v, g_t, beta_t = (tensor[:, start : start + every] for tensor in (key, value, g, beta))
-            _, S = delta_scan(k, k, v, g_t, beta_t, S, True, use_qk_l2norm_in_kernel)
+            _, last = delta_scan(k, k, v, g_t, beta_t, S, True, use_qk_l2norm_in_kernel)
+            assert last is not None
+            S = last
             yield S.clone()[None]
         return
     g, beta, k, v = (tensor.to(S.dtype) for tensor in (g, beta, key, value))
