@@ -1,5 +1,6 @@
 """Tiny configurations of transformers' families, by model type: two SSM layers, in hybrids also attention."""
 
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -182,6 +183,30 @@ WITHOUT_SIZE: dict[str, dict[str, Any]] = {
         "block_size": 8,
     },
 }
+
+
+# Delta rules by the name of their modeling file, with the model type of the causal language model. Where that needs
+# more settings than a tiny model is worth, None: its function is that of the others.
+DELTA: dict[str, str | None] = {
+    "qwen3_next": "qwen3_next",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen4_exp": None,
+    "lara_mini": "lara_mini",
+    "olmo_hybrid": "olmo_hybrid",
+    "kimi_linear": "kimi_linear",
+    "bailing_hybrid": "bailing_hybrid",
+    "glm5_next": None,
+}
+
+
+def is_there(family: str) -> bool:
+    """Whether this version of transformers has the family; the oldest lacks some."""
+    return find_spec(f"transformers.models.{family}") is not None
+
+
+HAVE_FILES = [name for name in dict.fromkeys((*OWN, *DELTA)) if is_there(name) and name != "xlstm"]
+CAUSAL_DELTA = [name for name in HAVE_FILES if DELTA.get(name) is not None]
 
 
 def stock_settings(family: str, state_size: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from .ssd import text_starts
 
 
-BLOCK_ENTRIES = 1 << 16  # entries worked on at once, which fit into the cache
+BLOCK_ENTRIES = 1 << 18  # entries worked on at once, which fit into the cache
 ACTIVATIONS = (None, "silu", "swish")
 
 
@@ -52,11 +52,9 @@ class _CausalConvolution(torch.autograd.Function):
             if ctx.is_activated:
                 grad_y = torch.ops.aten.silu_backward(grad_y, _convolved(x[row], steps, taps, bias))
             for lag, tap in enumerate(taps.flip(0)):
-                first = max(steps.start, lag)
-                before = slice(first - lag, steps.stop - lag)
-                grad = grad_y[first - steps.start :]
-                grad_x[row, before].addcmul_(grad, tap)
-                grad_taps[-1 - lag] += (grad * x[row, before]).sum(0)
+                own, earlier = _reached(steps, lag)
+                grad_x[row, earlier].addcmul_(grad_y[own], tap)
+                grad_taps[-1 - lag] += (grad_y[own] * x[row, earlier]).sum(0)
             if bias is not None:
                 grad_bias += grad_y.sum(0)
         return grad_x, grad_taps.T, None if bias is None else grad_bias, None
@@ -125,6 +123,12 @@ def _convolved(x: Tensor, steps: slice, taps: Tensor, bias: Tensor | None) -> Te
     if bias is not None:
         y += bias
     for lag in range(1, taps.shape[0]):
-        first = max(steps.start, lag)
-        y[first - steps.start :].addcmul_(x[first - lag : steps.stop - lag], taps[-1 - lag])
+        own, earlier = _reached(steps, lag)
+        y[own].addcmul_(x[earlier], taps[-1 - lag])
     return y
+
+
+def _reached(steps: slice, lag: int) -> tuple[slice, slice]:
+    """Those of a block's steps that have a step `lag` before them, counted in the block, and the steps before."""
+    first = min(max(steps.start, lag), steps.stop)
+    return slice(first - steps.start, None), slice(max(first - lag, 0), max(steps.stop - lag, 0))

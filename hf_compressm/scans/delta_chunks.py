@@ -38,9 +38,7 @@ from torch.autograd.function import once_differentiable
 from .delta_decays import Decays, chunk_decays
 
 
-BLOCK_ENTRIES = (
-    1 << 18
-)  # entries of q, k and v worked on at once: they hide the cost of a call, and fit into the cache
+BLOCK_ENTRIES = 1 << 20  # entries of q, k and v worked on at once: they hide the cost of a call, and stay in the cache
 
 
 class Options(NamedTuple):

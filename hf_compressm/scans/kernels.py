@@ -136,13 +136,13 @@ def _probe_head_update(kernel: Callable, device: str) -> None:
 def _probe_gated_delta_rule(kernel: Callable, device: str) -> None:
     """Call `chunk_gated_delta_rule` or `fused_recurrent_gated_delta_rule` once."""
     vectors, per_head = _zeros(device, (1, 16, 2, 16), (1, 16, 2))
-    kernel(vectors, vectors, vectors, g=per_head, beta=per_head, use_qk_l2norm_in_kernel=True)
+    kernel(vectors, vectors, vectors, g=per_head, beta=per_head, initial_state=None, output_final_state=False)
 
 
 def _probe_kimi_delta_attention(kernel: Callable, device: str) -> None:
     """Call `chunk_kda` or `fused_recurrent_kda` once."""
     vectors, per_head = _zeros(device, (1, 16, 2, 16), (1, 16, 2))
-    kernel(vectors, vectors, vectors, g=vectors, beta=per_head, use_qk_l2norm_in_kernel=True)
+    kernel(vectors, vectors, vectors, g=vectors, beta=per_head, initial_state=None, output_final_state=False)
 
 
 def _zeros(device: str, *shapes: tuple[int, ...]) -> list[Tensor]:

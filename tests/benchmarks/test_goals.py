@@ -50,6 +50,14 @@ def test_the_scan_of_mamba2_is_measured() -> None:
 
 
 @pytest.mark.slow
+def test_the_step_of_a_delta_rule_is_measured() -> None:
+    table = run("delta_rule.py", "--smoke", "--rounds", "1", "--key_sizes", "8")
+    assert "| step of a gated delta net, key size 8 | stock |" in table
+    assert "| step of a Kimi delta attention, key size 8 | stock |" in table
+    assert table.count("peak memory: ") == 2
+
+
+@pytest.mark.slow
 def test_training_on_a_device_is_measured_where_kernels_work() -> None:
     table = run("gpu.py", "--smoke", "--device", "cpu", "--repeats", "1")
     assert "| mamba, kernels | does not work here |" in table

@@ -25,6 +25,7 @@ from tests.family_table import (
     Family,
     family_id,
     perturbed,
+    present,
 )
 from tests.models.cases_mamba import left_padded
 
@@ -32,7 +33,7 @@ from tests.models.cases_mamba import left_padded
 TOLERANCE = 1e-4  # float32: a recurrence step by step against the chunks of transformers
 STATES, CHANNELS = 3, 8
 DELTA_NETS = (QWEN3_NEXT, QWEN3_5, OLMO_HYBRID)
-KIMI = (KIMI_LINEAR, BAILING_HYBRID)
+KIMI = present(KIMI_LINEAR, BAILING_HYBRID)
 kinds = pytest.mark.parametrize("family", [*DELTA_NETS, *KIMI, MINIMAX], ids=family_id)
 
 

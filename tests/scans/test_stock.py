@@ -1,4 +1,4 @@
-"""Stock Mamba models with the fast scans in place: same numbers, and out of the way of everything that works."""
+"""Stock models with the fast scans in place: same numbers, and out of the way of everything that works."""
 
 import importlib.util
 import sys
@@ -6,21 +6,24 @@ import types
 
 import pytest
 import torch
+import transformers.models.kimi_linear.modeling_kimi_linear as modeling_kimi
 import transformers.models.mamba.modeling_mamba as modeling
 import transformers.models.mamba2.modeling_mamba2 as modeling2
+import transformers.models.qwen3_next.modeling_qwen3_next as modeling_qwen
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import hf_compressm.scans.dispatchers as dispatchers
 import hf_compressm.scans.kernels as kernels
 import hf_compressm.scans.stock as stock
 from hf_compressm.scans import disable_fast_selective_scan, enable_fast_selective_scan
 from tests.caches import as_cache, cache_of
-from tests.stock_configs import OWN, stock_settings
+from tests.stock_configs import CAUSAL_DELTA, DELTA, HAVE_FILES, OWN, stock_settings
 
 
 SINGLE_ROUND_OFF = 1e-5  # float32, relative to the largest entry
 HALF_ROUND_OFF = 2e-2  # bfloat16 has 8 bits, and the stock code rounds step sizes to it
 
-SCANS = {  # calls of the scan per forward pass: one per SSM layer, and in Zamba one per head of it
+SCANS = {  # calls of the scan per forward pass: one per recurrent layer, and in Zamba one per head of it
     "mamba": 2,
     "falcon_mamba": 2,
     "jamba": 2,
@@ -31,6 +34,7 @@ SCANS = {  # calls of the scan per forward pass: one per SSM layer, and in Zamba
     "falcon_h1": 2,
     "granitemoehybrid": 2,
     "nemotron_h": 2,
+    **dict.fromkeys(CAUSAL_DELTA, 2),
 }
 BOUND = {  # our kernel: the modeling file and the name by which it calls it
     kernels.SELECTIVE_SCAN: (modeling, "mamba_selective_scan"),
@@ -39,7 +43,12 @@ BOUND = {  # our kernel: the modeling file and the name by which it calls it
     kernels.CHUNK_SCAN: (modeling2, "mamba2_chunk_scan"),
     kernels.SPLIT_SCAN: (modeling2, "mamba2_split_conv1d_scan_combined"),
     kernels.HEAD_UPDATE: (modeling2, "mamba2_selective_state_update"),
+    kernels.GATED_DELTA_RULE: (modeling_qwen, "torch_chunk_gated_delta_rule"),
+    kernels.GATED_DELTA_UPDATE: (modeling_qwen, "torch_recurrent_gated_delta_rule"),
+    kernels.KIMI_DELTA_ATTENTION: (modeling_kimi, "chunk_kimi_delta_attention"),
+    kernels.KIMI_DELTA_UPDATE: (modeling_kimi, "recurrent_kimi_delta_attention"),
 }
+UPDATES = ["selective_state_update", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"]
 FUNCTIONS = [name for module, name in BOUND.values() if module is modeling]
 
 
@@ -50,8 +59,8 @@ def modeling_file(family):
 def functions_of_all_files():
     return {
         (family, job.name): getattr(modeling_file(family), job.name)
-        for family, jobs in stock._FAMILIES.items()
-        for job in jobs
+        for family in HAVE_FILES
+        for job in stock._FAMILIES[family]
     }
 
 
@@ -75,14 +84,15 @@ def fast_calls(monkeypatch):
 
         return counted
 
-    for name in ("selective_scan", "ssd_scan"):
-        monkeypatch.setattr(stock, name, count(getattr(stock, name)))
+    for name in ("selective_scan", "ssd_scan", "delta_scan"):
+        monkeypatch.setattr(dispatchers, name, count(getattr(dispatchers, name)))
     return calls
 
 
 def make_model(family="mamba", **options):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**stock_settings(family, 5), **options})
+    model_type = DELTA.get(family) or family
+    config = AutoConfig.for_model(model_type, **{**stock_settings(family, 5), **options})
     return AutoModelForCausalLM.from_config(config).train()
 
 
@@ -113,8 +123,8 @@ def assert_all_close(actual, expected, tolerance=SINGLE_ROUND_OFF):
         assert (left - right).abs().max() <= tolerance * max(1.0, right.abs().max().item())
 
 
-def fake_mamba_ssm(monkeypatch, works_on=()):
-    """Install a mamba_ssm whose functions raise, but on the given device types. Returns the list of its calls."""
+def fake_packages(monkeypatch, works_on=()):
+    """Install a mamba_ssm and a fla whose functions raise, but on the given device types; return a list of calls."""
     calls = []
 
     def fake(kernel, torch_function):
@@ -126,9 +136,9 @@ def fake_mamba_ssm(monkeypatch, works_on=()):
 
         return function
 
-    leaves = sorted({f"mamba_ssm.{kernel.module}" for kernel in BOUND})
+    leaves = sorted({f"{kernel.package}.{kernel.module}" for kernel in BOUND})
     modules = {}
-    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", *leaves):
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "fla", "fla.ops", *leaves):
         module = modules[name] = types.ModuleType(name)
         module.__path__ = []
         module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
@@ -139,8 +149,10 @@ def fake_mamba_ssm(monkeypatch, works_on=()):
     for kernel, (module, name) in BOUND.items():
         function = fake(kernel, kernels.torch_path(getattr(module, name)))
         if kernel is kernels.HEAD_UPDATE:  # one function of mamba-ssm serves Mamba and Mamba-2
-            function = _update_of_either_kind(modules[f"mamba_ssm.{kernel.module}"].selective_state_update, function)
-        setattr(modules[f"mamba_ssm.{kernel.module}"], kernel.function, function)
+            function = _update_of_either_kind(
+                modules[f"{kernel.package}.{kernel.module}"].selective_state_update, function
+            )
+        setattr(modules[f"{kernel.package}.{kernel.module}"], kernel.function, function)
     return calls, modules
 
 
@@ -151,7 +163,7 @@ def _update_of_either_kind(by_channel, by_head):
 def bind_fakes(monkeypatch, modules):
     """What transformers does when it is imported beside such a package: bind its functions."""
     for kernel, (module, name) in BOUND.items():
-        function = getattr(modules[f"mamba_ssm.{kernel.module}"], kernel.function)
+        function = getattr(modules[f"{kernel.package}.{kernel.module}"], kernel.function)
 
         def bound(*args, function=function, **kwargs):
             kwargs.pop("use_mambapy", None)
@@ -163,7 +175,8 @@ def bind_fakes(monkeypatch, modules):
 
 
 def test_every_family_has_a_case():
-    assert [family for family in OWN if family != "xlstm"] == list(stock._FAMILIES)  # its recurrence is no scan
+    scans = [*(family for family in OWN if family not in DELTA and family != "xlstm"), *DELTA]  # xLSTM's is no scan
+    assert scans == list(stock._FAMILIES)
 
 
 @pytest.mark.parametrize("family", SCANS)
@@ -243,7 +256,7 @@ def test_idempotent_and_reversible():
     originals = functions_of_all_files()
     assert enable_fast_selective_scan() is True
     first = functions_of_all_files()
-    scans = [(family, jobs[0].name) for family, jobs in stock._FAMILIES.items()]
+    scans = [(family, stock._FAMILIES[family][0].name) for family in HAVE_FILES]
     assert all(first[scan] is not originals[scan] for scan in scans)
     assert enable_fast_selective_scan() is True
     assert all(
@@ -266,10 +279,10 @@ def test_no_warning_about_a_slow_path(monkeypatch):
 
 def test_explicit_mambapy_is_obeyed(fast_calls, monkeypatch):
     enable_fast_selective_scan()
-    monkeypatch.setattr(stock, "is_mambapy_available", lambda: True)
+    monkeypatch.setattr(dispatchers, "is_mambapy_available", lambda: True)
     make_model(use_mambapy=True)(make_tokens())
     assert not fast_calls
-    monkeypatch.setattr(stock, "is_mambapy_available", lambda: False)
+    monkeypatch.setattr(dispatchers, "is_mambapy_available", lambda: False)
     make_model(use_mambapy=True)(make_tokens())
     assert len(fast_calls) == 2
 
@@ -288,11 +301,12 @@ def test_packed_sequences_of_mamba_1_are_left_to_stock(fast_calls):
 
 
 MAMBA_2 = [family for family, jobs in stock._FAMILIES.items() if jobs is stock._MAMBA2]
+PACKED = [*MAMBA_2, *CAUSAL_DELTA]
 
 
 # The head of Mamba-2 does not pass `seq_idx` on, and the attention of GraniteMoeHybrid knows no packed texts.
-@pytest.mark.parametrize("family", [family for family in MAMBA_2 if family != "granitemoehybrid"])
-def test_packed_texts_of_mamba_2_stay_apart(family, fast_calls):
+@pytest.mark.parametrize("family", [family for family in PACKED if family != "granitemoehybrid"])
+def test_packed_texts_stay_apart(family, fast_calls):
     texts = (9, 1, 2, 25)
     model, tokens = make_model(family).base_model, make_tokens(sum(texts))[:1]
     enable_fast_selective_scan()
@@ -308,6 +322,36 @@ def test_packed_texts_of_mamba_2_stay_apart(family, fast_calls):
     assert (actual - expected).abs().max() <= SINGLE_ROUND_OFF * expected.abs().max()
     together = model(tokens, use_cache=False).last_hidden_state
     assert (together - expected).abs().max() > 100 * SINGLE_ROUND_OFF * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", [family for family in HAVE_FILES if family in DELTA])
+def test_every_delta_rule_equals_its_torch_path(family):
+    """Also of files without a tiny model, with shared keys where the file has them."""
+    generator = torch.Generator().manual_seed(0)
+    chunked, step = (job.name for job in stock._FAMILIES[family][:2])
+    is_per_channel = stock._FAMILIES[family] is stock._KIMI_DELTA_ATTENTION
+    q, k = torch.randn(2, 2, 70, 4 if is_per_channel else 2, 5, generator=generator)
+    v, beta = torch.randn(2, 70, 4, 3, generator=generator), torch.rand(2, 70, 4, generator=generator)
+    g = -torch.rand(2, 70, 4, *((5,) if is_per_channel else ()), generator=generator)
+    options = {"initial_state": None, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    enable_fast_selective_scan()
+    for name, tensors in ((chunked, (q, k, v, g, beta)), (step, [tensor[:, :1] for tensor in (q, k, v, g, beta)])):
+        function = getattr(modeling_file(family), name)
+        actual, expected = (run(*tensors, **options) for run in (function, kernels.torch_path(function)))
+        assert_all_close(actual, expected)
+
+
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.float32, 1), (torch.bfloat16, 0)])
+@pytest.mark.parametrize("file", [modeling2, modeling_qwen, modeling_kimi])
+def test_convolution_of_single_precision_is_fast(file, dtype, calls, monkeypatch):
+    seen, fast = [], dispatchers.causal_convolution
+    monkeypatch.setattr(dispatchers, "causal_convolution", lambda *args: seen.append(args) or fast(*args))
+    x, weight = torch.randn(2, 6, 9).to(dtype), torch.randn(6, 4).to(dtype)
+    expected = file.causal_conv1d_fn(x, weight=weight, bias=None, activation="silu")
+    enable_fast_selective_scan()
+    actual = file.causal_conv1d_fn(x, weight=weight, bias=None, activation="silu")
+    assert len(seen) == calls
+    assert_all_close([actual], [expected])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -328,11 +372,11 @@ def test_packed_convolution_equals_that_of_each_text(bias, activation):
     assert (actual - expected).abs().max() <= SINGLE_ROUND_OFF * expected.abs().max()
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "qwen3_next", "kimi_linear"])
 def test_broken_kernel_is_passed_over(family, monkeypatch, fast_calls):
     model = make_model(family)
     expected = logits_and_gradients(model)
-    _, modules = fake_mamba_ssm(monkeypatch)
+    _, modules = fake_packages(monkeypatch)
     bind_fakes(monkeypatch, modules)
     with pytest.raises(RuntimeError, match="is not installed"):
         model(make_tokens())
@@ -354,14 +398,16 @@ def test_broken_kernel_is_passed_over(family, monkeypatch, fast_calls):
     [
         ("mamba", ["mamba_inner_fn", "selective_scan_fn"]),
         ("mamba2", ["mamba_split_conv1d_scan_combined", "mamba_chunk_scan_combined"]),
+        ("qwen3_next", ["chunk_gated_delta_rule"]),
+        ("kimi_linear", ["chunk_kda"]),
     ],
 )
 def test_working_kernel_is_left_alone(family, kernel_calls, monkeypatch, fast_calls):
-    calls, modules = fake_mamba_ssm(monkeypatch, works_on=("cpu",))
+    calls, modules = fake_packages(monkeypatch, works_on=("cpu",))
     bind_fakes(monkeypatch, modules)
     monkeypatch.setattr(kernels, "device_types", lambda: ["cpu"])
     assert enable_fast_selective_scan() is False
-    assert {"selective_state_update", *kernel_calls} <= set(calls)  # every one was tried
+    assert {*kernel_calls, *UPDATES} <= set(calls)  # every one was tried
     calls.clear()
     make_model(family)(make_tokens())
     assert calls == kernel_calls * 2
@@ -369,10 +415,12 @@ def test_working_kernel_is_left_alone(family, kernel_calls, monkeypatch, fast_ca
 
 
 def test_kernel_of_another_device_only(monkeypatch):
-    _, modules = fake_mamba_ssm(monkeypatch, works_on=("meta",))
+    _, modules = fake_packages(monkeypatch, works_on=("meta",))
     bind_fakes(monkeypatch, modules)
     monkeypatch.setattr(kernels, "device_types", lambda: ["cpu", "meta"])
-    interface, combined = (modules[f"mamba_ssm.{kernel.module}"] for kernel in (kernels.INNER, kernels.CHUNK_SCAN))
+    interface, combined = (
+        modules[f"{kernel.package}.{kernel.module}"] for kernel in (kernels.INNER, kernels.CHUNK_SCAN)
+    )
     monkeypatch.setattr(interface, "selective_scan_fn", lambda u, *args, **kwargs: _fail_on_cpu(u))
     monkeypatch.setattr(combined, "mamba_chunk_scan_combined", lambda x, *args, **kwargs: _fail_on_cpu(x))
     assert enable_fast_selective_scan() is False  # the accelerator has its kernels
