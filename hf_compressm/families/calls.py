@@ -253,9 +253,29 @@ def _delta_signals(call: Call, mask: Tensor | None) -> Signals:
     g, beta = delta_gates(given, rows)
     gain = gain[rows].to(dtype).transpose(0, 1).unflatten(2, (groups, -1)).flatten(3, 4)
     first = given["initial_state"][rows] if "initial_state" in given else None
-    chunks = delta_states(k, x.to(dtype), g, beta, initial_state=first, every=every)
+    if first is not None and given.get("state_v_first", False):
+        first = first.mT
+    texts = _texts(given, rows)
+    chunks = delta_states(k, x.to(dtype), g, beta, initial_state=first, every=every, seq_idx=texts)
     states = (chunk.unflatten(2, (groups, -1)).movedim(4, -1).flatten(3, 4) for chunk in chunks)
     return Signals(states, every, gain, k, q * q.shape[-1] ** -0.5, _real_tokens(gain, mask))
+
+
+def _texts(given: Mapping[str, Any], rows: slice) -> Tensor | None:
+    """The text of every step `(batch, length)`, where a call is told of several in a row.
+
+    Raises:
+        ValueError: if texts of one row begin with states of earlier ones.
+    """
+    if "seq_idx" in given:
+        return given["seq_idx"][rows]
+    if "cu_seqlens" not in given:
+        return None
+    if "initial_state" in given:
+        raise ValueError("its rows hold several texts (cu_seqlens), which begin with states of earlier ones")
+    ends, x = given["cu_seqlens"][1:], given["x"]
+    steps = torch.arange(x.shape[1], device=x.device)
+    return torch.bucketize(steps, ends.to(steps), right=True).expand(x.shape[0], -1)[rows]
 
 
 def unit(vectors: Tensor) -> Tensor:

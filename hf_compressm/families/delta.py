@@ -59,7 +59,7 @@ def _convolved_width(module: Any, size: int) -> int:
     return 2 * _key_width(module, size) + int(module.value_dim)
 
 
-_FOLLOWS: dict[str, Callable[[Any, int], int]] = {"key_dim": _key_width, "conv_dim": _convolved_width}
+_FOLLOWS: dict[str, Callable[[Any, int], int | float]] = {"key_dim": _key_width, "conv_dim": _convolved_width}
 _CONVOLUTION = rows("conv1d", C, B, "value_dim")
 _HEADS = ("A_log", "dt_bias", "norm.weight", "out_proj.weight")
 

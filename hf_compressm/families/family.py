@@ -122,7 +122,7 @@ class LayerCut:
     energy_kept: float
     note: str = ""
     additions: tuple[ParameterAddition, ...] = ()
-    config_fields: Mapping[str, int] = field(default_factory=dict)
+    config_fields: Mapping[str, int | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +207,7 @@ class Family(ABC):
         tells_texts_apart_by: arguments of packed rows by which its models let no state pass from one text to the next.
         mark: a tensor that tells the family's layers from others of the same class, or "".
         size_type: of the values of `size_field`: float where it is a share of another width; see `configured`.
+        shares_field: whether configurations of other models have a field of this name that says something else.
     """
 
     name: str
@@ -218,6 +219,7 @@ class Family(ABC):
     tells_texts_apart_by: frozenset[str] = frozenset()
     mark: str = ""
     size_type: type[int | float] = int
+    shares_field: bool = False
 
     def criterion(self, wanted: str, calibrated: bool, realization: str = "real") -> str:
         """The criterion to use for `wanted`, which may be `"auto"`.

@@ -33,7 +33,9 @@ from hf_compressm.families.watching import watching
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative to the largest entry; sums in another order."""
 LOUDER = 2.0
-_COMPARED = ("u", "x", "delta", "dt", "A", "B", "C", "initial_states")
+STATES_MAKE = {SELECTIVE: "A", DELTA: "g"}
+"""What the entries of states make of a call, by its kind."""
+_COMPARED = ("u", "x", "delta", "dt", "g", "A", "B", "C", "initial_states")
 
 
 class LayoutError(ValueError):
@@ -210,7 +212,7 @@ def _compare(trial: Trial, before: Sequence[Call], after: Sequence[Call], kind: 
     rows = {STATE: "states", B: "rows of B", C: "rows of C"}[kind]
     for call, (one, other) in enumerate(zip(before, after, strict=True), start=1):
         names = [name for name in _COMPARED if name in one.arguments]
-        meant = ("A" if one.kind == SELECTIVE else "initial_states") if kind == STATE else kind
+        meant = STATES_MAKE.get(one.kind, "initial_states") if kind == STATE else kind
         for own in range(_groups(one)):
             pairs = {name: (_of_group(one, name, own), _of_group(other, name, own)) for name in names}
             wanted = meant if number % groups == group else ""

@@ -122,7 +122,7 @@ class Layout:
     output: str = "out_proj"
     groups: Width | None = None
     mask: str = "attention_mask"
-    follows: Mapping[str, Callable[[Any, int], int]] = field(default_factory=dict)
+    follows: Mapping[str, Callable[[Any, int], int | float]] = field(default_factory=dict)
     unfused: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[str, ...] = ()
 

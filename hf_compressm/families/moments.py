@@ -58,7 +58,7 @@ class RecurrenceStatistics(Statistics):
             return
         if self.keeps_examples:
             self.keep(seen)
-        self.told_apart = any(call.arguments.get("seq_idx") is not None for call in calls)
+        self.told_apart = any({"seq_idx", "cu_seqlens"} & call.arguments.keys() for call in calls)
         with maybe_autocast(device_type=calls[0].output.device.type, enabled=False):
             sums = [self.sums_of(call, seen.mask) for call in calls]
         tokens = [each.pop("tokens") for each in sums]

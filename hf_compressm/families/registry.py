@@ -50,8 +50,8 @@ def registered_families() -> list[str]:
 
 def size_fields() -> list[str]:
     """The configuration fields in which the known families keep their state sizes, sorted."""
-    fields = {family.size_field for known in _FAMILIES.values() for family in known.values()}
-    return sorted(fields - {""})
+    known = [family for of_class in _FAMILIES.values() for family in of_class.values()]
+    return sorted({family.size_field for family in known if not family.shares_field} - {""})
 
 
 def misconfigured(field: str, value: Any) -> str:

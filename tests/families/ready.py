@@ -16,7 +16,19 @@ from torch import Tensor, nn
 from hf_compressm.families import SS2D, VIM, Layout, declare_layer, registry
 from hf_compressm.scans import selective_scan
 from tests import blocks
-from tests.blocks import FlaMamba, FlaMamba2, Mamba, Mamba2, Mamba2Simple, Mamba3, OffsetVim, Vim, at_path, fused
+from tests.blocks import (
+    FlaMamba,
+    FlaMamba2,
+    Mamba,
+    Mamba2,
+    Mamba2Simple,
+    Mamba3,
+    OffsetVim,
+    Vim,
+    at_path,
+    fla_delta,
+    fused,
+)
 from tests.blocks import mamba3 as mamba3_blocks
 from tests.blocks import mamba_ssm as mamba_ssm_blocks
 
@@ -29,6 +41,11 @@ OfMambaIR = at_path(blocks.SS2D, "basicsr.archs.mambair_arch.SS2D")
 OfVMamba = at_path(blocks.SS2D, "models.vmamba.SS2D")
 DECLARED: dict[type[nn.Module], Layout] = {Copied: VIM, OfVMamba: SS2D}
 """Classes that no family knows, and the constants to declare them with."""
+
+
+GatedDeltaNet = at_path(fla_delta.FlaGatedDeltaNet, "fla.layers.gated_deltanet.GatedDeltaNet")
+DeltaNet = at_path(fla_delta.FlaDeltaNet, "fla.layers.delta_net.DeltaNet")
+KimiDeltaAttention = at_path(fla_delta.FlaKimiDeltaAttention, "fla.layers.kda.KimiDeltaAttention")
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,18 @@ READY: dict[str, Row] = {
     ),
     "mamba of fla": Row(lambda N: FlaMamba(WIDTH, N), "mamba"),
     "mamba2 of fla": Row(lambda N: FlaMamba2(head_dim=3, hidden_size=WIDTH, state_size=N, n_groups=2), "mamba2"),
+    "gated deltanet of fla": Row(lambda N: GatedDeltaNet(WIDTH, N, 12 / N, num_v_heads=4), "gated_deltanet"),
+    "gated deltanet of fla, plain": Row(
+        lambda N: GatedDeltaNet(WIDTH, N, 12 / N, use_short_conv=False, allow_neg_eigval=True), "gated_deltanet"
+    ),
+    "deltanet of fla": Row(lambda N: DeltaNet(WIDTH, 2 * N / WIDTH), "delta_net"),
+    "deltanet of fla, plain": Row(
+        lambda N: DeltaNet(WIDTH, 2 * N / WIDTH, use_short_conv=False, qk_norm="sum"), "delta_net"
+    ),
+    "kda of fla": Row(lambda N: KimiDeltaAttention(WIDTH, N, 12 / N, num_v_heads=4), "kda"),
+    "kda of fla, bounded": Row(
+        lambda N: KimiDeltaAttention(WIDTH, N, 12 / N, use_short_conv=False, lower_bound=-5.0), "kda"
+    ),
     "mamba3": Row(lambda N: Mamba3(WIDTH, N, headdim=3, ngroups=2), "mamba3", 12, 8),
     "mamba3, all pairs turning": Row(
         lambda N: Mamba3(WIDTH, N, headdim=3, rope_fraction=1.0, is_outproj_norm=True), "mamba3", 8, 6
@@ -93,8 +122,11 @@ PACKAGE: dict[str, dict[str, Any]] = {
         "mamba_split_conv1d_scan_combined": fused.mamba_split_conv1d_scan_combined,
     },
     SISO: {"mamba3_siso_combined": mamba3_blocks.mamba3_siso_combined},
+    "fla.ops.gated_delta_rule.chunk": {"chunk_gated_delta_rule": fla_delta.chunk_gated_delta_rule},
+    "fla.ops.delta_rule.chunk": {"chunk_delta_rule": fla_delta.chunk_delta_rule},
+    "fla.ops.kda.chunk": {"chunk_kda": fla_delta.chunk_kda},
 }
-"""Modules of mamba-ssm, with the functions that the stand-ins call."""
+"""Modules of mamba-ssm and fla, with the functions that the stand-ins call."""
 
 
 @contextmanager

@@ -8,9 +8,12 @@ from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.families import find_layers
 from tests.blocks import FlaMamba, FlaMamba2
 from tests.families import ready
+from tests.families.measuring import run
 
 
 WIDTH = ready.WIDTH
+SUMS = 1e-5
+"""Relative error of float32 sums in another order."""
 SIZES = {"head_dim": 3, "hidden_size": WIDTH, "state_size": 6, "n_groups": 2, "chunk_size": 4}
 
 
@@ -53,3 +56,18 @@ def test_a_smaller_layer_is_one_that_was_built_so(name: str) -> None:
     whole.load_state_dict(stand_in.state_dict())
     for attribute in ("ssm_state_size", "conv_dim"):
         assert getattr(whole, attribute, None) == getattr(stand_in, attribute, None)
+
+
+@pytest.mark.parametrize("name", ["gated deltanet of fla, plain", "deltanet of fla, plain", "kda of fla, bounded"])
+def test_padding_that_a_delta_net_takes_away_is_not_seen(name: str) -> None:
+    """Rows of real tokens lie one after the other then, and the state of each begins at zero."""
+    with ready.as_installed():
+        layer = ready.READY[name].build(6)
+        x = torch.randn(3, 7, WIDTH)
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0, 1, 1, 1, 1, 1, 1]])
+        padded = run(layer, "empirical", (x, {"attention_mask": mask}))
+        alone = run(layer, "empirical", *((row[None, real.bool()], {}) for row, real in zip(x, mask, strict=True)))
+    assert padded.tokens == alone.tokens == 18
+    for moment in ("P", "Q", "M"):
+        scale = float(alone.sums[moment].abs().max())
+        torch.testing.assert_close(padded.sums[moment], alone.sums[moment], rtol=SUMS, atol=SUMS * scale)
