@@ -20,7 +20,7 @@ from hf_compressm.models import own_class
 
 LONGEST = 2048
 """Steps of a row that are kept: what a layer does with its states shows in as many."""
-KEPT_TOKENS = 8192
+KEPT_TOKENS = 16384
 """Tokens that are kept of all batches together."""
 
 
