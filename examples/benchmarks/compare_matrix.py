@@ -33,10 +33,6 @@ from rows import Results, chosen, key_of
 from hf_compressm import enable_fast_selective_scan
 
 
-SHARES = (0.1, 0.25, 0.5)
-"""Of the training, after which it is cut."""
-
-
 @dataclass(frozen=True)
 class Scale:
     """How large the benchmark is.
@@ -46,16 +42,20 @@ class Scale:
         hidden: width of the model.
         steps: of the training, by task.
         more: steps after a cut of a trained model.
+        cuts: what the channels are divided by.
+        shares: of the training, after which it is cut; to the smallest of these sizes.
     """
 
     channels: int
     hidden: int
     steps: dict[str, int]
     more: int
+    cuts: tuple[int, ...] = (2, 4)
+    shares: tuple[float, ...] = (0.1, 0.25, 0.5)
 
 
 FULL = Scale(channels=32, hidden=64, steps={"text": 1000, "recall": 1000}, more=200)
-SMOKE = Scale(channels=8, hidden=16, steps={"text": 10, "recall": 10}, more=2)
+SMOKE = Scale(channels=8, hidden=16, steps={"text": 10, "recall": 10}, more=2, cuts=(4,), shares=(0.5,))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Bench:
 
     def trained(self, step: int) -> Training:
         """The uncut model after some of its training: loaded, or trained on from what there is and saved."""
-        marks = sorted({round(share * self.steps) for share in SHARES} | {self.steps})
+        marks = sorted({round(share * self.steps) for share in self.scale.shares} | {self.steps})
         folders = {mark: self.models / f"{self.task.name}_{self.seed}" / f"step-{mark}" for mark in marks}
         done = [mark for mark in marks if mark <= step and (folders[mark] / OPTIMIZER_FILE).exists()]
         if done:
@@ -114,20 +114,20 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         """All rows, those of trained models first."""
-        sizes = [self.scale.channels // share for share in (2, 4)]
+        sizes = [self.scale.channels // divisor for divisor in self.scale.cuts]
         name = partial(key_of, self.task.name, seed=self.seed)
         yield Row(name("uncut"), "uncut", self.uncut)
         for arm in ARMS:
             for size in sizes:
                 label = f"{arm.name} to {size}"
                 yield Row(name(label), label, partial(self.cut_trained, arm, size))
-        for size in sizes[1:]:
-            label = f"small from the start, {size}"
-            yield Row(name(label), label, partial(self.small, size))
-            for arm in [arm for arm in ARMS if arm.during]:
-                for share in SHARES:
-                    label = f"{arm.name} to {size} at {share:g} of training"
-                    yield Row(name(label), label, partial(self.cut_during, arm, size, share))
+        size = min(sizes)
+        label = f"small from the start, {size}"
+        yield Row(name(label), label, partial(self.small, size))
+        for arm in [arm for arm in ARMS if arm.during]:
+            for share in self.scale.shares:
+                label = f"{arm.name} to {size} at {share:g} of training"
+                yield Row(name(label), label, partial(self.cut_during, arm, size, share))
 
     def uncut(self) -> dict[str, Any]:
         """The trained model, and what more steps make of it."""
