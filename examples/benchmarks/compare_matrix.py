@@ -29,6 +29,7 @@ from delta_training import OPTIMIZER_FILE, Task, Training, build, recall, text
 from layer_errors import outputs_of_layers, relative_errors
 from measuring import machine
 from rows import Results, chosen, key_of
+from transformers.utils import logging
 
 from hf_compressm import enable_fast_selective_scan
 
@@ -203,6 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that all of it runs")
     args = parser.parse_args(arguments)
     enable_fast_selective_scan()
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         run(args, args.output or Path(temporary if args.smoke else "runs/compare_matrix"))
 

@@ -39,7 +39,8 @@ ARMS = (
     Arm("rank-revealing QR", {"refit_steps": 0}, by_rank_revealing_qr, during=True),
     Arm("elimination", {"refit_steps": 0}, during=True),
     Arm("refit", {"refit_steps": 100}, during=True),
-    Arm("best", {"compat": "best", "refit_steps": 0}),
+    Arm("projection", {"compat": "best", "refit_steps": 0}),
+    Arm("best", {"compat": "best", "refit_steps": 100}),
     Arm("random, refit", {"keep": "random", "refit_steps": 100}),
     Arm("rank-revealing QR, refit", {"refit_steps": 100}, by_rank_revealing_qr),
 )
