@@ -178,7 +178,8 @@ def run(args: argparse.Namespace, output: Path) -> None:
     """Run the rows that are not done, and print the tables."""
     results = Results(output)
     for bench in benches(args, args.models or output / "models"):
-        left_out = {arm.name: lacking(arm, bench.begin(bench.scale.channels).model) for arm in ARMS}
+        model = bench.begin(bench.scale.channels).model
+        left_out = {arm.name: lacking(arm, model) for arm in ARMS}
         for row in chosen(list(bench.rows()), args.only):
             reason = left_out.get(row.name.partition(" to ")[0])
             if reason:
