@@ -1,0 +1,214 @@
+"""What does a cut cost where the state is a matrix? Small gated delta nets on bytes of text and on associative recall.
+
+A trained model is cut by every arm to a half and to a quarter of its channels of queries and keys: held-out loss (and
+accuracy of recall) before the cut, right after it, and after more steps with the moments carried over; the relative
+error of every layer's output, beside the predicted one. Cuts during training, and small models from the start, end
+after as many steps as the uncut model. Every row is written once it is done, and passed over by the next call.
+
+    python examples/benchmarks/compare_matrix.py --train_file book.txt --output DIR
+    python examples/benchmarks/compare_matrix.py --tasks recall --seeds 0 --only "refit*" --output DIR
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "comparison"))
+
+from delta_arms import ARMS, CALIBRATION_BATCHES, Arm, cut, lacking
+from delta_tables import tables
+from delta_training import OPTIMIZER_FILE, Task, Training, build, recall, text
+from layer_errors import outputs_of_layers, relative_errors
+from measuring import machine
+from rows import Results, chosen, key_of
+from transformers.utils import logging
+
+from hf_compressm import enable_fast_selective_scan
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the benchmark is.
+
+    Attributes:
+        channels: of a key head before the cut.
+        hidden: width of the model.
+        steps: of the training, by task.
+        more: steps after a cut of a trained model.
+        cuts: what the channels are divided by.
+        shares: of the training, after which it is cut; to the smallest of these sizes.
+    """
+
+    channels: int
+    hidden: int
+    steps: dict[str, int]
+    more: int
+    cuts: tuple[int, ...] = (2, 4)
+    shares: tuple[float, ...] = (0.1, 0.25, 0.5)
+
+
+FULL = Scale(channels=32, hidden=64, steps={"text": 1000, "recall": 1000}, more=200)
+SMOKE = Scale(channels=8, hidden=16, steps={"text": 10, "recall": 10}, more=2, cuts=(4,), shares=(0.5,))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the results.
+
+    Attributes:
+        key: names it.
+        name: of its arm, and what else it does.
+        run: returns its figures.
+    """
+
+    key: str
+    name: str
+    run: Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One task with one seed.
+
+    Attributes:
+        task: data.
+        seed: of the model's start and of the data.
+        scale: sizes.
+        models: folder of trained models.
+    """
+
+    task: Task
+    seed: int
+    scale: Scale
+    models: Path
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training."""
+        return self.scale.steps[self.task.name]
+
+    def trained(self, step: int) -> Training:
+        """The uncut model after some of its training: loaded, or trained on from what there is and saved."""
+        marks = sorted({round(share * self.steps) for share in self.scale.shares} | {self.steps})
+        folders = {mark: self.models / f"{self.task.name}_{self.seed}" / f"step-{mark}" for mark in marks}
+        done = [mark for mark in marks if mark <= step and (folders[mark] / OPTIMIZER_FILE).exists()]
+        if done:
+            training = Training.load(self.task, self.seed, folders[done[-1]])
+        else:
+            training = self.begin(self.scale.channels)
+        for mark in [mark for mark in marks if training.step < mark <= step]:
+            training.until(mark)
+            training.save(folders[mark])
+        return training
+
+    def begin(self, channels: int) -> Training:
+        """A new model."""
+        return Training(self.task, self.seed, build(self.task, channels, self.seed, self.scale.hidden))
+
+    def rows(self) -> Iterator[Row]:
+        """All rows, those of trained models first."""
+        sizes = [self.scale.channels // divisor for divisor in self.scale.cuts]
+        name = partial(key_of, self.task.name, seed=self.seed)
+        yield Row(name("uncut"), "uncut", self.uncut)
+        for arm in ARMS:
+            for size in sizes:
+                label = f"{arm.name} to {size}"
+                yield Row(name(label), label, partial(self.cut_trained, arm, size))
+        size = min(sizes)
+        label = f"small from the start, {size}"
+        yield Row(name(label), label, partial(self.small, size))
+        for arm in [arm for arm in ARMS if arm.during]:
+            for share in self.scale.shares:
+                label = f"{arm.name} to {size} at {share:g} of training"
+                yield Row(name(label), label, partial(self.cut_during, arm, size, share))
+
+    def uncut(self) -> dict[str, Any]:
+        """The trained model, and what more steps make of it."""
+        training = self.trained(self.steps)
+        before = training.figures()
+        training.until(self.steps + self.scale.more)
+        return {"arm": "uncut", "size": self.scale.channels, "before": before, "then": training.figures()}
+
+    def cut_trained(self, arm: Arm, size: int) -> dict[str, Any]:
+        """Cut the trained model, and train on."""
+        training = self.trained(self.steps)
+        seen = outputs_of_layers(training.model, self.task.held_out[:CALIBRATION_BATCHES])
+        result = cut(training, arm, size)
+        figures: dict[str, Any] = {"arm": arm.name, "size": size, "seconds of the cut": result.seconds}
+        figures["predicted"] = [layer.predicted_error for layer in result.plan.layers]
+        figures["measured"] = relative_errors(training.model, seen)
+        figures["after"] = training.figures()
+        training.until(self.steps + self.scale.more)
+        return figures | {"then": training.figures()}
+
+    def cut_during(self, arm: Arm, size: int, share: float) -> dict[str, Any]:
+        """Cut after a share of the training, and train to its end."""
+        training = self.trained(round(share * self.steps))
+        cut(training, arm, size)
+        training.until(self.steps)
+        return {"arm": arm.name, "size": size, "share": share, "end": training.figures()}
+
+    def small(self, size: int) -> dict[str, Any]:
+        """A small model from the start."""
+        training = self.begin(size)
+        training.until(self.steps)
+        return {"arm": "small from the start", "size": size, "share": 0.0, "end": training.figures()}
+
+
+def benches(args: argparse.Namespace, models: Path) -> Iterator[Bench]:
+    """Every task with every seed."""
+    scale = SMOKE if args.smoke else FULL
+    small: dict[str, Any] = {"rows": 2, "held_out": 1} if args.smoke else {}
+    seeds = args.seeds[:1] if args.smoke else args.seeds
+    makers = {"text": partial(text, args.train_file, **small), "recall": partial(recall, **small)}
+    for name in args.tasks:
+        task = makers[name]()
+        yield from (Bench(task, seed, scale, models) for seed in seeds)
+
+
+def run(args: argparse.Namespace, output: Path) -> None:
+    """Run the rows that are not done, and print the tables."""
+    results = Results(output)
+    for bench in benches(args, args.models or output / "models"):
+        model = bench.begin(bench.scale.channels).model
+        left_out = {arm.name: lacking(arm, model) for arm in ARMS}
+        for row in chosen(list(bench.rows()), args.only):
+            reason = left_out.get(row.name.partition(" to ")[0])
+            if reason:
+                print(f"{row.key}: left out, {reason}", flush=True)
+            if reason or row.key in results.read():
+                continue
+            start = time.perf_counter()
+            values = {"key": row.key, "task": bench.task.name, "seed": bench.seed, "steps": bench.steps, **row.run()}
+            results.add(values | {"seconds": time.perf_counter() - start, "machine": machine()})
+            print(f"{row.key}: {values}", flush=True)
+    print(tables(list(results.read().values())))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=("text", "recall"), default=["text", "recall"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="names or keys of rows, with * and ?")
+    parser.add_argument("--train_file", help="text file; Python's standard library without it")
+    parser.add_argument("--output", type=Path, help="folder of results.jsonl; a run that was interrupted goes on")
+    parser.add_argument("--models", type=Path, help="folder of the trained models; by default in that of the results")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that all of it runs")
+    args = parser.parse_args(arguments)
+    enable_fast_selective_scan()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as temporary:
+        run(args, args.output or Path(temporary if args.smoke else "runs/compare_matrix"))
+
+
+if __name__ == "__main__":
+    main()
