@@ -39,8 +39,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from hf_compressm.families import DeltaFamily  # noqa: E402
-from hf_compressm.families.kimi import KimiFamily  # noqa: E402
+from hf_compressm.families.delta_projected import ProjectingFamily  # noqa: E402
 
 
 SEED = 0
@@ -98,8 +97,7 @@ def deterministic() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def short_refits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut of linear attention is fitted in a few steps where a test does not say how many."""
-    for family in (DeltaFamily, KimiFamily):
-        monkeypatch.setattr(family, "refit_steps", FEW_STEPS)
+    monkeypatch.setattr(ProjectingFamily, "refit_steps", FEW_STEPS)
 
 
 @pytest.fixture

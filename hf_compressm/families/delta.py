@@ -31,21 +31,6 @@ from hf_compressm.families.registry import register
 class DeltaFamily(ProjectingFamily):
     """Family of the gated delta nets of transformers and fla."""
 
-    @property
-    def cache_axis(self) -> int:
-        """A cached state is `(batch, value heads, N, P)`."""
-        return -2
-
-    @property
-    def reruns(self) -> bool:
-        """The moments of the states do not show what norm and erase term make of fewer of them."""
-        return True
-
-    @property
-    def refit_steps(self) -> int:
-        """Most of what a selection costs comes back in so many: see `RESULTS.md` of the benchmarks."""
-        return 100
-
     def state_entries(self, module: Any) -> int:
         """One matrix for each value head."""
         return self.state_size(module) * int(module.value_dim)

@@ -64,6 +64,21 @@ class Directions:
 class ProjectingFamily(SelectiveFamily):
     """Layers that select states, and layers of this package's classes that project queries and keys onto them."""
 
+    @property
+    def cache_axis(self) -> int:
+        """A cached state is `(batch, value heads, N, P)`."""
+        return -2
+
+    @property
+    def reruns(self) -> bool:
+        """The moments of the states do not show what norm and erase term make of fewer of them."""
+        return True
+
+    @property
+    def refit_steps(self) -> int:
+        """Most of what a selection costs comes back in so many, see `compare_matrix.py` of the benchmarks."""
+        return 100
+
     def state_size(self, module: Any) -> int:
         """Rows of the projection, or the width of a key head without one."""
         projection = getattr(module, PROJECTION, None)

@@ -37,21 +37,6 @@ from hf_compressm.families.sums import Statistics
 class KimiFamily(ProjectingFamily):
     """Family of the Kimi delta attention of transformers, and of this package's classes."""
 
-    @property
-    def cache_axis(self) -> int:
-        """A cached state is `(batch, heads, N, P)`."""
-        return -2
-
-    @property
-    def reruns(self) -> bool:
-        """As for the delta nets: norm and erase term are not in the moments of the states."""
-        return True
-
-    @property
-    def refit_steps(self) -> int:
-        """As for the delta nets."""
-        return 100
-
     def fitted(self, module: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """The projection, and the rows of the forget gate."""
         gate = module.forget_gate
