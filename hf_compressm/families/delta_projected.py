@@ -37,6 +37,7 @@ from hf_compressm.numerics import interpolation
 from hf_compressm.numerics.shared_projection import shared_directions, shared_projection
 
 
+TILE = 16
 PROJECTION = "state_proj"
 """The parameter with U."""
 
@@ -78,6 +79,11 @@ class ProjectingFamily(SelectiveFamily):
     def refit_steps(self) -> int:
         """Most of what a selection costs comes back in so many, see `compare_matrix.py` of the benchmarks."""
         return 100
+
+    def granularity(self, module: Any) -> int:
+        """On a GPU a multiple of 16, the tiles of fla's kernels, which refuse odd sizes in 16 bits."""
+        weight = next(module.parameters())
+        return TILE if weight.device.type == "cuda" else 2 if weight.element_size() == 2 else 1
 
     def state_size(self, module: Any) -> int:
         """Rows of the projection, or the width of a key head without one."""

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,3 +240,16 @@ def test_padding_counts_neither_in_the_error_nor_in_the_fit() -> None:
     whole, padded = (analyze(model, settings, [data]) for data in ({"input_ids": batch["input_ids"]}, longer))
     for one, other in zip(whole.layers, padded.layers, strict=True):
         assert one.predicted_error == pytest.approx(other.predicted_error, rel=SAME_LOGITS)
+
+
+def test_sizes_are_those_that_kernels_take() -> None:
+    family = find_layers(QWEN3_5.build())[0].family
+    sizes = {"cpu float32": (torch.float32, "cpu"), "cpu bfloat16": (torch.bfloat16, "cpu")}
+    sizes["gpu"] = (torch.bfloat16, "cuda")
+    found = {}
+    for name, (dtype, device) in sizes.items():
+        weight = SimpleNamespace(device=torch.device(device), element_size=torch.empty(0, dtype=dtype).element_size)
+        found[name] = family.granularity(SimpleNamespace(parameters=lambda weight=weight: iter([weight])))
+    assert found == {"cpu float32": 1, "cpu bfloat16": 2, "gpu": 16}
+    result = compress(QWEN3_5.build(torch.bfloat16), CompreSSMConfig(target_state_size=5), [QWEN3_5.batch()])
+    assert set(result.state_sizes_after.values()) == {6}
