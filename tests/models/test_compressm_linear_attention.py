@@ -218,7 +218,7 @@ def test_the_recurrence_is_looked_up_where_it_is_patched(family: Family, monkeyp
         (KIMI_LINEAR, {"linear_key_head_dim": 9}, "`linear_head_dim` is 8 in layer 0"),
         (MINIMAX, {"linear_key_head_dim": 9}, "`head_dim` is 8 in layer 0"),
     ],
-    ids=str,
+    ids=family_id,
 )
 def test_sizes_out_of_range_are_refused(family: Family, sizes: dict[str, int], message: str) -> None:
     fields = {key: value for key, value in family.config(state_size=CHANNELS).to_dict().items() if key != "model_type"}
