@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from hf_compressm.models import LRUConfig, LRUForSequenceClassification
-from hf_compressm.scans import disable_fast_selective_scan, stock
+from hf_compressm.scans import disable_fast_selective_scan, dispatchers
 from tests.cli.running import complaint, run
 from tests.family_table import LRU, MAMBA, MAMBA2
 from tests.trainers import trainer_of
@@ -163,8 +163,8 @@ def test_models_run_on_the_fast_scan(
     kind: str, scan: str, command: str, text: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disable_fast_selective_scan()
-    calls, real = [], getattr(stock, scan)
-    monkeypatch.setattr(stock, scan, lambda *args, **kwargs: calls.append(scan) or real(*args, **kwargs))
+    calls, real = [], getattr(dispatchers, scan)
+    monkeypatch.setattr(dispatchers, scan, lambda *args, **kwargs: calls.append(scan) or real(*args, **kwargs))
     family = {"mamba": MAMBA, "mamba2": MAMBA2}[kind]
     family.build(vocab_size=256).save_pretrained(tmp_path / "model")
     words = [command, tmp_path / "model", *(["--output", tmp_path / "small"] if command == "compress" else [])]
