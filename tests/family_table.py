@@ -177,6 +177,12 @@ LINEAR = tuple(family for family in FAMILIES if family.is_linear)
 LANGUAGE_MODELS = tuple(family for family in FAMILIES if family.is_language_model)
 
 
+def each(families: tuple[Family, ...] = FAMILIES) -> list[Any]:
+    """Families as the cases of a test; of linear attention, those whose layout another one has are slow ones."""
+    again = [family for family in (*DELTA_NETS, XLSTM_BIASED) if family not in LAYOUTS]
+    return [pytest.param(family, marks=pytest.mark.slow) if family in again else family for family in families]
+
+
 def by_layout() -> list[Any]:
     """Every family, those whose layout another one has too as slow tests."""
     return [family if family in LAYOUTS else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]

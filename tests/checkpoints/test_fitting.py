@@ -14,13 +14,13 @@ from hf_compressm import CompreSSMConfig, compress, verify_checkpoint
 from hf_compressm.checkpoints import fit_to_checkpoint, load_converted, read_saved
 from tests.family_table import (
     BAMBA,
-    FAMILIES,
     LRU,
     MAMBA,
     MAMBA2,
     S5,
     STATE_SIZE,
     Family,
+    each,
     family_id,
     outputs,
     same,
@@ -30,7 +30,7 @@ from tests.family_table import (
 
 
 WEIGHTS = "model.safetensors"
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+every_family = pytest.mark.parametrize("family", each(), ids=family_id)
 BROKEN_FAMILIES = (LRU, S5, MAMBA, MAMBA2, BAMBA)
 some_families = pytest.mark.parametrize("family", [LRU, S5, MAMBA2], ids=family_id)
 UNEVEN = {"tolerance": 0.3, "compat": "best", "per_layer": True}

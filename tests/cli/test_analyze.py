@@ -12,12 +12,12 @@ from hf_compressm.compression import compare_tolerances, count_state_bytes
 from tests.caches import cache_of
 from tests.cli.running import complaint, run
 from tests.family_table import (
-    FAMILIES,
     LRU,
     MAMBA,
     MAMBA_FAMILIES,
     STATE_SIZE,
     Family,
+    each,
     family_id,
     same,
     snapshot,
@@ -84,7 +84,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, capsys: Any) -
     assert f"The tokenizer of {model} cannot be read" in complaint(capsys, "analyze", model)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+@pytest.mark.parametrize("family", each(), ids=family_id)
 def test_every_tolerance_is_planned_as_by_itself_and_counted_as_cut(family: Family) -> None:
     model = family.build()
     before = snapshot(model)

@@ -12,12 +12,19 @@ from safetensors.torch import load_file, save_file
 from hf_compressm import CompreSSMConfig, compress, compress_checkpoint
 from hf_compressm.files.names import SEAL
 from tests.cli.running import complaint, run
-from tests.family_table import FAMILIES, LRU, MAMBA, STATE_SIZE, Family, family_id
+from tests.family_table import (
+    LRU,
+    MAMBA,
+    STATE_SIZE,
+    Family,
+    each,
+    family_id,
+)
 from tests.own_modules import llava, own_layers
 from tests.trainers import trainer_of
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+@pytest.mark.parametrize("family", each(), ids=family_id)
 def test_every_family_is_whole_as_it_was_saved(family: Family, tmp_path: Path, capsys: Any) -> None:
     model = family.build()
     model.save_pretrained(tmp_path)

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hf_compressm import CompreSSMConfig, analyze, apply_plan, compress, plan_compression
 from hf_compressm.compression import applying, compare_tolerances
 from tests.family_table import (
-    FAMILIES,
     LANGUAGE_MODELS,
     LINEAR,
     LRU,
     MAMBA,
     STATE_SIZE,
     Family,
+    each,
     family_id,
     outputs,
     owner_of_a_cut_parameter,
@@ -38,9 +38,9 @@ from tests.family_table import (
 SINGLE = 1e-4
 """Relative; float32 outputs of models of this size computed in two ways."""
 DOUBLE = 1e-10
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+every_family = pytest.mark.parametrize("family", each(), ids=family_id)
 linear_family = pytest.mark.parametrize("family", LINEAR, ids=family_id)
-language_model = pytest.mark.parametrize("family", LANGUAGE_MODELS, ids=family_id)
+language_model = pytest.mark.parametrize("family", each(LANGUAGE_MODELS), ids=family_id)
 
 
 def cut(model: nn.Module, family: Family, size: int = 4, **settings: object):

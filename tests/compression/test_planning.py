@@ -25,6 +25,7 @@ from tests.family_table import (
     S5_CLASSIFIER,
     STATE_SIZE,
     Family,
+    each,
     family_id,
     same,
     snapshot,
@@ -33,7 +34,7 @@ from tests.family_table import (
 
 
 RULES = [{"tolerance": 0.3}, {"max_error": 0.8}, {"fraction": 0.5}, {"target_state_size": 4}]
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+every_family = pytest.mark.parametrize("family", each(), ids=family_id)
 linear_family = pytest.mark.parametrize("family", LINEAR, ids=family_id)
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: next(iter(rule)))
 

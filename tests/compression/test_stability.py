@@ -7,10 +7,20 @@ import torch
 
 from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.compression import rank_stability, state_scores
-from tests.family_table import FAMILIES, LRU, S5, STATE_SIZE, Family, family_id, same, snapshot, ssm_layers
+from tests.family_table import (
+    LRU,
+    S5,
+    STATE_SIZE,
+    Family,
+    each,
+    family_id,
+    same,
+    snapshot,
+    ssm_layers,
+)
 
 
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+every_family = pytest.mark.parametrize("family", each(), ids=family_id)
 
 
 @every_family

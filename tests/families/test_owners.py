@@ -9,7 +9,11 @@ from transformers import MambaModel, PreTrainedModel
 
 from hf_compressm.families import find_layers
 from hf_compressm.models import LRUModel
-from tests.family_table import FAMILIES, Family, family_id
+from tests.family_table import (
+    Family,
+    each,
+    family_id,
+)
 from tests.own_modules import (
     Around,
     Pair,
@@ -33,7 +37,7 @@ def owned(model: nn.Module) -> list[tuple[str | None, int]]:
     return [(layer.owner and layer.owner.name, layer.index) for layer in find_layers(model)]
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+@pytest.mark.parametrize("family", each(), ids=family_id)
 def test_a_plain_model_owns_all_its_layers(family: Family) -> None:
     model = family.build()
     layers = find_layers(model)

@@ -15,7 +15,16 @@ from hf_compressm.families import CutMethod, collect_statistics, find_layers, ru
 from hf_compressm.families.sampling import sampled
 from hf_compressm.scans import enable_fast_selective_scan
 from tests.families.measuring import run
-from tests.family_table import BAMBA, FAMILIES, LRU, MAMBA, MAMBA2, S5, Family, family_id
+from tests.family_table import (
+    BAMBA,
+    LRU,
+    MAMBA,
+    MAMBA2,
+    S5,
+    Family,
+    each,
+    family_id,
+)
 
 
 RIGHT, LEFT = "right", "left"
@@ -158,7 +167,7 @@ class CountingCopies(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+@pytest.mark.parametrize("family", each(), ids=family_id)
 def test_sums_are_moved_once_per_layer_and_batch(family: Family) -> None:
     model = family.build().eval()
     for criterion in family.criteria:

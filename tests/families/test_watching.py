@@ -21,7 +21,17 @@ from hf_compressm.families.sums import Statistics
 from hf_compressm.families.watching import watching
 from tests.blocks import SS2D, OffsetVim
 from tests.families.measuring import Recorded, calls_of, run
-from tests.family_table import FAMILIES, LAYOUTS, MAMBA, MAMBA2, S5_BIDIRECTIONAL, Family, family_id, outputs, same
+from tests.family_table import (
+    LAYOUTS,
+    MAMBA,
+    MAMBA2,
+    S5_BIDIRECTIONAL,
+    Family,
+    each,
+    family_id,
+    outputs,
+    same,
+)
 from tests.watch_run import FAMILIES as WATCHED
 
 
@@ -175,7 +185,7 @@ def test_what_gradient_checkpointing_runs_again_is_not_seen_again() -> None:
     assert int(statistics.sums["calls"]) == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+@pytest.mark.parametrize("family", each(), ids=family_id)
 def test_nothing_is_left_behind(family: Family) -> None:
     model, batch = family.build(), family.batch()
     for parameter in list(model.parameters())[::3]:

@@ -8,7 +8,16 @@ import torch
 from hf_compressm import CompreSSMConfig
 from hf_compressm.compression import CutRequest
 from hf_compressm.loops.guard import guarded_cut
-from tests.family_table import FAMILIES, LRU, MAMBA, Family, family_id, same, snapshot, train_step
+from tests.family_table import (
+    LRU,
+    MAMBA,
+    Family,
+    each,
+    family_id,
+    same,
+    snapshot,
+    train_step,
+)
 from tests.states import everything
 
 
@@ -23,7 +32,7 @@ class Losses:
 
 
 @pytest.mark.parametrize("compat", ["stock", "best"])
-@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+@pytest.mark.parametrize("family", each(), ids=family_id)
 def test_an_undone_cut_leaves_no_trace(family: Family, compat: str) -> None:
     model = family.build(state_size=16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -7,10 +7,19 @@ import torch
 
 from hf_compressm import CompreSSMConfig, compress
 from tests.caches import as_cache, cache_of
-from tests.family_table import LANGUAGE_MODELS, MAMBA, MAMBA2, Family, family_id, ssm_layers, token_batch
+from tests.family_table import (
+    LANGUAGE_MODELS,
+    MAMBA,
+    MAMBA2,
+    Family,
+    each,
+    family_id,
+    ssm_layers,
+    token_batch,
+)
 
 
-language_model = pytest.mark.parametrize("family", LANGUAGE_MODELS, ids=family_id)
+language_model = pytest.mark.parametrize("family", each(LANGUAGE_MODELS), ids=family_id)
 GENERATION = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 

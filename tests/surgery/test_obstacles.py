@@ -19,7 +19,6 @@ from hf_compressm.families import find_layers
 from tests.family_table import (
     BAMBA,
     FALCON_MAMBA,
-    FAMILIES,
     JAMBA,
     LRU,
     MAMBA,
@@ -28,6 +27,7 @@ from tests.family_table import (
     S5_BIDIRECTIONAL,
     ZAMBA,
     Family,
+    each,
     family_id,
     same,
     snapshot,
@@ -97,7 +97,7 @@ def test_a_tensor_of_the_states_width_that_the_family_does_not_know_is_refused(n
     assert same(snapshot(model)["tensors"], before)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+@pytest.mark.parametrize("family", each(), ids=family_id)
 def test_the_table_of_a_family_names_every_tensor_of_its_layers(family: Family) -> None:
     for layer in find_layers(family.build()):
         tensors = dict([*layer.module.named_parameters(), *layer.module.named_buffers()])

@@ -11,12 +11,12 @@ from transformers.utils import logging
 
 from hf_compressm import CompreSSMConfig, compress
 from tests.family_table import (
-    FAMILIES,
     LRU,
     MAMBA,
     S5,
     Family,
     by_layout,
+    each,
     family_id,
     owner_of_a_cut_parameter,
     same,
@@ -63,7 +63,7 @@ RESET: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamax": lambda p: torch.optim.Adamax(p),
     "torch adafactor": lambda p: torch.optim.Adafactor(p),
 }
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+every_family = pytest.mark.parametrize("family", each(), ids=family_id)
 
 
 @pytest.fixture

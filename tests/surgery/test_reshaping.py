@@ -9,12 +9,12 @@ import torch
 from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.surgery import reshape_model, skeleton
 from tests.family_table import (
-    FAMILIES,
     LRU,
     MAMBA,
     MAMBA2,
     MAMBA2_PLAIN,
     Family,
+    each,
     family_id,
     outputs,
     same,
@@ -23,7 +23,7 @@ from tests.family_table import (
 )
 
 
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+every_family = pytest.mark.parametrize("family", each(), ids=family_id)
 with_own_class = pytest.mark.parametrize("family", [MAMBA, MAMBA2, MAMBA2_PLAIN], ids=family_id)
 UNEVEN = {"tolerance": 0.3, "compat": "best", "per_layer": True}
 

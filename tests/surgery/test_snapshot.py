@@ -17,6 +17,7 @@ from tests.family_table import (
     MAMBA2,
     MAMBA2_PLAIN,
     Family,
+    each,
     family_id,
     outputs,
     same,
@@ -26,7 +27,7 @@ from tests.family_table import (
 )
 
 
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+every_family = pytest.mark.parametrize("family", each(), ids=family_id)
 SETTINGS: dict[str, dict[str, Any]] = {
     "stock": {"target_state_size": 4},
     "best": {"target_state_size": 4, "compat": "best"},

@@ -9,10 +9,15 @@ from torch import nn
 
 from hf_compressm import CompreSSMConfig, apply_plan, plan_compression
 from hf_compressm.utils.processes import ALONE, Processes, checksum, dump, load
-from tests.family_table import FAMILIES, Family, family_id
+from tests.family_table import (
+    FAMILIES,
+    Family,
+    each,
+    family_id,
+)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=family_id)
+@pytest.mark.parametrize("family", each(), ids=family_id)
 def test_a_plan_that_was_sent_cuts_another_copy_in_the_same_way(family: Family) -> None:
     one = family.build(state_size=16)
     other = copy.deepcopy(one)
