@@ -105,7 +105,7 @@ def quieten(part: nn.Module, channels: slice, loudness: float) -> None:
                 layer.conv1d.weight[: 4 * FULL].view(4, FULL, -1)[:, channels] *= loudness
 
 
-@families(QWEN3_NEXT)
+@families()
 def test_thirty_steps_in_trainer_with_two_cuts_load_anywhere(family: Family, tmp_path: Path) -> None:
     settings = {**BEST, "target_state_size": 6, "end": 20, "num_cuts": 2}
     trainer = trainer_of(family, tmp_path / "run", settings, model=build(family).train(), max_steps=30)
@@ -299,7 +299,8 @@ VISION = {
 }
 
 
-@pytest.mark.parametrize("family", [QWEN3_5, pytest.param(QWEN3_5_MOE, marks=pytest.mark.slow)], ids=family_id)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [QWEN3_5, QWEN3_5_MOE], ids=family_id)
 def test_a_model_that_sees_images_moves_with_its_text_model(family: Family, tmp_path: Path) -> None:
     module = importlib.import_module(family.model_class.__module__)
     stock = getattr(module, family.model_class.__name__.replace("CausalLM", "ConditionalGeneration"))

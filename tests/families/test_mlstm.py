@@ -82,6 +82,7 @@ def test_any_basis_of_the_keys_folds_in_exactly() -> None:
     assert float((read[1] - read[0]).norm() / read[0].norm()) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "fraction"), [(6, 0.4), (8, 0.3)])
 def test_trained_cut_twice_saved_and_read_by_transformers_alone(size: int, fraction: float, tmp_path: Path) -> None:
     settings = {"fraction": fraction, "num_cuts": 2, "end": 4}
