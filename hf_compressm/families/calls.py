@@ -9,7 +9,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -276,6 +276,15 @@ def _texts(given: Mapping[str, Any], rows: slice) -> Tensor | None:
     ends, x = given["cu_seqlens"][1:], given["x"]
     steps = torch.arange(x.shape[1], device=x.device)
     return torch.bucketize(steps, ends.to(steps), right=True).expand(x.shape[0], -1)[rows]
+
+
+def unrepeated(call: Call, groups: int) -> Call:
+    """A call with each key head once; before 5.24 transformers repeated them for their value heads."""
+    if call.kind != DELTA or call.arguments["B"].shape[2] <= groups or call.arguments["B"].shape[2] % groups:
+        return call
+    every = call.arguments["B"].shape[2] // groups
+    once = {name: call.arguments[name][:, :, ::every] for name in ("B", "C")}
+    return replace(call, arguments={**call.arguments, **once})
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compressm.families.calls import DELTA, SELECTIVE, Call, Seen
+from hf_compressm.families.calls import DELTA, SELECTIVE, Call, Seen, unrepeated
 from hf_compressm.families.family import (
     SSMLayer,
 )
@@ -85,7 +85,8 @@ class Trial:
         dtypes = [result.dtype, *(call.output.dtype for call in recorded.calls)]
         if any(call.kind == DELTA for call in recorded.calls):  # which transformers computes in float32
             dtypes.append(torch.float32)
-        return result.detach().to(min(dtypes, key=lambda dtype: dtype.itemsize)), recorded.calls
+        calls = [unrepeated(call, self.layout.groups_of(layer)) for call in recorded.calls]
+        return result.detach().to(min(dtypes, key=lambda dtype: dtype.itemsize)), calls
 
 
 class _Recorded(Statistics):

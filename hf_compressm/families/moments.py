@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
-from hf_compressm.families.calls import DELTA, SELECTIVE, Call, Seen, selective_inputs, signals
+from hf_compressm.families.calls import DELTA, SELECTIVE, Call, Seen, selective_inputs, signals, unrepeated
 from hf_compressm.families.layout import Layout
 from hf_compressm.families.maps import summing_dtype
 from hf_compressm.families.running import KEPT_TOKENS, example_of, tokens_of
@@ -52,7 +52,8 @@ class RecurrenceStatistics(Statistics):
 
     def update(self, seen: Seen) -> None:
         """Add up what the calls show."""
-        calls, size = seen.calls, self.family.state_size(seen.module)
+        size = self.family.state_size(seen.module)
+        calls = [unrepeated(call, self.groups) for call in seen.calls]
         self.obstacle = self.obstacle or _obstacle(calls, self.family, size)
         if self.obstacle:
             return

@@ -111,8 +111,8 @@ class ConfigKind:
         stock = self.stock_class(name)
         space: dict[str, Any] = {"__module__": __name__, "model_type": f"compressm_{stock.model_type}"}
         if name == self.whole:
-            inner = {key: spec.config_class for key, spec in stock.sub_configs_defaults.items()}
-            space["sub_configs_defaults"] = {**inner, "text_config": own_config_class(self.stock)}
+            field = "sub_configs_defaults" if hasattr(stock, "sub_configs_defaults") else "sub_configs"  # before 5.24
+            space[field] = {**stock.sub_configs, "text_config": own_config_class(self.stock)}
             space["__doc__"] = f"A [`~transformers.{name}`] around a text model with a size per layer."
             return strict(type(f"CompreSSM{name}", (stock,), space))
         space |= {

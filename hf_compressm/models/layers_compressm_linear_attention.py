@@ -104,13 +104,18 @@ class DeltaStates(ProjectingLayer):
     ) -> Tensor:
         hidden_states = self.modeling.apply_mask_to_padding_states(hidden_states, attention_mask)
         mixed, gate, beta, g = self.inputs(hidden_states)
-        state = None if cache is None else cache.get_recurrent_state(self.layer_idx, state_idx=0)
-        mixed = self._convolve(mixed.transpose(1, 2), cache, **kwargs).transpose(1, 2)
+        past = None
+        if cache is not None and cache.has_previous_state(self.layer_idx):
+            past = cache.layers[self.layer_idx]
+        state = None if past is None else past.recurrent_states[0]
+        mixed = self._convolve(mixed.transpose(1, 2), past, cache, **kwargs).transpose(1, 2)
         heads, _, channels = self.state_proj.shape
         q, k, v = mixed.split([heads * channels, heads * channels, mixed.shape[-1] - 2 * heads * channels], dim=-1)
         scale = (self.state_proj.shape[1] / channels) ** 0.5  # the recurrence divides by sqrt(N)
         q, k = (self._project(vectors.unflatten(-1, (heads, channels))) for vectors in (q, k))
         v = v.unflatten(-1, (-1, getattr(self, self.value_channels)))
+        if v.shape[2] != heads:  # before transformers 5.24 the recurrence has as many keys as values
+            q, k = (vectors.repeat_interleave(v.shape[2] // heads, dim=2) for vectors in (q, k))
         if self.keeps_texts_apart:
             kwargs["cu_seqlens"] = kwargs.pop("cu_seq_lens_q", None)
         rule = getattr(self.modeling, self.rules[state is not None and v.shape[1] == 1])
@@ -129,12 +134,11 @@ class DeltaStates(ProjectingLayer):
             cache.update_recurrent_state(state, self.layer_idx)
         return self.outputs(read, gate)
 
-    def _convolve(self, mixed: Tensor, cache: Cache | None, **kwargs: Any) -> Tensor:
+    def _convolve(self, mixed: Tensor, past: Any, cache: Cache | None, **kwargs: Any) -> Tensor:
         """Causal convolution and activation of `(batch, channels, length)`; reads and updates the cache."""
         weight, bias, length = self.conv1d.weight.squeeze(1), self.conv1d.bias, mixed.shape[-1]
-        past = None if cache is None else cache.get_conv_state(self.layer_idx, state_idx=0)
-        if past is not None and length == 1 and not cache.is_recording_past(self.layer_idx):
-            return self.modeling.causal_conv1d_update(mixed, past, weight, bias, self.activation)
+        if past is not None and length == 1 and not past.record_past:
+            return self.modeling.causal_conv1d_update(mixed, past.conv_states[0], weight, bias, self.activation)
         if cache is not None:  # returns earlier steps together with these
             mixed = cache.update_conv_state(mixed, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
         mixed = self.modeling.causal_conv1d_fn(mixed, weight, bias, activation=self.activation, **kwargs)

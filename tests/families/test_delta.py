@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.cache_utils import Cache
 
 from hf_compressm import CompreSSMConfig, analyze, compress
 from hf_compressm.families import find_layers
@@ -88,7 +89,7 @@ def test_read_out_of_its_states_a_layer_gives_what_its_recurrence_gives(family: 
         states = torch.cat([chunk.clone() for chunk in signal.states])  # (length, batch, groups, channels, N)
         given = torch.einsum("lbgcn,blgn->blgc", states, signal.C)
         wanted = one.calls[0].output.unflatten(2, (given.shape[2], -1)).flatten(3, 4)
-        assert given.shape[2:] == (2, 12), layer
+        assert given.shape[2] * given.shape[3] == 24, layer  # value heads of key heads, or as many of both
         torch.testing.assert_close(given, wanted.detach(), rtol=SUMS, atol=SUMS * float(wanted.detach().abs().max()))
 
 
@@ -96,7 +97,8 @@ def test_read_out_of_its_states_a_layer_gives_what_its_recurrence_gives(family: 
 def test_its_layout_keeps_the_laws(family: Family) -> None:
     model = family.build(state_size=16)
     layer, seen = find_layers(model)[0], calls_of(model, token_batch(2, 9))[0]
-    check_laws(layer.family, layer.module, seen.args, {**seen.kwargs, "cache": None})
+    given = {name: value for name, value in seen.kwargs.items() if not isinstance(value, Cache)}
+    check_laws(layer.family, layer.module, seen.args, given)
 
 
 @pytest.mark.slow
@@ -223,7 +225,7 @@ def test_a_tolerance_is_the_share_of_the_output_that_running_the_cut_layer_loses
 def test_inputs_are_kept_up_to_a_number_of_tokens_and_without_a_cache() -> None:
     _, example = layer_and_inputs(QWEN3_5, rows=4, length=20)
     assert tokens_of(example) == 4 * 20
-    assert example.kwargs["cache"] is None
+    assert not any(isinstance(value, Cache) for value in example.kwargs.values())
     model = QWEN3_5.build()
     (seen, _) = calls_of(model, token_batch(4, 20))
     assert tokens_of(example_of(seen, 45) or example) == 2 * 20
