@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_compressm.families.sampling import sample
 from hf_compressm.scans import delta_states, diagonal_scan, selective_scan, selective_states, ssd_scan, ssd_states
 from hf_compressm.scans.kernels import torch_path
+from hf_compressm.scans.linear_attention import linear_states
 from hf_compressm.scans.mlstm import mlstm_states
 from hf_compressm.scans.selective import step_sizes
 from hf_compressm.scans.trapezoidal import rotated, trapezoidal_states
@@ -26,12 +27,14 @@ from hf_compressm.scans.trapezoidal import rotated, trapezoidal_states
 
 SELECTIVE, SSD, DIAGONAL = "selective_scan", "ssd_scan", "diagonal_scan"
 MAMBA3, DELTA, MLSTM = "mamba3_siso_combined", "delta_rule", "mlstm"
+GLA = "gated_linear_attention"
 ALIASES = {
     SELECTIVE: {"hidden_states": "u", "dt": "delta"},
     SSD: {"hidden_states": "x"},
     DIAGONAL: {},
     MAMBA3: {"Q": "C", "K": "B", "V": "x", "Z": "z"},
     DELTA: {"query": "C", "q": "C", "key": "B", "k": "B", "value": "x", "v": "x"},
+    GLA: {"q": "C", "k": "B", "v": "x", "gk": "g"},
     MLSTM: {
         **{"query": "C", "key": "B", "value": "x"},
         **{"q": "C", "k": "B", "v": "x", "i": "igate", "f": "fgate"},  # as mlstm_kernels has them
@@ -130,7 +133,13 @@ def signals(call: Call, mask: Tensor | None) -> Signals:
     Raises:
         ValueError: if texts of one row cannot be told apart.
     """
-    of_kind = {SSD: _ssd_signals, MAMBA3: _mamba3_signals, DELTA: _delta_signals, MLSTM: _mlstm_signals}
+    of_kind = {
+        SSD: _ssd_signals,
+        MAMBA3: _mamba3_signals,
+        DELTA: _delta_signals,
+        GLA: _delta_signals,
+        MLSTM: _mlstm_signals,
+    }
     return of_kind.get(call.kind, _selective_signals)(call, mask)
 
 
@@ -256,7 +265,10 @@ def _delta_signals(call: Call, mask: Tensor | None) -> Signals:
     if first is not None and given.get("state_v_first", False):
         first = first.mT
     texts = _texts(given, rows)
-    chunks = delta_states(k, x.to(dtype), g, beta, initial_state=first, every=every, seq_idx=texts)
+    if call.kind == GLA:
+        chunks = linear_states(k, x.to(dtype), given["g"][rows], first, every, texts)
+    else:
+        chunks = delta_states(k, x.to(dtype), g, beta, initial_state=first, every=every, seq_idx=texts)
     states = (chunk.unflatten(2, (groups, -1)).movedim(4, -1).flatten(3, 4) for chunk in chunks)
     return Signals(states, every, gain, k, q * q.shape[-1] ** -0.5, _real_tokens(gain, mask))
 

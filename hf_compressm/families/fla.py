@@ -1,4 +1,4 @@
-"""Delta nets of flash-linear-attention: `GatedDeltaNet`, `DeltaNet` and `KimiDeltaAttention`.
+"""Linear attention of flash-linear-attention: `GatedDeltaNet`, `DeltaNet`, `KimiDeltaAttention`, `GatedLinearAttention`.
 
 Symbols are those of `delta.py`. Their sizes are factors: a layer with fewer key channels has a larger `expand_v`, so
 that its values stay, or a smaller `expand_k`. In Kimi delta attention every state decays by itself, and the rows of
@@ -16,6 +16,7 @@ from hf_compressm.families.delta import DeltaFamily
 from hf_compressm.families.family import AttributeChange, CutMethod, LayerCut, Measurement, SSMLayer
 from hf_compressm.families.layout import STATE, B, C, Layout, Part, rows
 from hf_compressm.families.registry import register
+from hf_compressm.families.sums import Statistics
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ class FlaDeltaFamily(DeltaFamily):
     def configured(self, module: Any, size: int) -> int | float:
         """`head_dim`, or the share of the hidden size that is `expand_k`."""
         return size if self.size_field == "head_dim" else _key_factor(module, size)
+
+
+@dataclass(frozen=True)
+class GatedLinearFamily(FlaDeltaFamily):
+    """Family of gated linear attention, which erases nothing; every state decays by itself."""
+
+    def problem(self, layer: SSMLayer, statistics: Statistics | None) -> str:
+        """Why a layer cannot be measured, or ""."""
+        if layer.module.num_kv_groups > 1:
+            return "its heads share keys (num_kv_heads is below num_heads)"
+        return super().problem(layer, statistics)
 
 
 def _key_width(module: Any, size: int) -> int:
@@ -80,6 +92,7 @@ _PLAIN = Layout(
 )
 _CONVOLVED = replace(_PLAIN, parts=(*_PROJECTIONS, rows("q_conv1d", C), rows("k_conv1d", B)))
 _GATES = (Part("f_proj.1", 0, (STATE,), copies=_shared), Part("dt_bias", -1, (STATE,), copies=_shared))
+_OF_GATED_LINEAR = (*_OTHERS, "v_conv1d.bias", "gk_proj.0.weight", "g_norm.weight", "g_norm_swish_gate.weight")
 _OF_KIMI = (
     *_OTHERS,
     "v_conv1d.bias",
@@ -100,16 +113,28 @@ def _of_kimi(layout: Layout) -> Layout:
     return replace(layout, parts=(*layout.parts, *_GATES), follows=follows, others=_OF_KIMI)
 
 
+def _of_gated_linear(layout: Layout) -> Layout:
+    follows = {**_of_deltanet(layout).follows, "key_dim_per_group": _key_width}
+    return replace(layout, parts=(*layout.parts, rows("gk_proj.1", STATE)), follows=follows, others=_OF_GATED_LINEAR)
+
+
 _FAMILIES = (
     ("gated_deltanet", "fla.layers.gated_deltanet.GatedDeltaNet", "head_dim", _PLAIN, _CONVOLVED),
     ("delta_net", "fla.layers.delta_net.DeltaNet", "expand_k", _of_deltanet(_PLAIN), _of_deltanet(_CONVOLVED)),
     ("kda", "fla.layers.kda.KimiDeltaAttention", "head_dim", _of_kimi(_PLAIN), _of_kimi(_CONVOLVED)),
+    (
+        "gla",
+        "fla.layers.gla.GatedLinearAttention",
+        "expand_k",
+        _of_gated_linear(_PLAIN),
+        _of_gated_linear(_CONVOLVED),
+    ),
 )
 
 for _family, _type, _field, *_layouts in _FAMILIES:
     for _mark, _layout in zip(("", "q_conv1d"), _layouts, strict=True):
         register(
-            FlaDeltaFamily(
+            (GatedLinearFamily if _family == "gla" else FlaDeltaFamily)(
                 name=_family,
                 module_type=_type,
                 size_field=_field,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compressm.families.calls import DELTA, SELECTIVE, Call, Seen, unrepeated
+from hf_compressm.families.calls import DELTA, GLA, SELECTIVE, Call, Seen, unrepeated
 from hf_compressm.families.family import (
     SSMLayer,
 )
@@ -33,7 +33,7 @@ from hf_compressm.families.watching import watching
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative to the largest entry; sums in another order."""
 LOUDER = 2.0
-STATES_MAKE = {SELECTIVE: "A", DELTA: "g"}
+STATES_MAKE = {SELECTIVE: "A", DELTA: "g", GLA: "g"}
 """What the entries of states make of a call, by its kind."""
 _COMPARED = ("u", "x", "delta", "dt", "g", "A", "B", "C", "initial_states")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_compressm.families.calls import DELTA, DIAGONAL, MAMBA3, MLSTM, SELECTIVE, SSD
+from hf_compressm.families.calls import DELTA, DIAGONAL, GLA, MAMBA3, MLSTM, SELECTIVE, SSD
 from hf_compressm.families.unfused import (
     mamba_inner_fn,
     mamba_inner_fn_no_out_proj,
@@ -57,6 +57,9 @@ RECURRENCES: dict[str, str] = {
     "fla.ops.delta_rule.fused_recurrent.fused_recurrent_delta_rule": DELTA,
     "fla.ops.kda.chunk.chunk_kda": DELTA,
     "fla.ops.kda.fused_recurrent.fused_recurrent_kda": DELTA,
+    "fla.ops.gla.chunk.chunk_gla": GLA,
+    "fla.ops.gla.fused_chunk.fused_chunk_gla": GLA,
+    "fla.ops.gla.fused_recurrent.fused_recurrent_gla": GLA,
 }
 """The functions that are seen, each with the recurrence of this package that has its arguments."""
 RECURRENT_MODULES: dict[str, str] = {

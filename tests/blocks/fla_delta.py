@@ -256,3 +256,40 @@ class FlaKimiDeltaAttention(_DeltaLayer):
         )
         o = self.o_norm(o, self.g_proj(hidden).unflatten(-1, (-1, self.head_v_dim)))
         return self.repadded(self.o_proj(o.flatten(2)), attention_mask), None, None
+
+
+def chunk_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    """The kernel of gated linear attention, step by step."""
+    state = torch.zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=q.dtype)
+    reads = []
+    for step in range(q.shape[1]):
+        state = g[:, step].exp()[..., None] * state + k[:, step, ..., None] * v[:, step, :, None]
+        reads.append((q[:, step, ..., None] * state).sum(dim=2) * q.shape[3] ** -0.5)
+    return torch.stack(reads, dim=1), None
+
+
+class FlaGatedLinearAttention(_DeltaLayer):
+    """Names and layout of `fla.layers.GatedLinearAttention`; without convolution its queries and keys are linear."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expand_k: float,
+        expand_v: float = 2.0,
+        num_heads: int = 2,
+        num_kv_heads: int | None = None,
+        use_short_conv: bool = False,
+    ) -> None:
+        self.expand_k, self.expand_v, self.num_heads = expand_k, expand_v, num_heads
+        self.num_kv_groups = num_heads // (num_kv_heads or num_heads)
+        self.key_dim, self.value_dim = round(hidden_size * expand_k), round(hidden_size * expand_v)
+        self.head_k_dim, self.head_v_dim = self.key_dim // num_heads, self.value_dim // num_heads
+        self.key_dim_per_group = self.key_dim // self.num_kv_groups
+        super().__init__(hidden_size, use_short_conv)
+        self.gk_proj = nn.Sequential(nn.Linear(hidden_size, 3, bias=False), nn.Linear(3, self.key_dim_per_group))
+
+    def forward(self, hidden: Tensor) -> Outputs:
+        q, k, v = self.heads(hidden)
+        g = F.logsigmoid(self.gk_proj(hidden)).unflatten(-1, (-1, self.head_k_dim)) / 16
+        o, _ = chunk_gla(q=q, k=k, v=v, g=g, output_final_state=False, state_v_first=True)
+        return self.o_proj(self.o_norm(o).flatten(2)), None, None

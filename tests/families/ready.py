@@ -47,6 +47,8 @@ GatedDeltaNet = at_path(fla_delta.FlaGatedDeltaNet, "fla.layers.gated_deltanet.G
 DeltaNet = at_path(fla_delta.FlaDeltaNet, "fla.layers.delta_net.DeltaNet")
 KimiDeltaAttention = at_path(fla_delta.FlaKimiDeltaAttention, "fla.layers.kda.KimiDeltaAttention")
 
+GatedLinearAttention = at_path(fla_delta.FlaGatedLinearAttention, "fla.layers.gla.GatedLinearAttention")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -103,6 +105,8 @@ READY: dict[str, Row] = {
     "kda of fla, bounded": Row(
         lambda N: KimiDeltaAttention(WIDTH, N, 12 / N, use_short_conv=False, lower_bound=-5.0), "kda"
     ),
+    "gla of fla": Row(lambda N: GatedLinearAttention(WIDTH, 2 * N / WIDTH), "gla"),
+    "gla of fla, convolved": Row(lambda N: GatedLinearAttention(WIDTH, 2 * N / WIDTH, use_short_conv=True), "gla"),
     "mamba3": Row(lambda N: Mamba3(WIDTH, N, headdim=3, ngroups=2), "mamba3", 12, 8),
     "mamba3, all pairs turning": Row(
         lambda N: Mamba3(WIDTH, N, headdim=3, rope_fraction=1.0, is_outproj_norm=True), "mamba3", 8, 6
@@ -124,6 +128,7 @@ PACKAGE: dict[str, dict[str, Any]] = {
     SISO: {"mamba3_siso_combined": mamba3_blocks.mamba3_siso_combined},
     "fla.ops.gated_delta_rule.chunk": {"chunk_gated_delta_rule": fla_delta.chunk_gated_delta_rule},
     "fla.ops.delta_rule.chunk": {"chunk_delta_rule": fla_delta.chunk_delta_rule},
+    "fla.ops.gla.chunk": {"chunk_gla": fla_delta.chunk_gla},
     "fla.ops.kda.chunk": {"chunk_kda": fla_delta.chunk_kda},
 }
 """Modules of mamba-ssm and fla, with the functions that the stand-ins call."""

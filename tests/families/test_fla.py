@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from hf_compressm import CompreSSMConfig, compress
-from hf_compressm.families import find_layers
+from hf_compressm.families import CutMethod, find_layers
 from tests.blocks import FlaMamba, FlaMamba2
 from tests.families import ready
-from tests.families.measuring import run
+from tests.families.measuring import calls_of, run, signals_of
 
 
 WIDTH = ready.WIDTH
@@ -56,6 +56,26 @@ def test_a_smaller_layer_is_one_that_was_built_so(name: str) -> None:
     whole.load_state_dict(stand_in.state_dict())
     for attribute in ("ssm_state_size", "conv_dim"):
         assert getattr(whole, attribute, None) == getattr(stand_in, attribute, None)
+
+
+@pytest.mark.parametrize("name", ["gated deltanet of fla", "deltanet of fla, plain", "kda of fla", "gla of fla"])
+def test_read_out_of_its_states_a_layer_gives_what_its_recurrence_gives(name: str) -> None:
+    with ready.as_installed():
+        model = ready.built(ready.READY[name])
+        data = ready.batch(model)
+        ((signal,),), (seen,) = signals_of(model, data), calls_of(model, data)
+    given = torch.einsum("lbgcn,blgn->blgc", torch.cat([chunk.clone() for chunk in signal.states]), signal.C)
+    wanted = seen.calls[0].output.detach().unflatten(2, (given.shape[2], -1)).flatten(3, 4)
+    torch.testing.assert_close(given.detach(), wanted, rtol=SUMS, atol=SUMS * float(wanted.abs().max()))
+
+
+def test_heads_that_share_keys_are_left_alone_with_a_reason() -> None:
+    with ready.as_installed():
+        model = ready.Stack([ready.GatedLinearAttention(WIDTH, 2.0, num_kv_heads=1)])
+        (layer,) = find_layers(model)
+        statistics = layer.family.statistics(layer.module, "empirical")
+        assert statistics is not None
+        assert "share keys" in layer.family.measure(layer, CutMethod("empirical"), statistics).problem
 
 
 @pytest.mark.parametrize("name", ["gated deltanet of fla, plain", "deltanet of fla, plain", "kda of fla, bounded"])
