@@ -51,8 +51,9 @@ class Call:
     """One call of a recurrence.
 
     Attributes:
-        kind: `"selective_scan"`, `"ssd_scan"`, `"diagonal_scan"`, `"mamba3_siso_combined"`, `"delta_rule"` or
-            `"mlstm"`, whose argument names are used, those of the last three's vectors and signals as in `ssd_scan`.
+        kind: `"selective_scan"`, `"ssd_scan"`, `"diagonal_scan"`, `"mamba3_siso_combined"`, `"delta_rule"`,
+            `"gated_linear_attention"` or `"mlstm"`, whose argument names are used, those of the last four's vectors and
+            signals as in `ssd_scan`.
         arguments: by name; absent ones are left out.
         output: what it returned first.
         gain: loudness of every entry of the output, in its shape; None where the layer has no output projection.
@@ -133,13 +134,8 @@ def signals(call: Call, mask: Tensor | None) -> Signals:
     Raises:
         ValueError: if texts of one row cannot be told apart.
     """
-    of_kind = {
-        SSD: _ssd_signals,
-        MAMBA3: _mamba3_signals,
-        DELTA: _delta_signals,
-        GLA: _delta_signals,
-        MLSTM: _mlstm_signals,
-    }
+    of_kind = {SSD: _ssd_signals, MAMBA3: _mamba3_signals, MLSTM: _mlstm_signals}
+    of_kind |= dict.fromkeys((DELTA, GLA), _delta_signals)
     return of_kind.get(call.kind, _selective_signals)(call, mask)
 
 

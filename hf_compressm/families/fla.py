@@ -1,4 +1,4 @@
-"""Linear attention of flash-linear-attention: `GatedDeltaNet`, `DeltaNet`, `KimiDeltaAttention`, `GatedLinearAttention`.
+"""Linear attention of fla: `GatedDeltaNet`, `DeltaNet`, `KimiDeltaAttention` and `GatedLinearAttention`.
 
 Symbols are those of `delta.py`. Their sizes are factors: a layer with fewer key channels has a larger `expand_v`, so
 that its values stay, or a smaller `expand_k`. In Kimi delta attention every state decays by itself, and the rows of
