@@ -52,8 +52,8 @@ class Call:
 
     Attributes:
         kind: `"selective_scan"`, `"ssd_scan"`, `"diagonal_scan"`, `"mamba3_siso_combined"`, `"delta_rule"`,
-            `"gated_linear_attention"` or `"mlstm"`, whose argument names are used, those of the last four's vectors and
-            signals as in `ssd_scan`.
+            `"gated_linear_attention"` or `"mlstm"`, whose argument names are used, those of the last four's vectors
+            and signals as in `ssd_scan`.
         arguments: by name; absent ones are left out.
         output: what it returned first.
         gain: loudness of every entry of the output, in its shape; None where the layer has no output projection.
