@@ -24,7 +24,7 @@ from hf_compressm.surgery import (
     rewritten,
     tell_undescribed,
 )
-from hf_compressm.surgery.configuration import Copies, configured
+from hf_compressm.surgery.configuration import Copies, Fields
 from hf_compressm.utils.modes import plain_modes
 from hf_compressm.utils.processes import ALONE, Processes, checksum
 
@@ -182,11 +182,12 @@ def _rewritten_configs(model: nn.Module, plan: CompressionPlan, step: int | None
     """Copies of the model's configurations with the new sizes, and the cut on record in each."""
     layers = {layer.name: layer for layer in find_layers(model)}
     planned = {item.name: item for item in plan.layers}
-    values = {
-        item.name: {**configured(layers[item.name], item.new_state_size), **item.cut.config_fields}
-        for item in plan.layers
-        if item.cut is not None
-    }
+    values: dict[str, Fields] = {}
+    for item in plan.layers:
+        if item.cut is not None:
+            layer = layers[item.name]
+            sizes = layer.family.configured(layer.module, item.new_state_size)
+            values[item.name] = {**sizes, **item.cut.config_fields}
 
     def record(config: Any, holder: Holder, names: Sequence[str]) -> None:
         own = (replace(planned[name], name=holder.relative(name)) for name in names)

@@ -17,7 +17,7 @@ from hf_compressm.families.family import (
     ParameterChange,
     SSMLayer,
 )
-from hf_compressm.families.fla import FlaDeltaFamily
+from hf_compressm.families.fla import FlaFamily
 from hf_compressm.families.kimi import KimiFamily
 from hf_compressm.families.layout import Layout, rows, states
 from hf_compressm.families.lightning import LightningFamily
@@ -50,7 +50,7 @@ __all__ = [
     "CutMethod",
     "DeltaFamily",
     "Family",
-    "FlaDeltaFamily",
+    "FlaFamily",
     "Holder",
     "KimiFamily",
     "LRUFamily",

@@ -134,8 +134,10 @@ def signals(call: Call, mask: Tensor | None) -> Signals:
     Raises:
         ValueError: if texts of one row cannot be told apart.
     """
-    of_kind = {SSD: _ssd_signals, MAMBA3: _mamba3_signals, MLSTM: _mlstm_signals}
-    of_kind |= dict.fromkeys((DELTA, GLA), _delta_signals)
+    of_kind = {
+        **{SSD: _ssd_signals, MAMBA3: _mamba3_signals, MLSTM: _mlstm_signals},
+        **dict.fromkeys((DELTA, GLA), _linear_attention_signals),
+    }
     return of_kind.get(call.kind, _selective_signals)(call, mask)
 
 
@@ -241,8 +243,8 @@ def _mamba3_signals(call: Call, mask: Tensor | None) -> Signals:
     return Signals(chunks, every, gain, k, q, _real_tokens(gain, mask))
 
 
-def _delta_signals(call: Call, mask: Tensor | None) -> Signals:
-    """As the recurrence uses them: after the L2 norm and the scale of the read-out, which a cut keeps.
+def _linear_attention_signals(call: Call, mask: Tensor | None) -> Signals:
+    """As the delta rule and GLA use them: after the L2 norm, and after the scale of the read-out, which a cut keeps.
 
     The states of all value heads of a key head are the channels of its group.
     """
@@ -301,16 +303,17 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def delta_gates(given: Mapping[str, Any], rows: slice) -> tuple[Tensor | None, Tensor | None]:
-    """Log decay and step of the delta rule, `(batch, length, heads)` or with an axis of states, as they are used.
+    """Log decay and step, `(batch, length, heads)` or with an axis of states, as a recurrence uses them.
 
-    fla's kernels take both before their activations, if they are told so.
+    fla's kernels take both before their activations, if they are told so. With a lower bound they need no rate.
     """
     g, beta = (None if given.get(name) is None else given[name][rows].float() for name in ("g", "beta"))
     if g is not None and given.get("use_gate_in_kernel", False):
         if "dt_bias" in given:
             g = g + given["dt_bias"].detach().float().view(g.shape[2:])
-        rate = given["A_log"].detach().float().exp().view(-1, *[1] * (g.dim() - 3))
-        lower = given.get("lower_bound")
+        lower, rate = given.get("lower_bound"), torch.ones((), device=g.device)
+        if "A_log" in given:
+            rate = given["A_log"].detach().float().exp().view(-1, *[1] * (g.dim() - 3))
         g = -rate * F.softplus(g) if lower is None else lower * torch.sigmoid(rate * g)
     if beta is not None and given.get("use_beta_sigmoid_in_kernel", False):
         beta = beta.sigmoid() * (2 if given.get("allow_neg_eigval", False) else 1)

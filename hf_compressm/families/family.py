@@ -205,7 +205,7 @@ class Family(ABC):
         criteria: supported criteria; the default is the first one, or without data the first that needs none.
         data_criteria: criteria that are measured on data.
         tells_texts_apart_by: arguments of packed rows by which its models let no state pass from one text to the next.
-        mark: a tensor that tells the family's layers from others of the same class, or "".
+        mark: an attribute that tells the family's layers from others of the same class where it is not None, or "".
         size_type: of the values of `size_field`: float where it is a share of another width; see `configured`.
         shares_field: whether configurations of other models have a field of this name that says something else.
     """
@@ -251,9 +251,9 @@ class Family(ABC):
     def state_size(self, module: Any) -> int:
         """Present number of states of a layer."""
 
-    def configured(self, module: Any, size: int) -> int | float:
-        """What the configuration's field must say for the layer to have `size` states."""
-        return size
+    def configured(self, module: Any, size: int) -> Mapping[str, int | float]:
+        """What the configuration must say for the layer to have `size` states, by field."""
+        return {self.size_field: size}
 
     @abstractmethod
     def state_entries(self, module: Any) -> int:

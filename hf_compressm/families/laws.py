@@ -83,7 +83,7 @@ class Trial:
         while not isinstance(result, Tensor):
             result = next(iter(result.values())) if isinstance(result, Mapping) else result[0]
         dtypes = [result.dtype, *(call.output.dtype for call in recorded.calls)]
-        if any(call.kind == DELTA for call in recorded.calls):  # which transformers computes in float32
+        if any(call.kind in (DELTA, GLA) for call in recorded.calls):  # which transformers and fla compute in float32
             dtypes.append(torch.float32)
         calls = [unrepeated(call, self.layout.groups_of(layer)) for call in recorded.calls]
         return result.detach().to(min(dtypes, key=lambda dtype: dtype.itemsize)), calls
@@ -176,7 +176,7 @@ def _misfit(layout: Layout, layer: Any, slot: Slot) -> str:
 def _recurrence(trial: Trial) -> tuple[Tensor, Sequence[Call]]:
     layer, layout = trial.copied(), trial.layout
     output, calls = trial.run(layer)
-    size, groups = layout.size_of(layer), layout.groups_of(layer)
+    size, groups = layout.size_of(layer), layout.groups_of(layer) * layout.readers_of(layer)
     if not calls:
         raise trial.broken(
             "recurrence",
@@ -209,23 +209,22 @@ def _rows(trial: Trial, calls: Sequence[Call]) -> None:
 
 def _compare(trial: Trial, before: Sequence[Call], after: Sequence[Call], kind: str, group: int) -> None:
     """What has changed in the arguments of all calls, where the rows of one kind and group were multiplied."""
-    groups, number = trial.layout.groups_of(trial.layer), 0
+    groups, readers, number = trial.layout.groups_of(trial.layer), trial.layout.readers_of(trial.layer), 0
     rows = {STATE: "states", B: "rows of B", C: "rows of C"}[kind]
     for call, (one, other) in enumerate(zip(before, after, strict=True), start=1):
         names = [name for name in _COMPARED if name in one.arguments]
         meant = STATES_MAKE.get(one.kind, "initial_states") if kind == STATE else kind
         for own in range(_groups(one)):
             pairs = {name: (_of_group(one, name, own), _of_group(other, name, own)) for name in names}
-            wanted = meant if number % groups == group else ""
+            place = number // readers % groups
+            wanted = meant if place == group else ""
             changed = {name for name, pair in pairs.items() if not _close(*pair)}
             others = sorted(changed - {wanted})
             if others:
-                text = f"the {rows} of group {group} change the {others[0]} of call {call}, group {number % groups}"
+                text = f"the {rows} of group {group} change the {others[0]} of call {call}, group {place}"
                 raise trial.broken("rows", text)
             if wanted and not changed and (wanted not in pairs or float(pairs[wanted][0].abs().max()) > 0):
-                text = (
-                    f"the {rows} of group {group} do not change the {wanted} of call {call}, group {number % groups}"
-                )
+                text = f"the {rows} of group {group} do not change the {wanted} of call {call}, group {place}"
                 raise trial.broken("rows", text)
             if wanted and kind == C and trial.layout.folds and not _close(LOUDER * pairs[C][0], pairs[C][1]):
                 raise trial.broken("folding", "twice the rows of C do not make twice the C of the recurrence")

@@ -115,6 +115,8 @@ class Layout:
         unfused: attributes, with the values that make the layer call its recurrence by itself.
         others: names of all tensors without a state axis. If there are any, a tensor that is neither here nor in
             `parts` and is as wide as the state is refused.
+        readers: how many neighbouring groups of a call stand for one group here: heads with the same states, each
+            with a C of its own.
     """
 
     state_size: str
@@ -125,6 +127,7 @@ class Layout:
     follows: Mapping[str, Callable[[Any, int], int | float]] = field(default_factory=dict)
     unfused: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+    readers: Width = 1
 
     @property
     def folds(self) -> bool:
@@ -150,6 +153,10 @@ class Layout:
         if self.groups is not None:
             return _width(module, self.groups, 0)
         return 1 + max((part.group or 0 for part in self.parts), default=0)
+
+    def readers_of(self, module: Any) -> int:
+        """The number of groups of a call that stand for one group."""
+        return _width(module, self.readers, 0)
 
     def slots(self, module: Any) -> Iterator[Slot]:
         """The tensors of the parts, as they are in a layer.

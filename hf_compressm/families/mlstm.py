@@ -114,11 +114,12 @@ class MLSTMFamily(SelectiveFamily):
         """The keys of the state, which is passed to the layer as a tuple."""
         yield from (state[0].shape[2] for state in given if isinstance(state, tuple) and isinstance(state[0], Tensor))
 
-    def configured(self, module: Any, size: int) -> float:
+    def configured(self, module: Any, size: int) -> Mapping[str, int | float]:
         """The width of all heads as a share of the hidden size."""
         width, keys = _hidden(module), _heads(module) * size
         factor = keys / width
-        return factor if int(width * factor) == keys else math.nextafter(factor, math.inf)
+        factor = factor if int(width * factor) == keys else math.nextafter(factor, math.inf)
+        return {self.size_field: factor}
 
     def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
         """Empirical HSVs, and the error of keeping the first k balanced states."""

@@ -48,6 +48,7 @@ class RecurrenceStatistics(Statistics):
     def __init__(self, family: Selective, module: Any) -> None:
         super().__init__()
         self.family, self.groups = family, family.layout.groups_of(module)
+        self.readers = family.layout.readers_of(module)
         self.kept = 0  # tokens of the examples
 
     def update(self, seen: Seen) -> None:
@@ -65,14 +66,14 @@ class RecurrenceStatistics(Statistics):
         tokens = [each.pop("tokens") for each in sums]
         self.add("tokens", tokens[0])
         for name in sums[0]:
-            every = torch.cat([each[name] for each in sums])  # (calls * groups, ...)
-            if every.shape[0] % self.groups:
+            every = torch.cat([each[name] for each in sums])  # (calls * groups * readers, ...)
+            if every.shape[0] % (self.groups * self.readers):
                 self.obstacle = (
                     f"it calls recurrences with {every.shape[0]} group(s) of channels, and its layout has "
-                    f"{self.groups}"
+                    f"{self.groups * self.readers}"
                 )
                 return
-            self.add(name, every.unflatten(0, (-1, self.groups)).sum(dim=0))
+            self.add(name, every.unflatten(0, (-1, self.groups, self.readers)).sum(dim=(0, 2)))
 
     def keep(self, seen: Seen) -> None:
         """Keep inputs of the layer for trying cuts, until there are enough."""

@@ -58,7 +58,6 @@ RECURRENCES: dict[str, str] = {
     "fla.ops.kda.chunk.chunk_kda": DELTA,
     "fla.ops.kda.fused_recurrent.fused_recurrent_kda": DELTA,
     "fla.ops.gla.chunk.chunk_gla": GLA,
-    "fla.ops.gla.fused_chunk.fused_chunk_gla": GLA,
     "fla.ops.gla.fused_recurrent.fused_recurrent_gla": GLA,
 }
 """The functions that are seen, each with the recurrence of this package that has its arguments."""
@@ -81,7 +80,7 @@ FUSED: dict[str, Callable[..., Callable[..., Any]]] = {
 """Functions that do more than a recurrence, each with what makes its parts of scans, by kind, and a listener."""
 _LOOKED_THROUGH = ("hf_compressm.scans.", "hf_compressm.families.")
 """Modules that keep the functions they hold: those of the functions themselves, and those that measure."""
-_KNOWN = {"hf_compressm", "mamba_ssm", "peft", "torch", "transformers"}
+_KNOWN = {"fla", "hf_compressm", "mamba_ssm", "peft", "torch", "transformers"}
 """Packages whose layers call functions that their own modules hold."""
 _WITHOUT_LAYERS = sys.stdlib_module_names | {"torch", "transformers", "numpy", "scipy", "pandas", "pyarrow", "sympy"}
 

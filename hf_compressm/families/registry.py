@@ -11,7 +11,7 @@ from hf_compressm.peft import underlying
 
 
 _FAMILIES: dict[str, dict[str, Family]] = {}
-"""By the path of the layer's class, and by the tensor that tells its layers from others of the same class."""
+"""By the path of the layer's class, and by the attribute that tells its layers from others of the same class."""
 
 
 def register(family: Family) -> None:

@@ -122,11 +122,6 @@ def tell_undescribed(model: nn.Module, layers: Sequence[SSMLayer]) -> None:
         )
 
 
-def configured(layer: SSMLayer, size: int) -> Fields:
-    """The field of a layer's configuration that its size follows from, and what it must say for `size` states."""
-    return {layer.family.size_field: layer.family.configured(layer.module, size)}
-
-
 def has_room(config: Any, layer: SSMLayer) -> bool:
     """Whether a configuration has room for a size of this layer's own, different from those of its other layers."""
     per_layer = layer.family.per_layer or own_config_class(type(config)) is type(config)

@@ -21,7 +21,7 @@ from hf_compressm.families import SSMLayer, find_layers
 from hf_compressm.families.family import AttributeChange, ParameterAddition, ParameterChange
 from hf_compressm.models import adopt, own_class, release
 from hf_compressm.peft import plain_modules, underlying
-from hf_compressm.surgery.configuration import Record, configured, detach_configs, replace_configs, rewritten
+from hf_compressm.surgery.configuration import Record, detach_configs, replace_configs, rewritten
 from hf_compressm.surgery.lora import resized
 from hf_compressm.surgery.optimizer import commit_optimizer, prepare_optimizer
 from hf_compressm.surgery.parameters import commit_replacements, prepare_additions, prepare_replacements
@@ -74,7 +74,7 @@ def follows_config(model: PreTrainedModel) -> bool:
     """
     layers = find_layers(model)
     doubled = {layer.name: 2 * layer.state_size for layer in layers}
-    values = {layer.name: configured(layer, doubled[layer.name]) for layer in layers}
+    values = {layer.name: layer.family.configured(layer.module, doubled[layer.name]) for layer in layers}
     config = rewritten(model, layers, values, lambda *_: None).of(model, model.config)
     try:
         return {layer.name: layer.state_size for layer in find_layers(skeleton(type(model), config))} == doubled
@@ -139,7 +139,7 @@ def reshape_layers(
         found = Differences([], [], [], [])
         sizes = {layer.name: _resize(layer, shapes[layer.name], found) for layer in layers}
         _apply(model, found, optimizer)
-        values = {layer.name: configured(layer, sizes[layer.name]) for layer in layers}
+        values = {layer.name: layer.family.configured(layer.module, sizes[layer.name]) for layer in layers}
         rewritten(model, layers, values, record).commit()
     except BaseException:
         before.restore()

@@ -71,15 +71,31 @@ def chunk_kda(
     beta: Tensor,
     A_log: Tensor,
     dt_bias: Tensor,
-    safe_gate: bool = False,
     lower_bound: float | None = None,
     cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The kernel of Kimi delta attention, with its gates inside."""
     g, rate = g + dt_bias.view(g.shape[2:]), A_log.exp()[:, None]
-    g = lower_bound * torch.sigmoid(rate * g) if safe_gate else -rate * F.softplus(g)
+    g = lower_bound * torch.sigmoid(rate * g) if lower_bound is not None else -rate * F.softplus(g)
     return _run(q, k, v, g, beta.sigmoid(), True, cu_seqlens)
+
+
+def unpadded(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Real tokens of all rows one after the other, with the places where texts begin."""
+    if mask is None:
+        return hidden, None
+    ends = mask.sum(dim=1).cumsum(0)
+    return hidden[mask.bool()][None], F.pad(ends, (1, 0))
+
+
+def repadded(out: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows again, with 0 at padding."""
+    if mask is None:
+        return out
+    whole = out.new_zeros(*mask.shape, out.shape[-1])
+    whole[mask.bool()] = out[0]
+    return whole
 
 
 class ShortConvolution(nn.Conv1d):
@@ -115,20 +131,6 @@ class _DeltaLayer(nn.Module):
             found.append(x.unflatten(-1, (-1, width)))
         return found
 
-    def unpadded(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Real tokens of all rows one after the other, with the places where texts begin."""
-        if mask is None:
-            return hidden, None
-        ends = mask.sum(dim=1).cumsum(0)
-        return hidden[mask.bool()][None], F.pad(ends, (1, 0))
-
-    def repadded(self, out: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return out
-        whole = out.new_zeros(*mask.shape, out.shape[-1])
-        whole[mask.bool()] = out[0]
-        return whole
-
 
 class FlaGatedDeltaNet(_DeltaLayer):
     """Names and layout of `fla.layers.GatedDeltaNet`."""
@@ -156,7 +158,7 @@ class FlaGatedDeltaNet(_DeltaLayer):
         self.g_proj = nn.Linear(hidden_size, self.value_dim, bias=False)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Outputs:
-        hidden, texts = self.unpadded(hidden, attention_mask)
+        hidden, texts = unpadded(hidden, attention_mask)
         q, k, v = self.heads(hidden)
         o, _ = chunk_gated_delta_rule(
             q=q,
@@ -174,7 +176,7 @@ class FlaGatedDeltaNet(_DeltaLayer):
             dt_bias=self.dt_bias,
         )
         o = self.o_norm(o, self.g_proj(hidden).unflatten(-1, (-1, self.head_v_dim)))
-        return self.repadded(self.o_proj(o.flatten(2)), attention_mask), None, None
+        return repadded(self.o_proj(o.flatten(2)), attention_mask), None, None
 
 
 class FlaDeltaNet(_DeltaLayer):
@@ -196,7 +198,7 @@ class FlaDeltaNet(_DeltaLayer):
         self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Outputs:
-        hidden, texts = self.unpadded(hidden, attention_mask)
+        hidden, texts = unpadded(hidden, attention_mask)
         q, k, v = self.heads(hidden)
         if self.qk_norm == "sum":
             q, k = (each / each.sum(dim=-1, keepdim=True) for each in (q.abs(), k.abs()))
@@ -204,7 +206,7 @@ class FlaDeltaNet(_DeltaLayer):
         o, _ = chunk_delta_rule(
             q=q, k=k, v=v, beta=beta, use_qk_l2norm_in_kernel=self.qk_norm == "l2", cu_seqlens=texts
         )
-        return self.repadded(self.o_proj(self.o_norm(o).flatten(2)), attention_mask), None, None
+        return repadded(self.o_proj(self.o_norm(o).flatten(2)), attention_mask), None, None
 
 
 class FlaKimiDeltaAttention(_DeltaLayer):
@@ -236,7 +238,7 @@ class FlaKimiDeltaAttention(_DeltaLayer):
         self.g_proj = nn.Sequential(nn.Linear(hidden_size, width, bias=False), nn.Linear(width, self.value_dim))
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Outputs:
-        hidden, texts = self.unpadded(hidden, attention_mask)
+        hidden, texts = unpadded(hidden, attention_mask)
         q, k, v = self.heads(hidden)
         o, _ = chunk_kda(
             q=q,
@@ -255,41 +257,4 @@ class FlaKimiDeltaAttention(_DeltaLayer):
             cu_seqlens=texts,
         )
         o = self.o_norm(o, self.g_proj(hidden).unflatten(-1, (-1, self.head_v_dim)))
-        return self.repadded(self.o_proj(o.flatten(2)), attention_mask), None, None
-
-
-def chunk_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-    """The kernel of gated linear attention, step by step."""
-    state = torch.zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=q.dtype)
-    reads = []
-    for step in range(q.shape[1]):
-        state = g[:, step].exp()[..., None] * state + k[:, step, ..., None] * v[:, step, :, None]
-        reads.append((q[:, step, ..., None] * state).sum(dim=2) * q.shape[3] ** -0.5)
-    return torch.stack(reads, dim=1), None
-
-
-class FlaGatedLinearAttention(_DeltaLayer):
-    """Names and layout of `fla.layers.GatedLinearAttention`; without convolution its queries and keys are linear."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        expand_k: float,
-        expand_v: float = 2.0,
-        num_heads: int = 2,
-        num_kv_heads: int | None = None,
-        use_short_conv: bool = False,
-    ) -> None:
-        self.expand_k, self.expand_v, self.num_heads = expand_k, expand_v, num_heads
-        self.num_kv_groups = num_heads // (num_kv_heads or num_heads)
-        self.key_dim, self.value_dim = round(hidden_size * expand_k), round(hidden_size * expand_v)
-        self.head_k_dim, self.head_v_dim = self.key_dim // num_heads, self.value_dim // num_heads
-        self.key_dim_per_group = self.key_dim // self.num_kv_groups
-        super().__init__(hidden_size, use_short_conv)
-        self.gk_proj = nn.Sequential(nn.Linear(hidden_size, 3, bias=False), nn.Linear(3, self.key_dim_per_group))
-
-    def forward(self, hidden: Tensor) -> Outputs:
-        q, k, v = self.heads(hidden)
-        g = F.logsigmoid(self.gk_proj(hidden)).unflatten(-1, (-1, self.head_k_dim)) / 16
-        o, _ = chunk_gla(q=q, k=k, v=v, g=g, output_final_state=False, state_v_first=True)
-        return self.o_proj(self.o_norm(o).flatten(2)), None, None
+        return repadded(self.o_proj(o.flatten(2)), attention_mask), None, None

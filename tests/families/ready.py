@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compressm.families import SS2D, VIM, Layout, declare_layer, registry
@@ -27,6 +28,7 @@ from tests.blocks import (
     Vim,
     at_path,
     fla_delta,
+    fla_gla,
     fused,
 )
 from tests.blocks import mamba3 as mamba3_blocks
@@ -46,8 +48,7 @@ DECLARED: dict[type[nn.Module], Layout] = {Copied: VIM, OfVMamba: SS2D}
 GatedDeltaNet = at_path(fla_delta.FlaGatedDeltaNet, "fla.layers.gated_deltanet.GatedDeltaNet")
 DeltaNet = at_path(fla_delta.FlaDeltaNet, "fla.layers.delta_net.DeltaNet")
 KimiDeltaAttention = at_path(fla_delta.FlaKimiDeltaAttention, "fla.layers.kda.KimiDeltaAttention")
-
-GatedLinearAttention = at_path(fla_delta.FlaGatedLinearAttention, "fla.layers.gla.GatedLinearAttention")
+GatedLinearAttention = at_path(fla_gla.FlaGatedLinearAttention, "fla.layers.gla.GatedLinearAttention")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,13 @@ READY: dict[str, Row] = {
         lambda N: KimiDeltaAttention(WIDTH, N, 12 / N, use_short_conv=False, lower_bound=-5.0), "kda"
     ),
     "gla of fla": Row(lambda N: GatedLinearAttention(WIDTH, 2 * N / WIDTH), "gla"),
-    "gla of fla, convolved": Row(lambda N: GatedLinearAttention(WIDTH, 2 * N / WIDTH, use_short_conv=True), "gla"),
+    "gla of fla, keys shared": Row(
+        lambda N: GatedLinearAttention(WIDTH, 4 * N / WIDTH, num_heads=4, num_kv_heads=2), "gla"
+    ),
+    "gla of fla, convolved": Row(
+        lambda N: GatedLinearAttention(WIDTH, 4 * N / WIDTH, num_heads=4, num_kv_heads=2, use_short_conv=True), "gla"
+    ),
+    "gla of fla, mapped": Row(lambda N: GatedLinearAttention(WIDTH, 2 * N / WIDTH, feature_map=F.elu), "gla"),
     "mamba3": Row(lambda N: Mamba3(WIDTH, N, headdim=3, ngroups=2), "mamba3", 12, 8),
     "mamba3, all pairs turning": Row(
         lambda N: Mamba3(WIDTH, N, headdim=3, rope_fraction=1.0, is_outproj_norm=True), "mamba3", 8, 6
@@ -128,8 +135,8 @@ PACKAGE: dict[str, dict[str, Any]] = {
     SISO: {"mamba3_siso_combined": mamba3_blocks.mamba3_siso_combined},
     "fla.ops.gated_delta_rule.chunk": {"chunk_gated_delta_rule": fla_delta.chunk_gated_delta_rule},
     "fla.ops.delta_rule.chunk": {"chunk_delta_rule": fla_delta.chunk_delta_rule},
-    "fla.ops.gla.chunk": {"chunk_gla": fla_delta.chunk_gla},
     "fla.ops.kda.chunk": {"chunk_kda": fla_delta.chunk_kda},
+    "fla.ops.gla.chunk": {"chunk_gla": fla_gla.chunk_gla},
 }
 """Modules of mamba-ssm and fla, with the functions that the stand-ins call."""
 
