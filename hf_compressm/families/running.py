@@ -46,18 +46,23 @@ def tokens_of(example: Example) -> int:
 def first_rows(
     args: Sequence[Any], kwargs: Mapping[str, Any], rows: int, length: int | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of the first rows, and first steps, of all arguments that have as many as the first tensor; no cache."""
+    """Copies of the first rows, and first steps, of all arguments that have as many as the first tensor; no cache.
+
+    Where `cu_seqlens` or the like says how texts lie in a row, the last one ends with the row.
+    """
     batch, steps = _shape(args, kwargs)
 
-    def few(value: Any) -> Any:
+    def few(value: Any, name: str = "") -> Any:
         if isinstance(value, Cache):
             return None
+        if isinstance(value, Tensor) and name.startswith("cu_seq") and length is not None and length < steps:
+            return torch.cat([value[value < length], value.new_tensor([length])])
         if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != batch:
             return value
         value = value.detach()[:rows]
         return (value[:, :length] if value.dim() > 1 and value.shape[1] == steps else value).clone()
 
-    return tuple(map(few, args)), {name: few(value) for name, value in kwargs.items()}
+    return tuple(map(few, args)), {name: few(value, name) for name, value in kwargs.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,7 +157,7 @@ class FlaGatedDeltaNet(_DeltaLayer):
         self.dt_bias = nn.Parameter(step_bias(values))
         self.g_proj = nn.Linear(hidden_size, self.value_dim, bias=False)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Outputs:
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None) -> Outputs:
         hidden, texts = unpadded(hidden, attention_mask)
         q, k, v = self.heads(hidden)
         o, _ = chunk_gated_delta_rule(
@@ -176,7 +176,7 @@ class FlaGatedDeltaNet(_DeltaLayer):
             dt_bias=self.dt_bias,
         )
         o = self.o_norm(o, self.g_proj(hidden).unflatten(-1, (-1, self.head_v_dim)))
-        return repadded(self.o_proj(o.flatten(2)), attention_mask), None, None
+        return repadded(self.o_proj(o.flatten(2)), attention_mask), None, past_key_values
 
 
 class FlaDeltaNet(_DeltaLayer):
@@ -197,16 +197,16 @@ class FlaDeltaNet(_DeltaLayer):
         super().__init__(hidden_size, use_short_conv)
         self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Outputs:
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None) -> Outputs:
         hidden, texts = unpadded(hidden, attention_mask)
         q, k, v = self.heads(hidden)
         if self.qk_norm == "sum":
-            q, k = (each / each.sum(dim=-1, keepdim=True) for each in (q.abs(), k.abs()))
+            q, k = (F.normalize(each, p=1, dim=-1, eps=1e-6) for each in (q, k))
         beta = self.b_proj(hidden).sigmoid()
         o, _ = chunk_delta_rule(
             q=q, k=k, v=v, beta=beta, use_qk_l2norm_in_kernel=self.qk_norm == "l2", cu_seqlens=texts
         )
-        return repadded(self.o_proj(self.o_norm(o).flatten(2)), attention_mask), None, None
+        return repadded(self.o_proj(self.o_norm(o).flatten(2)), attention_mask), None, past_key_values
 
 
 class FlaKimiDeltaAttention(_DeltaLayer):
@@ -237,7 +237,7 @@ class FlaKimiDeltaAttention(_DeltaLayer):
         self.dt_bias = nn.Parameter(step_bias(self.gate_dim))
         self.g_proj = nn.Sequential(nn.Linear(hidden_size, width, bias=False), nn.Linear(width, self.value_dim))
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Outputs:
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None) -> Outputs:
         hidden, texts = unpadded(hidden, attention_mask)
         q, k, v = self.heads(hidden)
         o, _ = chunk_kda(
@@ -257,4 +257,4 @@ class FlaKimiDeltaAttention(_DeltaLayer):
             cu_seqlens=texts,
         )
         o = self.o_norm(o, self.g_proj(hidden).unflatten(-1, (-1, self.head_v_dim)))
-        return repadded(self.o_proj(o.flatten(2)), attention_mask), None, None
+        return repadded(self.o_proj(o.flatten(2)), attention_mask), None, past_key_values

@@ -77,7 +77,7 @@ class FlaGatedLinearAttention(nn.Module):
         x = x.unflatten(-1, (-1, width))
         return x.repeat_interleave(self.num_heads // x.shape[2], dim=2)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Outputs:
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None) -> Outputs:
         hidden, texts = unpadded(hidden, attention_mask)
         q, k, gk = (self.heads(name, hidden, self.head_k_dim) for name in ("q", "k", "gk"))
         if self.feature_map_fn is not None:
@@ -85,4 +85,4 @@ class FlaGatedLinearAttention(nn.Module):
         v, g = self.heads("v", hidden, self.head_v_dim), F.logsigmoid(gk) / NORMALIZER
         o, _ = chunk_gla(q=q, k=k, v=v, g=g, state_v_first=True, cu_seqlens=texts)
         o = self.g_norm_swish_gate(o, self.g_proj(hidden).unflatten(-1, (-1, self.head_v_dim)))
-        return repadded(self.o_proj(o.flatten(2)), attention_mask), None, None
+        return repadded(self.o_proj(o.flatten(2)), attention_mask), None, past_key_values

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -36,10 +37,8 @@ def _by_text(
     """A reference on every text of a row by itself."""
     if cu_seqlens is None:
         return run(*signals)[0], None
-    bounds = cu_seqlens.tolist()
-    parts = [
-        run(*(signal[:, start:end] for signal in signals))[0] for start, end in zip(bounds, bounds[1:], strict=False)
-    ]
+    bounds = pairwise(cu_seqlens.tolist())
+    parts = [run(*(signal[:, start:end] for signal in signals))[0] for start, end in bounds]
     return torch.cat(parts, dim=1), None
 
 
@@ -127,7 +126,7 @@ def kda(
 def gla(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None = None, cu_seqlens: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """`fused_recurrent_gla`; `chunk_gla` and `fused_chunk_gla` call the decay g."""
+    """`fused_recurrent_gla`; `chunk_gla` calls the decay g."""
     decay = kwargs["g"] if gk is None else gk
     return _by_text(_found("fla.ops.gla.naive.naive_recurrent_gla"), cu_seqlens, q, k, v, decay)
 
@@ -141,7 +140,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "fla.ops.kda.fused_recurrent.fused_recurrent_kda": kda,
     "fla.ops.gla.chunk.chunk_gla": gla,
     "fla.ops.gla.fused_recurrent.fused_recurrent_gla": gla,
-    "fla.ops.gla.fused_chunk.fused_chunk_gla": gla,
 }
 LAYERS = ("gated_deltanet", "delta_net", "kda", "gla")
 
@@ -194,6 +192,7 @@ def on_a_cpu() -> Iterator[ModuleType]:
         patch.setattr(modules.ShortConvolution, "forward", _short_convolution)
         patch.setattr(modules.FusedRMSNormGated, "forward", _norm)
         patch.setattr(modules.RMSNorm, "forward", _norm)
+        patch.setattr(importlib.import_module("fla.modules.mlp"), "swiglu", lambda gate, x: F.silu(gate) * x)
         yield layers
 
 
