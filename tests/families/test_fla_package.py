@@ -1,4 +1,4 @@
-"""Linear attention of flash-linear-attention itself where it is installed: its references run instead of its kernels."""
+"""Linear attention of flash-linear-attention itself where it is installed: references run instead of kernels."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
