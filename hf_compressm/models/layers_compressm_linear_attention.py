@@ -31,6 +31,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.mamba2 import modeling_mamba2
 
+from .convolving_compressm import convolve, past_of
+
 
 class ProjectingLayer(nn.Module):
     """Base of layers: what a layer has besides the stock one, whose attributes are those of M channels.
@@ -104,11 +106,9 @@ class DeltaStates(ProjectingLayer):
     ) -> Tensor:
         hidden_states = self.modeling.apply_mask_to_padding_states(hidden_states, attention_mask)
         mixed, gate, beta, g = self.inputs(hidden_states)
-        past = None
-        if cache is not None and cache.has_previous_state(self.layer_idx):
-            past = cache.layers[self.layer_idx]
+        past = past_of(cache, self.layer_idx)
         state = None if past is None else past.recurrent_states[0]
-        mixed = self._convolve(mixed.transpose(1, 2), past, cache, **kwargs).transpose(1, 2)
+        mixed = convolve(self, self.modeling, mixed.transpose(1, 2), past, cache, **kwargs).transpose(1, 2)
         heads, _, channels = self.state_proj.shape
         q, k, v = mixed.split([heads * channels, heads * channels, mixed.shape[-1] - 2 * heads * channels], dim=-1)
         scale = (self.state_proj.shape[1] / channels) ** 0.5  # the recurrence divides by sqrt(N)
@@ -133,16 +133,6 @@ class DeltaStates(ProjectingLayer):
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
         return self.outputs(read, gate)
-
-    def _convolve(self, mixed: Tensor, past: Any, cache: Cache | None, **kwargs: Any) -> Tensor:
-        """Causal convolution and activation of `(batch, channels, length)`; reads and updates the cache."""
-        weight, bias, length = self.conv1d.weight.squeeze(1), self.conv1d.bias, mixed.shape[-1]
-        if past is not None and length == 1 and not past.record_past:
-            return self.modeling.causal_conv1d_update(mixed, past.conv_states[0], weight, bias, self.activation)
-        if cache is not None:  # returns earlier steps together with these
-            mixed = cache.update_conv_state(mixed, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
-        mixed = self.modeling.causal_conv1d_fn(mixed, weight, bias, activation=self.activation, **kwargs)
-        return mixed[..., -length:]
 
     def _project(self, vectors: Tensor) -> Tensor:
         """Queries or keys of length 1 on the states, `(batch, length, key heads, N)`."""

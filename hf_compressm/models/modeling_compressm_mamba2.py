@@ -32,6 +32,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
 )
 
 from .configuration_compressm_mamba2 import CompreSSMamba2Config
+from .convolving_compressm import convolve, past_of
 from .exporting_compressm_mamba import ExportedWithCode
 from .guarding_compressm_mamba import ReadsWeights
 
@@ -108,14 +109,12 @@ class CompreSSMamba2Mixer(ReadsWeights, Mamba2Mixer):
         self, hidden_states: Tensor, cache: Cache | None, attention_mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
         dtype = hidden_states.dtype
-        past = None
-        if cache is not None and cache.has_previous_state(self.layer_idx):
-            past = cache.layers[self.layer_idx]
+        past = past_of(cache, self.layer_idx)
         hidden_states = modeling_mamba2.apply_mask_to_padding_states(hidden_states, attention_mask)
         gate, x_B_C, dt = self.in_proj(hidden_states).split(
             [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
         )
-        x_B_C = self._convolve(x_B_C.transpose(1, 2), past, cache, **kwargs).transpose(1, 2)
+        x_B_C = convolve(self, modeling_mamba2, x_B_C.transpose(1, 2), past, cache, **kwargs).transpose(1, 2)
         x_B_C = modeling_mamba2.apply_mask_to_padding_states(x_B_C, attention_mask)
         channels = self.n_groups * self.conv_state_size
         x, B, C = x_B_C.split([self.intermediate_size, channels, channels], dim=-1)
@@ -126,18 +125,6 @@ class CompreSSMamba2Mixer(ReadsWeights, Mamba2Mixer):
         else:
             y = self._scan(x, B, C, dt, past, cache, **kwargs)
         return self.out_proj(self.norm(y.flatten(2), gate).to(dtype))
-
-    def _convolve(self, x_B_C: Tensor, past: Any, cache: Cache | None, **kwargs: Any) -> Tensor:
-        """Causal convolution and activation of `(batch, conv_dim, length)`; reads and updates the cache."""
-        weight, bias, length = self.conv1d.weight.squeeze(1), self.conv1d.bias, x_B_C.shape[-1]
-        if past is not None and length == 1 and not past.record_past:
-            return modeling_mamba2.causal_conv1d_update(
-                x_B_C, past.conv_states[0], weight, bias, activation=self.activation
-            )
-        if cache is not None:  # returns earlier steps together with these
-            x_B_C = cache.update_conv_state(x_B_C, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
-        x_B_C = modeling_mamba2.causal_conv1d_fn(x_B_C, weight, bias, activation=self.activation, **kwargs)
-        return x_B_C[..., -length:]
 
     def _step(self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: Tensor, **kwargs: Any) -> Tensor:
         """One step of the recurrence, `(batch, H, P)`; updates `state` `(batch, H, P, N)` in place."""
