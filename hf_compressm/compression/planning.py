@@ -15,7 +15,7 @@ from hf_compressm.compression.measuring import from_measurements, judged
 from hf_compressm.compression.plan import CompressionPlan, LayerPlan
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import CompreSSMConfig, Settings, as_config
-from hf_compressm.families import Measurement
+from hf_compressm.families import Measurement, SSMLayer
 from hf_compressm.families.refit import tried
 from hf_compressm.families.running import measured_error
 from hf_compressm.numerics.ranks import count_by_error, count_by_tolerance, passes_gate, round_size
@@ -116,11 +116,16 @@ def _wanted_size(choice: LayerChoice, measurement: Measurement, config: CompreSS
         wanted = int(size * (1 - config.fraction) + 1e-9)
     else:
         wanted = min(config.target_state_size or size, size)
-    multiple = math.lcm(config.round_to, layer.family.granularity(layer.module))
+    multiple = _multiple(layer, config)
     new_size = round_size(wanted, size, multiple, config.min_state_size)
     while count and new_size < size and layer.family.values_kept(layer, choice.method, measurement, new_size) < count:
         new_size = round_size(new_size + 1, size, multiple, config.min_state_size)
     return new_size
+
+
+def _multiple(layer: SSMLayer, config: CompreSSMConfig) -> int:
+    """The number of which all sizes of a layer are multiples."""
+    return math.lcm(config.round_to, layer.family.granularity(layer.module))
 
 
 def _allowed_error(config: CompreSSMConfig) -> float | None:
@@ -134,7 +139,7 @@ def _allowed_error(config: CompreSSMConfig) -> float | None:
 def _size_by_running(choice: LayerChoice, measurement: Measurement, allowed: float, config: CompreSSMConfig) -> int:
     """The smallest size at which the cut layer, run on its examples, is within the allowed error; by bisection."""
     layer, size = choice.layer, choice.layer.state_size
-    multiple = math.lcm(config.round_to, layer.family.granularity(layer.module))
+    multiple = _multiple(layer, config)
     sizes = sorted({round_size(wanted, size, multiple, config.min_state_size) for wanted in range(1, size + 1)})
 
     def is_enough(candidate: int) -> bool:
@@ -149,7 +154,7 @@ def _size_by_running(choice: LayerChoice, measurement: Measurement, allowed: flo
 def _gentler(choice: LayerChoice, wanted: int, config: CompreSSMConfig, reduction_share: float) -> int:
     """The size after only a share of the reduction."""
     layer, size = choice.layer, choice.layer.state_size
-    multiple = math.lcm(config.round_to, layer.family.granularity(layer.module))
+    multiple = _multiple(layer, config)
     return round_size(size - reduction_share * (size - wanted), size, multiple, config.min_state_size)
 
 
