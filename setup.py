@@ -26,6 +26,7 @@ INSTALL_REQUIRES = [
 
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 EXAMPLES = ["datasets", "evaluate", "matplotlib", "psutil", "scikit-learn"]
+BENCH = [*EXAMPLES, "lm-eval"]
 
 # The oracles are outside implementations that the tests compare with; the package itself never imports them.
 ORACLES = ["pymor", "s5-pytorch", "slycot"]
@@ -46,18 +47,19 @@ TEST = [
     *EXPORT,
 ]
 
-# Slow tests need lm-eval, parameterized (for transformers' own tests) and torchao, which is in no other extra: beside
-# a torch that it does not fit, transformers cannot be imported.
-TOOLS = ["lm-eval", "mypy", "parameterized", "pre-commit", "ruff", "torchao", "types-PyYAML"]
+# Slow tests need lm-eval, parameterized (for transformers' own tests) and torchao. That one is in no other extra:
+# beside a torch that it does not fit, transformers cannot be imported.
+TOOLS = ["mypy", "parameterized", "pre-commit", "ruff", "torchao", "types-PyYAML"]
 
 EXTRAS_REQUIRE = {
+    "bench": BENCH,
     "examples": EXAMPLES,
     "export": EXPORT,
     "plot": ["matplotlib"],
     "peft": ["peft"],
     "cuda": ["causal-conv1d", "kernels", "mamba-ssm"],
     "test": TEST,
-    "dev": [*TEST, *TOOLS],
+    "dev": [*TEST, *BENCH, *TOOLS],
 }
 
 

@@ -269,3 +269,7 @@ def test_tasks_of_the_harness_are_in_the_rows(part: Any, hub: None, texts: Path,
     assert all(list(row["tasks"]) == ["next_letter"] for row in done.values())
     assert all(0 <= row["tasks"]["next_letter"]["acc"] <= 1 for row in done.values())
     assert "next_letter acc" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match="2"):
+        part("published_table").main(command(texts, tmp_path / "other", "--models", MODEL, "--tasks", "no_such_task"))
+    assert "error: --tasks no_such_task cannot be loaded" in capsys.readouterr().err

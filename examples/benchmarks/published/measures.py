@@ -34,12 +34,26 @@ class Harness:
     limit: int | None
 
     def check(self) -> None:
-        """Raise `ValueError` if tasks are asked for and the harness is not installed."""
-        if self.tasks and find_spec("lm_eval") is None:
+        """Load the tasks, if any, so that what is missing is told before a model is cut.
+
+        Raises:
+            ValueError: if the harness is not installed, or a task cannot be loaded.
+        """
+        if not self.tasks:
+            return
+        names = ", ".join(self.tasks)
+        if find_spec("lm_eval") is None:
             raise ValueError(
-                f"{', '.join(self.tasks)} need lm-evaluation-harness, which is not installed: "
+                f"{names} need lm-evaluation-harness, which is not installed: "
                 'pip install "hf_compressm[bench]". For perplexity alone pass --tasks without a name.'
             )
+        try:
+            self.known.load(list(self.tasks))
+        except Exception as error:  # of the harness, of datasets or of the network
+            raise ValueError(
+                f"--tasks {names} cannot be loaded: {type(error).__name__}: {error}. Other tasks are in YAML files in "
+                "--tasks_path; without a name after --tasks only perplexity is measured."
+            ) from error
 
     @cached_property
     def known(self) -> Any:
@@ -55,7 +69,12 @@ class Harness:
         import lm_eval  # noqa: PLC0415 - optional
         from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
-        options = {"batch_size": self.batch_size, "max_length": self.length, "device": str(model.device)}
+        options = {
+            "backend": "causal",
+            "batch_size": self.batch_size,
+            "max_length": self.length,
+            "device": str(model.device),
+        }
         report = lm_eval.simple_evaluate(
             HFLM(pretrained=model.eval(), tokenizer=tokenizer, **options),
             tasks=list(self.tasks),

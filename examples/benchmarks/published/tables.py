@@ -57,6 +57,8 @@ def write_tables(rows: Sequence[Row], folder: Path) -> str:
 
 def tables(rows: Sequence[Row]) -> list[str]:
     """Perplexity for every share, tasks, costs, and the machines that all ran on."""
+    if not rows:
+        return ["No row is done."]
     found = [_perplexities(rows, share) for share in _distinct(row["share"] for row in rows if row["share"])]
     found += [_tasks(rows), _costs(rows)]
     machines = _distinct(f"- {row['machine']}; {row['device']}" for row in rows)
