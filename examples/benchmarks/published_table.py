@@ -128,7 +128,8 @@ def run(args: argparse.Namespace) -> list[str]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     done = options.results.read()
-    print(write_tables([row for row in done.values() if row["model"] in args.models], args.output))
+    shown = [row for row in done.values() if row["model"] in args.models and row["settings"]["seed"] == args.seed]
+    print(write_tables(shown, args.output))
     return failed
 
 
@@ -189,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     try:
         failed = run(args)
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # texts that are not there, or not to be reached
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if failed:

@@ -75,6 +75,20 @@ def command(texts: Path, output: Path, *more: str) -> list[str]:
     return ["--text", str(texts), "--output", str(output), *SHORT, *more]
 
 
+def interrupted_at(call: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that are trained from now on; one of them is stopped by Ctrl-C."""
+    training_step, seen = Trainer.training_step, []
+
+    def step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.state.global_step)
+        if len(seen) == call:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    return seen
+
+
 def test_every_stage_of_every_cut_is_a_row_and_the_published_figures_stand_beside_it(
     part: Any, hub: None, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -92,7 +106,7 @@ def test_every_stage_of_every_cut_is_a_row_and_the_published_figures_stand_besid
         assert of_model[arm, 0]["cut"]["state_bytes"][1] < of_model[arm, 0]["cut"]["state_bytes"][0]
         assert of_model[arm, 2]["perplexity"] != of_model[arm, 0]["perplexity"]
     assert of_model["ours", 0]["parameters"] < of_model["uncut", 0]["parameters"]
-    assert "| GHOST, published (arXiv 2602.11408) | 29.06 |  |" in told
+    assert "| GHOST, published for WikiText-2 (arXiv 2602.11408) | 29.06 |  |" in told
     assert (output / "tables.md").read_text(encoding="utf-8") in told
     assert not list((output / "runs").iterdir())
 
@@ -109,15 +123,7 @@ def test_a_recovery_goes_on_from_its_checkpoint(
     options += ["--save_steps", "1"]
     script.main(command(texts, tmp_path / "whole", *options))
 
-    training_step, seen = Trainer.training_step, []
-
-    def interrupted(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        seen.append(self.state.global_step)
-        if len(seen) == 5:
-            raise KeyboardInterrupt
-        return training_step(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", interrupted)
+    seen = interrupted_at(5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         script.main(command(texts, tmp_path / "stopped", *options))
     assert [row["step"] for row in part("rows").Results(tmp_path / "stopped").read().values()] == [0, 2]
@@ -137,7 +143,7 @@ def test_a_checkpoint_that_is_too_far_is_not_measured(part: Any, tmp_path: Path)
     assert recovery.train(small(MAMBA2), folder, 2, rows).name == "checkpoint-2"
     assert recovery.checkpoint(folder, 2) == folder / "checkpoint-2"
     assert recovery.checkpoint(folder, 1) is None
-    assert not folder.exists()
+    assert not list(folder.iterdir())
 
 
 def test_rows_of_other_settings_are_not_taken_for_done(
@@ -150,6 +156,23 @@ def test_rows_of_other_settings_are_not_taken_for_done(
         script.main([*options, "--length", "8"])
     assert "was run with other settings (length)" in capsys.readouterr().err
     script.main([*options, "--learning_rate", "1", "--save_steps", "3"])  # nothing was trained
+
+
+def test_what_other_settings_have_left_in_a_folder_is_not_trained_on(
+    part: Any, hub: None, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, seen = part("published_table"), interrupted_at(3, monkeypatch)
+    options = ["--models", MODEL, "--only", "uncut", "--tasks", "--steps", "3", "--save_steps", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        script.main(command(texts, tmp_path, *options))
+    script.main(command(texts, tmp_path, *options, "--learning_rate", "1e-2"))
+    assert seen == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_text_that_is_not_there_is_one_line(part: Any, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        part("published_table").main(["--tasks", "--output", str(tmp_path)])
+    assert capsys.readouterr().err.startswith("error: Couldn't reach 'Salesforce/wikitext' on the Hub")
 
 
 def test_a_cell_that_fails_does_not_keep_the_others(

@@ -1,9 +1,10 @@
 """One cell of `published_table.py`: a model, cut in one way to one share, measured and trained on, row by row."""
 
 import gc
+import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +24,9 @@ from transformers import PreTrainedModel, set_seed
 from hf_compressm import CompreSSMConfig
 from hf_compressm.compression import count_state_bytes
 from hf_compressm.families import find_layers
+
+
+SETTINGS_FILE = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class Cell:
         """Mark of a row."""
         return f"{self.key}-step{step}"
 
+    def settings(self, step: int) -> dict[str, Any]:
+        """What decides a row, beside model, share and step."""
+        return {**self.checkpoint.options.settings(step), "arm": {} if self.arm is None else dict(self.arm.settings)}
+
     def missing(self) -> list[int]:
         """The steps of recovery whose rows are not there, 0 for right after the cut.
 
@@ -68,7 +76,7 @@ class Cell:
         done, steps = options.results.read(), (0, *options.recovery.steps)
         rows = {step: done.get(self.key_at(step)) for step in steps}
         for step, row in rows.items():
-            now = options.settings(step)
+            now = self.settings(step)
             other = [name for name in now if row is not None and row["settings"].get(name) != now[name]]
             if other:
                 raise ValueError(
@@ -83,6 +91,7 @@ class Cell:
         if not missing:
             return
         set_seed(options.seed)
+        self.clear(missing)
         model, cut = None, {}
         if missing[0] == 0 or options.recovery.checkpoint(self.folder, missing[0]) is None:
             model = self.checkpoint.load()
@@ -97,6 +106,15 @@ class Cell:
             training = time.perf_counter() - started
             yield self.row(model, step) | cut | {"training_seconds": training}
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def clear(self, missing: Sequence[int]) -> None:
+        """Empty the folder, unless this recovery with these settings was interrupted after the first row."""
+        settings = json.dumps(self.settings(missing[-1]))
+        path = self.folder / SETTINGS_FILE
+        if missing[0] == 0 or not path.exists() or path.read_text(encoding="utf-8") != settings:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            path.write_text(settings, encoding="utf-8")
 
     def recovered(self, model: PreTrainedModel | None, step: int) -> Path:
         """A checkpoint after some steps of recovery.
@@ -152,7 +170,7 @@ class Cell:
             "tasks": options.harness.figures(model, self.checkpoint.tokenizer),
             "measuring_seconds": time.perf_counter() - started,
             "parameters": model.num_parameters(),
-            "settings": options.settings(step),
+            "settings": self.settings(step),
             "machine": machine(),
             "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type,
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),

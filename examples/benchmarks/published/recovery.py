@@ -35,11 +35,11 @@ class Recovery:
 
     def checkpoint(self, folder: Path, until: int) -> Path | None:
         """The last complete checkpoint of a folder, from which `until` can be reached; later ones are removed."""
-        found = find_last_complete_checkpoint(folder)
-        if found is not None and step_of(Path(found)) > until:
-            shutil.rmtree(folder)
-            return None
-        return None if found is None else Path(found)
+        while (found := find_last_complete_checkpoint(folder)) is not None:
+            if step_of(Path(found)) <= until:
+                return Path(found)
+            shutil.rmtree(found)
+        return None
 
     def train(self, model: PreTrainedModel, folder: Path, until: int, rows: Tensor) -> Path:
         """Train a model up to a step; from the last checkpoint of the folder, if there is one.

@@ -84,7 +84,7 @@ def _perplexities(rows: Sequence[Row], share: float) -> str:
         figures = [published(method, model, 0.0 if method == UNCUT else share) for model in models]
         if any(figure is not None for figure in figures):
             shown = ("" if figure is None else f"{figure:g}" for figure in figures)
-            lines.append(_line(f"{method}, published ({SOURCE})", *shown))
+            lines.append(_line(f"{method}, published for WikiText-2 ({SOURCE})", *shown))
     return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:])
 
 
