@@ -18,7 +18,7 @@ RANK_RULES = ("tolerance", "max_error", "fraction", "target_state_size")
 DEFAULT_TOLERANCE = 0.1
 
 _CHOICES = {
-    "criterion": ("auto", "hankel", "empirical", "surrogate", "interpolative"),
+    "criterion": ("auto", "hankel", "empirical", "fisher", "surrogate", "interpolative"),
     "keep": ("largest", "smallest", "random"),
     "realization": ("real", "complex"),
     "compat": ("stock", "best"),

@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "comparison"))
 
 from delta_arms import ARMS, CALIBRATION_BATCHES, Arm, cut, lacking
 from delta_tables import tables
-from delta_training import OPTIMIZER_FILE, Task, Training, build, recall, text
 from layer_errors import outputs_of_layers, relative_errors
 from measuring import machine
 from rows import Results, chosen, key_of
+from small_models import delta_net
+from small_training import OPTIMIZER_FILE, Task, Training, recall, text
 from transformers.utils import logging
 
 from hf_compressm import enable_fast_selective_scan
@@ -111,7 +112,8 @@ class Bench:
 
     def begin(self, channels: int) -> Training:
         """A new model."""
-        return Training(self.task, self.seed, build(self.task, channels, self.seed, self.scale.hidden))
+        torch.manual_seed(self.seed)
+        return Training(self.task, self.seed, delta_net(channels, self.scale.hidden, self.task.vocab_size))
 
     def rows(self) -> Iterator[Row]:
         """All rows, those of trained models first."""

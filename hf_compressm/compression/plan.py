@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_compressm.families import LayerCut, SSMLayer
+from hf_compressm.families.gradients import LossChange
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,8 @@ class LayerPlan:
         reason: why, in words.
         criterion: how the states were ranked.
         state_bytes: bytes of one sequence's state now, and after the cut; None in records that lack them.
+        predicted_loss_change: what the cut of this layer by itself is expected to add to the loss; None where no loss was
+            looked at.
     """
 
     name: str
@@ -41,6 +44,7 @@ class LayerPlan:
     reason: str
     criterion: str
     state_bytes: tuple[int, int] | None = None
+    predicted_loss_change: float | None = None
     layer: SSMLayer | None = field(default=None, repr=False)
     cut: LayerCut | None = field(default=None, repr=False)
     fingerprints: tuple[int, ...] = field(default=(), repr=False)
@@ -55,6 +59,8 @@ class LayerPlan:
         names = ("name", "family", "state_size", "new_state_size", "energy_kept", "predicted_error", "error_bound")
         values = {name: getattr(self, name) for name in (*names, "status", "reason", "criterion")}
         spectrum = [value for value in self.hankel_singular_values.tolist() if math.isfinite(value)]
+        if self.predicted_loss_change is not None:
+            values["predicted_loss_change"] = self.predicted_loss_change
         return values | {"hankel_singular_values": spectrum}
 
 
@@ -64,26 +70,45 @@ class CompressionPlan:
 
     Attributes:
         layers: one entry per SSM layer that was considered.
+        loss_change: what all cuts together are expected to do to the loss; None where no loss was looked at.
     """
 
     layers: tuple[LayerPlan, ...]
+    loss_change: LossChange | None = None
 
     @property
     def changes(self) -> bool:
         """Whether any layer would shrink."""
         return any(layer.status == "cut" for layer in self.layers)
 
+    @property
+    def predicted_loss_change(self) -> float | None:
+        """What all cuts together are expected to add to the mean loss of calibration; None where it was not measured.
+
+        To second order: a first-order term, and half the empirical Fisher matrix for the second one, with what layers
+        do to each other. See `families.gradients`.
+        """
+        if self.loss_change is not None:
+            return self.loss_change.value
+        known = [layer.predicted_loss_change for layer in self.layers if layer.predicted_loss_change is not None]
+        return sum(known) if known else None  # layers that did not see the same rows
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dict."""
-        return {"layers": [layer.to_dict() for layer in self.layers]}
+        values: dict[str, Any] = {"layers": [layer.to_dict() for layer in self.layers]}
+        if self.predicted_loss_change is not None:
+            values["predicted_loss_change"] = self.predicted_loss_change
+        return values
 
     def without_tensors(self) -> "CompressionPlan":
         """The same plan without the parameters it was made from, so that they can be freed."""
-        return CompressionPlan(tuple(replace(layer, layer=None, cut=None, fingerprints=()) for layer in self.layers))
+        layers = tuple(replace(layer, layer=None, cut=None, fingerprints=()) for layer in self.layers)
+        return CompressionPlan(layers, self.loss_change)
 
     def skipped(self, reason: str) -> "CompressionPlan":
         """The same plan with no layer cut; those that would have been are skipped for `reason`."""
         nothing: dict[str, Any] = {"energy_kept": 1.0, "predicted_error": 0.0, "error_bound": None}
+        nothing |= {"predicted_loss_change": None}
         nothing |= {"status": "skipped", "reason": reason, "layer": None, "cut": None, "fingerprints": ()}
         return CompressionPlan(
             tuple(layer.unchanged(**nothing) if layer.status == "cut" else layer for layer in self.layers)
@@ -93,7 +118,7 @@ class CompressionPlan:
         """One row per layer, and what the state of a sequence takes."""
         head = ("layer", "family", "states", "energy kept", "predicted error", "bound", "status")
         rows = [head, *(_row(layer) for layer in self.layers)]
-        return "\n".join([_table(rows), *_state_bytes(self.layers)])
+        return "\n".join([_table(rows), *_state_bytes(self.layers), *_loss_change(self.predicted_loss_change)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +160,12 @@ def _state_bytes(layers: Sequence[LayerPlan]) -> Iterator[str]:
     if known and len(known) == len(layers):
         before, after = (sum(sizes) for sizes in zip(*known, strict=True))
         yield f"state of a sequence: {before:,} -> {after:,} bytes"
+
+
+def _loss_change(predicted: float | None) -> Iterator[str]:
+    """What the cut is expected to add to the loss, in words."""
+    if predicted is not None:
+        yield f"loss: {predicted:+.4f} expected"
 
 
 def _row(layer: LayerPlan) -> tuple[str, ...]:

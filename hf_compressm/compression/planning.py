@@ -1,6 +1,8 @@
 """Choosing the sizes that a cut gives to measured layers, and computing every new tensor."""
 
+import functools
 import math
+import operator
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +18,7 @@ from hf_compressm.compression.plan import CompressionPlan, LayerPlan
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import CompreSSMConfig, Settings, as_config
 from hf_compressm.families import Measurement, SSMLayer
+from hf_compressm.families.gradients import LossChange
 from hf_compressm.families.refit import tried
 from hf_compressm.families.running import measured_error
 from hf_compressm.numerics.ranks import count_by_error, count_by_tolerance, passes_gate, round_size
@@ -71,7 +74,16 @@ def plan_sizes(
     """The sizes that the rank rule gives to measured layers, and every new tensor."""
     sizes = _choose_sizes(choices, measurements, config, reduction_share)
     plans = for_each(lambda parts: _plan_layer(*parts), zip(choices, measurements, sizes, strict=True))
-    return CompressionPlan(tuple(_one_size_or_none(choices, plans)))
+    plans = _one_size_or_none(choices, plans)
+    return CompressionPlan(tuple(plans), _together([plan.cut.loss_change for plan in plans if plan.cut is not None]))
+
+
+def _together(changes: Sequence[LossChange | None]) -> LossChange | None:
+    """What the cuts of several layers do to the loss; None where that is not known, or not on the same rows."""
+    known = [change for change in changes if change is not None]
+    if not known or len(known) < len(changes) or len({change.terms.shape for change in known}) > 1:
+        return None
+    return functools.reduce(operator.add, known)
 
 
 def _choose_sizes(
@@ -188,6 +200,7 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> Lay
         new_state_size=size,
         energy_kept=cut.energy_kept,
         predicted_error=cut.predicted_error,
+        predicted_loss_change=None if cut.loss_change is None else cut.loss_change.value,
         error_bound=cut.error_bound,
         status="cut",
         state_bytes=(layer.state_bytes(layer.state_size), layer.state_bytes(size)),
@@ -214,6 +227,7 @@ def _kept(plan: LayerPlan, reason: str) -> LayerPlan:
     return plan.unchanged(
         energy_kept=1.0,
         predicted_error=0.0,
+        predicted_loss_change=None,
         error_bound=None,
         status="kept",
         reason=reason,

@@ -75,6 +75,8 @@ class Seen:
         kwargs: its other arguments.
         mask: `(batch, length)`, 1 for real tokens and 0 for padding; None if all are real.
         calls: of recurrences, in their order.
+        gradient: of the batch's mean loss by the layer's output, in its shape; None where no loss is looked at.
+        scored: number of tokens, or of examples, that the loss is the mean of; 0 where no loss is looked at.
     """
 
     module: Any
@@ -82,6 +84,8 @@ class Seen:
     kwargs: Mapping[str, Any]
     mask: Tensor | None
     calls: Sequence[Call]
+    gradient: Tensor | None = None
+    scored: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +97,16 @@ class Example:
         kwargs: its other arguments, without a cache.
         mask: `(batch, length)`, 1 for real tokens; None if all are.
         autocast: the dtype in which matrices were multiplied, or None for that of the tensors.
+        gradient: of the mean loss of the whole batch by the output, times the rows of the batch; or None.
+        scored: tokens in a row that the loss is the mean of, on average.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     mask: Tensor | None = None
     autocast: torch.dtype | None = None
+    gradient: Tensor | None = None
+    scored: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +119,13 @@ class Signals:
     B: Tensor  # (batch, length, groups, N)
     C: Tensor  # (batch, length, groups, N)
     mask: Tensor  # (batch, length), 1 for real tokens and 0 for padding
+
+
+def first_tensor(result: Any) -> Tensor:
+    """The output of a layer in what it returned."""
+    while not isinstance(result, Tensor):
+        result = next(iter(result.values())) if isinstance(result, Mapping) else result[0]
+    return result
 
 
 def bound(kind: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def declare_layer(
         module_type=layer_type,
         size_field=config_field,
         per_layer=False,
-        criteria=("interpolative", "surrogate") if layout.folds else ("empirical",),
+        criteria=("interpolative", "surrogate", "fisher") if layout.folds else ("empirical", "fisher"),
         tells_texts_apart_by=frozenset({"seq_idx"}),
         layout=layout,
     )

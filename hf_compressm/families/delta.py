@@ -92,7 +92,7 @@ for _family, _class, _layout in _FAMILIES:
             module_type=f"transformers.models.{_family}.modeling_{_family}.{_class}",
             size_field="linear_key_head_dim",
             per_layer=False,
-            criteria=("empirical",),
+            criteria=("empirical", "fisher"),
             layout=_layout,
         )
     )

@@ -119,7 +119,7 @@ for _family, _type, _field in (
             module_type=_type,
             size_field=_field,
             per_layer=False,
-            criteria=("interpolative",),
+            criteria=("interpolative", "fisher"),
             layout=Layout(
                 "ssm_state_size",
                 (*MAMBA, states("b_layernorm"), states("c_layernorm")),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.calls import Example
+from hf_compressm.families.gradients import LossChange
 from hf_compressm.families.owners import Owner
 from hf_compressm.families.sums import Statistics
 
@@ -22,7 +23,7 @@ class CutMethod:
     """The way in which states are ranked.
 
     Attributes:
-        criterion: `"hankel"`, `"empirical"`, `"surrogate"` or `"interpolative"`.
+        criterion: `"hankel"`, `"empirical"`, `"fisher"`, `"surrogate"` or `"interpolative"`.
         keep: `"largest"`; for ablations `"smallest"` or `"random"`.
         realization: `"real"` or `"complex"` balancing of LTI layers.
         seed: seed of the random ablation.
@@ -113,6 +114,7 @@ class LayerCut:
         note: what the user should know, such as a fallback that was taken.
         additions: parameters to add.
         config_fields: further fields of the layer's config, besides the state size.
+        loss_change: what it is expected to do to the loss; None where no loss was looked at.
     """
 
     changes: tuple[ParameterChange, ...]
@@ -123,6 +125,7 @@ class LayerCut:
     note: str = ""
     additions: tuple[ParameterAddition, ...] = ()
     config_fields: Mapping[str, int | float] = field(default_factory=dict)
+    loss_change: LossChange | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +218,7 @@ class Family(ABC):
     size_field: str
     per_layer: bool
     criteria: tuple[str, ...]
-    data_criteria: frozenset[str] = field(default=frozenset({"empirical", "surrogate", "interpolative"}))
+    data_criteria: frozenset[str] = field(default=frozenset({"empirical", "fisher", "surrogate", "interpolative"}))
     tells_texts_apart_by: frozenset[str] = frozenset()
     mark: str = ""
     size_type: type[int | float] = int
@@ -316,6 +319,11 @@ class Family(ABC):
     def refit_steps(self) -> int:
         """In how many steps a cut layer is fitted to what it gave before, where the settings do not say."""
         return 0
+
+    @property
+    def refit_rates(self) -> tuple[float, ...]:
+        """Largest steps of a fit, as shares of the root mean square of a tensor: one after the other until one helps."""
+        return (0.1, 0.03)
 
     def fitted(self, module: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """The tensors of a cut layer that are fitted, each with 1 at the entries that are, 0 elsewhere."""

@@ -182,7 +182,7 @@ for _family, _type, _field, _layouts in _FAMILIES:
                 module_type=f"fla.layers.{_type}",
                 size_field=_field,
                 per_layer=False,
-                criteria=("interpolative",) if _layout.folds else ("empirical",),
+                criteria=("interpolative" if _layout.folds else "empirical", "fisher"),
                 tells_texts_apart_by=frozenset({"cu_seqlens"}),
                 layout=_layout,
                 mark=_mark,

@@ -158,7 +158,7 @@ for _family, _class in _FAMILIES:
                 module_type=_path,
                 size_field=_field,
                 per_layer=False,
-                criteria=("empirical",),
+                criteria=("empirical", "fisher"),
                 layout=_LAYOUT,
             )
         )

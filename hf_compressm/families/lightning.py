@@ -111,7 +111,7 @@ for _path, _field in _CLASSES:
             module_type=_path,
             size_field=_field,
             per_layer=False,
-            criteria=("empirical",),
+            criteria=("empirical", "fisher"),
             layout=_LAYOUT,
             beside="qkv_proj",
         )

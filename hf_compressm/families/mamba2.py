@@ -13,10 +13,11 @@ drops those whose loss costs least without repair. A layer whose class projects 
 (`B_proj`, `C_proj`) is cut by balanced projection, which is optimal; see `numerics.projection`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.family import (
@@ -76,6 +77,13 @@ class Mamba2Family(SelectiveFamily):
             error_bound=None,
             energy_kept=float(spectrum[:size].sum() / spectrum.sum()),
         )
+
+    def fitted(self, module: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """The projections after the convolution; without them, the rows of B and C."""
+        if getattr(module, "B_proj", None) is None:
+            yield from super().fitted(module)
+        else:
+            yield from ((parameter, torch.ones_like(parameter)) for parameter in (module.B_proj, module.C_proj))
 
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
         """Projection and convolution if states are selected; none if B and C are projected."""
@@ -189,7 +197,7 @@ for _family, _type, _field, _layout, *_mark in _FAMILIES:
             module_type=_type,
             size_field=_field,
             per_layer=False,
-            criteria=("empirical",),
+            criteria=("empirical", "fisher"),
             tells_texts_apart_by=frozenset({"seq_idx"}),
             layout=_layout,
             mark=_mark[0] if _mark else "",

@@ -201,7 +201,7 @@ register(
         module_type="mamba_ssm.modules.mamba3.Mamba3",
         size_field="d_state",
         per_layer=False,
-        criteria=("empirical",),
+        criteria=("empirical", "fisher"),
         layout=Layout(
             state_size="d_state",
             parts=(

@@ -237,7 +237,7 @@ for _type in ("transformers.models.xlstm.modeling_xlstm.xLSTMLayer", "xlstm.xlst
                 module_type=_type,
                 size_field="qk_dim_factor",
                 per_layer=False,
-                criteria=("empirical",),
+                criteria=("empirical", "fisher"),
                 size_type=float,
                 layout=_layout,
                 mark=_mark,

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 from hf_compressm.families.calls import Example
 from hf_compressm.families.family import LayerCut, SSMLayer
-from hf_compressm.families.running import measured_error, number_of_rows, relative_error, rows_of, run, with_cut
+from hf_compressm.families.running import measured, number_of_rows, relative_error, rows_of, run, with_cut
 
 
-RATES = (0.1, 0.03)
-"""Largest step of Adam, as a share of the root mean square of a tensor; the second where the first does not help."""
 WARMUP = 0.2
 """Share of the steps in which they grow: the first ones of Adam have the same size however good the layer is."""
 HELD_OUT = 8
@@ -45,11 +43,12 @@ def tried(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example], steps: in
         examples: inputs of the layer.
         steps: of the fit; 0 for none.
     """
-    error = measured_error(layer, cut, examples)
+    error, change = measured(layer, cut, examples)
     fitted = _refitted(layer, cut, examples, steps) if steps else None
     if fitted is not None:
         cut, error = fitted
-    return replace(cut, predicted_error=error, energy_kept=max(0.0, 1 - error**2))
+        _, change = measured(layer, cut, examples)
+    return replace(cut, predicted_error=error, energy_kept=max(0.0, 1 - error**2), loss_change=change)
 
 
 def _refitted(
@@ -57,7 +56,7 @@ def _refitted(
 ) -> tuple[LayerCut, float] | None:
     """A cut with fitted values, and its error on what was held out; None if the fit is no better there."""
     taught, asked = _lessons(layer.module, examples)
-    for rate in RATES:
+    for rate in layer.family.refit_rates:
         trial = with_cut(layer, cut)
         module = _in_float32(trial.module)
         masks = {id(tensor): mask for tensor, mask in layer.family.fitted(module)}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from hf_compressm.families.calls import Example, Seen
+from hf_compressm.families.calls import Example, Seen, first_tensor
+from hf_compressm.families.gradients import LossChange
 from hf_compressm.families.family import LayerCut, SSMLayer
 from hf_compressm.models import own_class
 
@@ -33,8 +34,13 @@ def example_of(seen: Seen, tokens: int) -> Example | None:
     args, kwargs = first_rows(seen.args, seen.kwargs, max(1, tokens // length), length)
     device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    mask = None if seen.mask is None else seen.mask[: max(1, tokens // length), :length]
-    return Example(args, kwargs, mask, dtype)
+    rows = max(1, tokens // length)
+    mask = None if seen.mask is None else seen.mask[:rows, :length]
+    if seen.gradient is None:
+        return Example(args, kwargs, mask, dtype)
+    batch = seen.gradient.shape[0]
+    gradient = batch * seen.gradient[:rows, :length].float()
+    return Example(args, kwargs, mask, dtype, gradient, seen.scored / batch)
 
 
 def tokens_of(example: Example) -> int:
@@ -113,17 +119,33 @@ def run(module: nn.Module, example: Example) -> Tensor:
         if example.autocast is not None:
             stack.enter_context(torch.autocast(device, example.autocast))
         result: Any = module(*example.args, **example.kwargs)
-    while not isinstance(result, Tensor):
-        result = next(iter(result.values())) if isinstance(result, Mapping) else result[0]
+    result = first_tensor(result)
     result = result.float() if result.dtype != torch.float64 else result
     return result if example.mask is None else result * example.mask[..., None].to(result)
 
 
-@torch.no_grad()
 def measured_error(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example]) -> float:
     """Relative error of the output of a layer after a cut, `|y - y_r| / |y|` over all examples."""
+    return measured(layer, cut, examples)[0]
+
+
+@torch.no_grad()
+def measured(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example]) -> tuple[float, LossChange | None]:
+    """What a cut does to the output of a layer, and by it to the loss.
+
+    Returns:
+        The relative error of the output, `|y - y_r| / |y|` over all examples; and the change of the loss where the
+        examples know its gradient.
+    """
     before, after = copy.deepcopy(layer.module).eval(), with_cut(layer, cut).module
-    return relative_error((run(after, example), run(before, example)) for example in examples)
+    pairs = [(run(after, example), run(before, example)) for example in examples]
+    gradients = [example.gradient for example in examples]
+    known = [(pair, gradient) for pair, gradient in zip(pairs, gradients, strict=True) if gradient is not None]
+    if len(known) < len(pairs):
+        return relative_error(pairs), None
+    terms = [(gradient * (new - old)).flatten(1).sum(dim=1) for (new, old), gradient in known]
+    scored = [torch.full_like(term, example.scored) for term, example in zip(terms, examples, strict=True)]
+    return relative_error(pairs), LossChange(torch.cat(terms).double().cpu(), torch.cat(scored).double().cpu())
 
 
 def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -143,7 +165,8 @@ def rows_of(example: Example, rows: slice) -> Example:
         return value[rows] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch else value
 
     kwargs = {name: some(value) for name, value in example.kwargs.items()}
-    return replace(example, args=tuple(map(some, example.args)), kwargs=kwargs, mask=some(example.mask))
+    masks = {name: some(getattr(example, name)) for name in ("mask", "gradient")}
+    return replace(example, args=tuple(map(some, example.args)), kwargs=kwargs, **masks)
 
 
 def number_of_rows(example: Example) -> int:

@@ -14,6 +14,7 @@ from hf_compressm.families.family import (
     CutMethod,
     SSMLayer,
 )
+from hf_compressm.families.gradients import Waiting, loss_of, scored_in, tell
 from hf_compressm.families.sums import Statistics
 from hf_compressm.families.watching import watching
 from hf_compressm.peft import underlying
@@ -23,11 +24,11 @@ from hf_compressm.utils.randomness import undisturbed
 logger = logging.get_logger(__name__)
 
 Forward = Callable[[nn.Module, Any], Any]
-"""Runs a model on one batch; its result is not used."""
+"""Runs a model on one batch, and returns what it gives, or a loss; only the loss is used, where one is needed."""
 
 
-def run_batch(model: nn.Module, batch: Any) -> None:
-    """Run a model on a batch as a data loader gives it, on the model's device.
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch as a data loader gives it, on the model's device, and return its output.
 
     Entries of a dict that the model's forward does not take are left out, as `Trainer` leaves out unused columns.
 
@@ -47,9 +48,8 @@ def run_batch(model: nn.Module, batch: Any) -> None:
         )
     inputs = send_to_device(batch, _device(model))
     if isinstance(inputs, Mapping):
-        model(**_accepted(model, inputs))
-    else:
-        model(*([inputs] if isinstance(inputs, Tensor) else inputs))
+        return model(**_accepted(model, inputs))
+    return model(*([inputs] if isinstance(inputs, Tensor) else inputs))
 
 
 def collect_statistics(
@@ -80,16 +80,21 @@ def collect_statistics(
     watched = [(layer, item) for layer, item in zip(layers, collected, strict=True) if item is not None]
     for (layer, method), item in zip(pairs, collected, strict=True):
         if item is not None:
-            item.keeps_examples = layer.family.reruns or method.refit_steps > 0
+            item.keeps_examples = layer.family.reruns or method.refit_steps > 0 or method.criterion == "fisher"
     if not watched:
         return collected
     refuse_single_batch(calibration)
     calibration = tried(model, layers, calibration, forward)
     count = 0
-    with watching(model, watched), undisturbed(model), torch.no_grad():
+    by_loss = any(method.criterion == "fisher" for method in methods)
+    waiting: list[Waiting] | None = [] if by_loss else None
+    with watching(model, watched, waiting), undisturbed(model), torch.set_grad_enabled(by_loss):
         for count, batch in enumerate(calibration, start=1):
             try:
-                forward(model, batch)
+                result = forward(model, batch)
+                if waiting is not None:
+                    tell(waiting, loss_of(result), scored_in(getattr(batch, "inputs", batch)))
+                    waiting.clear()
             except torch.OutOfMemoryError:  # a Trainer may try again with smaller batches
                 raise
             except Exception as error:

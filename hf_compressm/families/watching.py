@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compressm.families.calls import Call, Seen, bound
+from hf_compressm.families.calls import Call, Seen, bound, first_tensor
 from hf_compressm.families.family import (
     SSMLayer,
 )
+from hf_compressm.families.gradients import Waiting
 from hf_compressm.families.norms import AfterRecurrence
 from hf_compressm.families.recurrences import replaced
 from hf_compressm.families.sums import Statistics
@@ -34,10 +35,13 @@ class Watch:
         layer: the layer.
         statistics: what is told of every forward call.
         running: the watches whose layers run at present, the innermost last.
+        waiting: where calls are kept until the gradients of a loss are there; None if no loss is looked at.
     """
 
-    def __init__(self, layer: SSMLayer, statistics: Statistics, running: list["Watch"]) -> None:
-        self.layer, self.statistics, self._running = layer, statistics, running
+    def __init__(
+        self, layer: SSMLayer, statistics: Statistics, running: list["Watch"], waiting: list[Waiting] | None = None
+    ) -> None:
+        self.layer, self.statistics, self._running, self._waiting = layer, statistics, running, waiting
         self._calls: list[Call] = []
         self._records = False  # whether gradients are recorded, as in a training step
         self._after: AfterRecurrence | None = None
@@ -80,10 +84,11 @@ class Watch:
             if not output.requires_grad:  # what lies between recurrence and output projection is differentiated
                 call.output = output.detach().requires_grad_()
                 torch.set_grad_enabled(True)
-            if self._after is None:
+            if self._after is None and self._waiting is None:
                 self._after = AfterRecurrence(getattr(projection, "weight", None), self.heard)
                 self._after.__enter__()
-            self._after.is_on = True
+            if self._after is not None:
+                self._after.is_on = True
             output = call.output.clone()  # not a leaf, which could not be changed in place
         return (output, *others) if isinstance(result, tuple) else output
 
@@ -95,7 +100,7 @@ class Watch:
             weight: of the projection, `(out, channels, ...)`.
         """
         calls = [call for call in self._calls if call.gain is None]
-        if not calls or not signal.requires_grad or self._after is None:
+        if self._waiting is not None or not calls or not signal.requires_grad or self._after is None:
             return signal
         self._after.is_on = False
         cotangent = _loudness(weight.detach(), signal)
@@ -140,9 +145,14 @@ class Watch:
         if not self._records:
             torch.set_grad_enabled(False)
         calls, self._calls = self._calls, []
-        if result is not None and not in_backward():
-            with torch.no_grad():
-                self.statistics.observe(Seen(module, *self._given, self._mask, calls))
+        if result is None or in_backward():
+            return
+        seen = Seen(module, *self._given, self._mask, calls)
+        if self._waiting is not None:
+            self._waiting.append(Waiting(seen, first_tensor(result), self.statistics))
+            return
+        with torch.no_grad():
+            self.statistics.observe(seen)
 
 
 _BUSY: Any = object()
@@ -150,12 +160,15 @@ _BUSY: Any = object()
 
 
 @contextmanager
-def watching(model: nn.Module, watched: Sequence[tuple[SSMLayer, Statistics]]) -> Iterator[None]:
+def watching(
+    model: nn.Module, watched: Sequence[tuple[SSMLayer, Statistics]], waiting: list[Waiting] | None = None
+) -> Iterator[None]:
     """Give every forward call of the layers to their statistics meanwhile.
 
     Args:
         model: the model that they are layers of.
         watched: layers with their statistics.
+        waiting: takes the calls instead, for `gradients.tell`.
     """
     running: list[Watch] = []
 
@@ -174,7 +187,7 @@ def watching(model: nn.Module, watched: Sequence[tuple[SSMLayer, Statistics]]) -
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer, statistics in watched:
-            stack.enter_context(Watch(layer, statistics, running).attached())
+            stack.enter_context(Watch(layer, statistics, running, waiting).attached())
         stack.enter_context(replaced(model, stand_in, heard))
         yield
 

@@ -120,10 +120,11 @@ class Calibration:
         except Exception as error:
             raise ValueError(f"{error} ({self.recent.origin})") from error
 
-    def _forward(self, model: nn.Module, batch: Batch) -> None:
-        """Run a batch again, and measure on a sample of it."""
+    def _forward(self, model: nn.Module, batch: Batch) -> Any:
+        """Run a batch again, for its loss where that is measured, and measure on a sample of it."""
+        run = self.recent.loss if self._config.criterion == "fisher" else self.recent.run
         with sampled():
-            self.recent.run(model, batch)
+            return run(model, batch)
 
     @property
     def _needs_steps(self) -> bool:

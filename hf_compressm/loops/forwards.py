@@ -69,8 +69,9 @@ class ForwardBatches(RecentBatches):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
         if not isinstance(loss, Tensor):
             raise ValueError(
-                f"max_loss_increase needs a loss, and {type(model).__name__} returns none when it is called as in "
-                "training. Give it labels, or pass held_out_loss= a function that returns a loss on held-out data."
+                "max_loss_increase and criterion='fisher' need a loss, and "
+                f"{type(model).__name__} returns none when it is called as in training. Give it labels; or for a guard "
+                "pass held_out_loss= a function that returns a loss on held-out data."
             )
         return loss
 

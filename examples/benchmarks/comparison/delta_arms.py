@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from channel_orders import Order, by_energy, by_rank_revealing_qr, kept_in_order
-from delta_training import Training
+from small_training import Training
 from torch import nn
 
 from hf_compressm import CompressionResult, CompreSSMConfig, compress

@@ -1,21 +1,17 @@
-"""Small gated delta models on bytes of text and on associative recall, trained step by step.
+"""Small models on bytes of text and on associative recall, trained step by step.
 
 Every batch follows from the seed and the number of the step, so that a training goes on where it was saved, and models
 that were cut in different ways see the same data.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from compare_cuts import Batch, cut_text, read_tokens
 from recall import IGNORED, recall_examples
-from transformers import PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
-from hf_compressm.families import find_layers
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 WARM_UP = 50
@@ -25,9 +21,6 @@ SEEDS_APART = 1_000_000
 HELD_OUT = -1
 """The seed of held-out data."""
 CALIBRATION = -2
-START = {"initializer_range": 0.1}
-STEP_SIZES = (1e-3, 1e-1)
-"""Of the decay at the start, spread evenly in their logarithm as fla does: transformers' own forget within a token."""
 OPTIMIZER_FILE = "optimizer.pt"
 
 
@@ -37,14 +30,14 @@ class Task:
 
     Attributes:
         name: in tables.
-        model: fields of the config.
+        vocab_size: number of tokens.
         batch: training data by seed.
         held_out: batches of one size.
         rate: of AdamW, constant after a warm-up.
     """
 
     name: str
-    model: dict[str, Any]
+    vocab_size: int
     batch: Callable[[int], Batch]
     held_out: list[Batch]
     rate: float
@@ -64,7 +57,7 @@ def text(train_file: str | None = None, rows: int = 8, length: int = 128, held_o
         return cut_text(source, rows, length, torch.Generator().manual_seed(seed))
 
     others = [batch(seed_of(HELD_OUT, number), tokens[split:]) for number in range(held_out)]
-    return Task("text", {"vocab_size": 256}, batch, others, rate=3e-3)
+    return Task("text", 256, batch, others, rate=3e-3)
 
 
 def recall(
@@ -77,23 +70,7 @@ def recall(
         return recall_examples(rows, **shape, seed=seed, fewest=least)
 
     others = [batch(seed_of(HELD_OUT, number), keys) for number in range(held_out)]
-    return Task("recall", {"vocab_size": keys + values}, batch, others, rate=3e-3)
-
-
-def build(task: Task, channels: int, seed: int, hidden: int = 64) -> PreTrainedModel:
-    """Two layers of Qwen3.5's gated delta net with so many channels in a key head, and no attention."""
-    torch.manual_seed(seed)
-    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_value_head_dim": hidden // 2}
-    unused = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention"] * 2}
-    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "linear_key_head_dim": channels}
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    config = Qwen3_5TextConfig(**heads, **unused, **layers, **sizes, **ends, **task.model, **START, use_cache=False)
-    model = Qwen3_5ForCausalLM(config)
-    for layer in find_layers(model):
-        steps = torch.empty_like(layer.module.dt_bias).uniform_(*map(math.log, STEP_SIZES)).exp()
-        layer.module.dt_bias.data = steps + torch.log(-torch.expm1(-steps))
-    return model
+    return Task("recall", keys + values, batch, others, rate=3e-3)
 
 
 class Training:
@@ -115,7 +92,7 @@ class Training:
     @classmethod
     def load(cls, task: Task, seed: int, folder: Path) -> "Training":
         """Go on from what `save` has written."""
-        training = cls(task, seed, Qwen3_5ForCausalLM.from_pretrained(folder))
+        training = cls(task, seed, AutoModelForCausalLM.from_pretrained(folder))
         saved = torch.load(folder / OPTIMIZER_FILE)
         training.optimizer.load_state_dict(saved["optimizer"])
         training.step = saved["step"]
