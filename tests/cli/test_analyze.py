@@ -71,6 +71,18 @@ def test_settings_come_from_a_file_too_and_quiet_is_quiet(tmp_path: Path, capsys
     assert (tmp_path / "plot.png").exists()
 
 
+def test_sizes_are_numbers_with_commas_or_a_word(tmp_path: Path, capsys: Any) -> None:
+    model = save(LRU, tmp_path / "model")
+
+    def sizes(given: object) -> set[int]:
+        out = run(capsys, "analyze", model, "--tolerances", "0.9", "--sizes", given, "--json")[1]
+        return {layer["new_state_size"] for layer in json.loads(out)["tolerances"][0]["layers"]}
+
+    assert sizes("5,7") == sizes(5) == {5}
+    assert sizes("serving") == {STATE_SIZE}
+    assert "sizes must be a list of whole numbers" in complaint(capsys, "analyze", model, "--sizes", "many")
+
+
 def test_switches_take_true_and_false(tmp_path: Path, capsys: Any) -> None:
     model = save(LRU, tmp_path / "model")
     assert run(capsys, "analyze", model, "--per-layer", "False")[0] == 0
