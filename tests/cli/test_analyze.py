@@ -14,6 +14,7 @@ from tests.cli.running import complaint, run
 from tests.family_table import (
     LRU,
     MAMBA,
+    MAMBA2,
     MAMBA_FAMILIES,
     STATE_SIZE,
     Family,
@@ -54,6 +55,26 @@ def test_json_has_what_the_cut_then_does(tmp_path: Path, capsys: Any) -> None:
     assert cut["parameters"] == done["parameters_after"] < found["parameters"]
     assert {layer["name"]: layer["new_state_size"] for layer in cut["layers"]} == done["state_sizes_after"]
     assert json.loads(run(capsys, "analyze", tmp_path / "small", "--json")[1])["state_bytes"] == cut["state_bytes"]
+
+
+def test_serving_is_a_second_table(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    model = save(MAMBA2, tmp_path / "model")
+    arguments = ("analyze", model, "--tolerances", "0.2,0.9", "--calibration-batches", 1)
+    monkeypatch.setattr("hf_compressm.cli.inputs.calibration_batches", lambda *_: MAMBA2.calibration())
+    assert "moved for a token" not in run(capsys, *arguments)[1]
+    for given in (("--serving",), ("--memory", "1MiB")):
+        out = run(capsys, *arguments, *given)[1]
+        for row in ("state of a sequence", "convolution", "8 bits", "moved for a token", "attention layers"):
+            assert row in out
+        assert f"sequences in {'1 MiB' if 'MiB' in given[-1] else '40 GiB'}" in out
+        assert max(map(len, out.splitlines())) <= 80
+    found = json.loads(run(capsys, *arguments, "--memory", "1MiB", "--json")[1])
+    before, after = (place["serving"]["cache"]["float32"] for place in (found, found["tolerances"][1]))
+    assert before["state_bytes"] == found["state_bytes"]
+    assert after["state_bytes"] == found["tolerances"][1]["state_bytes"] < before["state_bytes"]
+    assert before["sequences"] == 2**20 // (before["state_bytes"] + before["convolution_bytes"]) < after["sequences"]
+    assert "such as 40GiB or 80GB" in complaint(capsys, *arguments, "--memory", "much")
 
 
 def test_settings_come_from_a_file_too_and_quiet_is_quiet(tmp_path: Path, capsys: Any) -> None:
