@@ -6,7 +6,19 @@ import torch
 from hf_compressm import CompreSSMConfig, compress, plan_compression
 from hf_compressm.compression import STATE_BYTES, StateCost, count_state_bytes, memory_bytes, state_cost
 from tests.caches import cache_of
-from tests.family_table import LRU, MAMBA, MAMBA2, MAMBA_FAMILIES, S5, Family, each, family_id, token_batch
+from tests.family_table import (
+    LRU,
+    MAMBA,
+    MAMBA2,
+    MAMBA_FAMILIES,
+    ONLY_OWN,
+    QWEN3_NEXT,
+    S5,
+    Family,
+    each,
+    family_id,
+    token_batch,
+)
 
 
 def held(model: torch.nn.Module) -> tuple[int, int]:
@@ -43,6 +55,16 @@ def test_a_plan_costs_what_the_cut_model_costs(family: Family) -> None:
     assert planned == state_cost(model)
     assert planned.states * 2 == before.states
     assert planned.rows == before.rows
+
+
+@pytest.mark.parametrize("family", [MAMBA, MAMBA2, QWEN3_NEXT, *ONLY_OWN], ids=family_id)
+def test_a_plan_costs_what_the_model_of_a_class_of_this_package_costs(family: Family) -> None:
+    model, config, data = family.build(), CompreSSMConfig(fraction=0.5, compat="best"), family.calibration()
+    before, planned = state_cost(model), state_cost(model, plan_compression(model, config, data))
+    compress(model, config, data)
+    assert planned == state_cost(model)
+    assert planned.states * 2 == before.states
+    assert planned.convolved == before.convolved  # what is projected behind the convolution leaves it as it is
 
 
 def test_the_convolution_of_a_mamba2_shrinks_and_that_of_a_mamba_does_not() -> None:
