@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import FrozenInstanceError, InitVar, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ _WHOLE_NUMBERS = {
     "refit_steps": 0,
 }
 """Smallest allowed value of each."""
+
+SERVING_SIZES = (64, 96, 128, 256)
+"""What `sizes="serving"` stands for: the state sizes that the strictest engines take, see `docs/serving.md`."""
 
 _SWITCHES = ("allow_optimizer_reset", "save_around_cuts")
 _PATTERNS = ("layers", "ignore_layers")
@@ -93,6 +96,12 @@ class CompreSSMConfig:
         "into a class of this package, saved as custom code, for sizes per layer and less damage.",
     )
     round_to: int = _setting(1, "New sizes are multiples of this.")
+    sizes: str | None | list[int] = _setting(  # noqa: RUF036  HfArgumentParser reads text if str comes first, None second
+        None,
+        "Allowed new sizes: whole numbers with commas, or serving for "
+        f"{','.join(map(str, SERVING_SIZES))}. A layer gets the smallest that is at least what the rule wants, and "
+        "stays as it is if none is below its present size.",
+    )
     min_state_size: int = _setting(1, "No layer gets smaller than this.")
     min_reduction: float = _setting(
         0.05, "tolerance and max_error cut a layer only if at least this share of its states goes."
@@ -164,6 +173,7 @@ class CompreSSMConfig:
             self._put(name, choices[choices.index(value)])  # plain text, where a member of an enumeration was given
         self._check_kinds()
         self._check_numbers()
+        self._check_sizes()
         if (self.recovery_steps is None) != (self.metric_tolerance is None):
             raise ValueError(
                 "recovery_steps and metric_tolerance go together, the steps until the metric is compared and how much "
@@ -200,7 +210,7 @@ class CompreSSMConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of all settings, as JSON and YAML hold them."""
         values = asdict(self)
-        return values | {name: list(values[name]) for name in _PATTERNS if values[name] is not None}
+        return values | {name: list(values[name]) for name in (*_PATTERNS, "sizes") if values[name] is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CompreSSMConfig":
@@ -287,6 +297,32 @@ class CompreSSMConfig:
             if not (isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)):
                 raise ValueError(f"{name} must be a list of names or patterns, got {quoted(value)}.")
             self._put(name, tuple(map(str, value)))  # a list could be changed later, here or by its owner
+
+    def _check_sizes(self) -> None:
+        if self.sizes is None:
+            return
+        sizes = _whole_numbers(self.sizes)
+        if not sizes:
+            raise ValueError(
+                "sizes must be a list of whole numbers of at least 1, such as 64,96, or 'serving', got "
+                f"{quoted(self.sizes)}."
+            )
+        if not any(size % self.round_to == 0 and size >= self.min_state_size for size in sizes):
+            raise ValueError(
+                f"sizes={sizes} holds no multiple of round_to={self.round_to} that is at least min_state_size="
+                f"{self.min_state_size}. Add one, or leave out round_to and min_state_size."
+            )
+        self._put("sizes", sizes)
+
+
+def _whole_numbers(value: Any) -> tuple[int, ...]:
+    """The sizes that a word, text with commas, a number or a sequence stands for, ascending; empty if it has none."""
+    if isinstance(value, str):
+        value = SERVING_SIZES if value.strip() == "serving" else value.split(",")
+    numbers = [_plain(part) for part in value] if isinstance(value, Iterable) else [value]
+    found = [int(part) if isinstance(part, str) and part.strip().isdecimal() else part for part in numbers]
+    right = all(_is_finite(part) and int(part) == part and part >= 1 for part in found)
+    return tuple(sorted({int(part) for part in found})) if right else ()
 
 
 def _check_range(name: str, value: Any, low: float, high: float, meaning: str, open_low: bool = False) -> None:

@@ -25,6 +25,7 @@ EVERYTHING: dict[str, Any] = {
     "realization": "complex",
     "per_layer": False,
     "round_to": 4,
+    "sizes": [8, 12, 24],
     "min_state_size": 2,
     "min_reduction": 0.1,
     "layers": ["layers.0.*", "mixer"],
@@ -72,12 +73,13 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path, suffix: str, setting
 
 def test_the_command_line_reaches_every_kind_of_field() -> None:
     words = "--max_error 0.3 --per_layer no --layers layers.0 layers.1 "
-    words += "--interval 5 --start 0.1 --round_to 4 --keep random"
+    words += "--interval 5 --start 0.1 --round_to 4 --sizes 12,8 --keep random"
     (config,) = HfArgumentParser(CompreSSMConfig).parse_args_into_dataclasses(words.split())
     assert config.max_error == 0.3
     assert config.tolerance is None
     assert config.per_layer is False
     assert config.layers == ("layers.0", "layers.1")
+    assert config.sizes == (8, 12)
     assert (config.interval, config.start, config.round_to, config.keep) == (5, 0.1, 4, "random")
 
 
@@ -128,6 +130,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     *[("fraction", value) for value in (0, 1, -0.5, NAN, "half", True)],
     *[("target_state_size", value) for value in (0, -3, 2.5, True, NAN, INF, "many", "3", [3])],
     *[("round_to", value) for value in (0, -1, 1.5, True, None, "a")],
+    *[("sizes", value) for value in (0, -64, 1.5, True, "", "many", "64;96", "64,", [], [64, 0], [None], ["serving"])],
     *[("min_state_size", value) for value in (0, True, None, 2.5)],
     *[("num_cuts", value) for value in (0, -1, 1.5, NAN, None)],
     *[("calibration_batches", value) for value in (0, 0.5, None)],
@@ -155,6 +158,31 @@ def test_a_bad_value_is_named_with_its_setting(name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", ["target_state_size", "num_cuts", "calibration_batches", "round_to"])
 def test_a_whole_number_from_a_file_is_an_integer(name: str) -> None:
     assert type(getattr(CompreSSMConfig(**{name: 4.0}), name)) is int
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ("serving", (64, 96, 128, 256)),
+        ("96, 64", (64, 96)),
+        ([96, 64, 96], (64, 96)),
+        (np.array([64, 96]), (64, 96)),
+        (64, (64,)),
+        (["64", 96.0], (64, 96)),
+    ],
+)
+def test_sizes_are_a_word_text_or_numbers_and_end_as_numbers(given: Any, sizes: tuple[int, ...]) -> None:
+    config = CompreSSMConfig(sizes=given)
+    assert config.sizes == sizes
+    assert all(type(size) is int for size in config.sizes)
+    assert config.to_dict()["sizes"] == list(sizes)
+    assert replace(config, num_cuts=2).sizes == sizes
+
+
+@pytest.mark.parametrize("other", [{"round_to": 128}, {"min_state_size": 97}, {"round_to": 64, "min_state_size": 65}])
+def test_sizes_of_which_the_other_settings_leave_none_are_refused(other: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"sizes=\(64, 96\) .*round_to=.*min_state_size=.*Add one"):
+        CompreSSMConfig(sizes=[64, 96], **other)
 
 
 @pytest.mark.parametrize(

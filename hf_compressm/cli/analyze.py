@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_compressm.cli.options import OF_MEASURING, Expansion, expanded, read_settings
+from hf_compressm.cli.serving import MEMORY, serving_table
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.data.sources import SequenceSource, TextSource
 from hf_compressm.files.places import check_file
@@ -19,7 +20,7 @@ from hf_compressm.files.places import check_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_compressm.compression import Alternative
+    from hf_compressm.compression import Alternative, StateCost
 
 
 TOLERANCES = "0.01,0.02,0.05,0.1,0.2"
@@ -38,6 +39,16 @@ def analyze(
     plot: Annotated[Path | None, typer.Option(help="Image to draw: spectra and recommended sizes.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; options override it.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a calibration batch.")] = 8,
+    serving: Annotated[
+        bool, typer.Option("--serving", help="Also what serving costs: bytes of state, sequences, bytes for a token.")
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Memory for states where the model is served; brings --serving with it ({MEMORY} unless given).",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, spectra included.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     *,
@@ -56,12 +67,13 @@ def analyze(
 
     from hf_compressm.checkpoints import read_saved
     from hf_compressm.cli.inputs import calibration_batches, local_directory, measuring
-    from hf_compressm.compression import compare_tolerances
+    from hf_compressm.compression import compare_tolerances, memory_bytes
     from hf_compressm.reports.plots.analysis import plot_alternatives
     from hf_compressm.reports.plots.figures import check_format
 
     if plot is not None:
         check_format(plot)
+    room = memory_bytes(memory or MEMORY) if serving or memory else None
     console = Console(stderr=True, quiet=quiet)
     with console.status("Reading the model and the calibration data ..."):
         directory = local_directory(model)
@@ -74,9 +86,11 @@ def analyze(
     if quiet:
         return
     if as_json:
-        typer.echo(json.dumps(_summary(loaded, found), indent=2, allow_nan=False))
+        typer.echo(json.dumps(_summary(loaded, found, room), indent=2, allow_nan=False))
         return
     Console().print(_table(loaded, found))
+    if room is not None:
+        Console().print(serving_table(_headings(found), _costs(loaded, found), room))
     _print_reasons(found[0])
     if plot is not None:
         typer.echo(f"Drawn in {plot}.")
@@ -93,11 +107,22 @@ def _numbers(text: str) -> list[float]:
     return sorted(set(numbers))
 
 
-def _summary(model: "PreTrainedModel", found: Sequence["Alternative"]) -> dict[str, Any]:
-    """Everything that was found, JSON-ready."""
+def _headings(found: Sequence["Alternative"]) -> list[str]:
+    return ["now", *(f"{alternative.tolerance:g}" for alternative in found)]
+
+
+def _costs(model: "PreTrainedModel", found: Sequence["Alternative"]) -> list["StateCost"]:
+    """What one sequence's state costs now and at each tolerance."""
+    from hf_compressm.compression import state_cost
+
+    return [state_cost(model), *(state_cost(model, alternative.plan) for alternative in found)]
+
+
+def _summary(model: "PreTrainedModel", found: Sequence["Alternative"], room: int | None) -> dict[str, Any]:
+    """Everything that was found, JSON-ready; with what serving costs, if there is a memory for states."""
     from hf_compressm.compression import count_state_bytes
 
-    return {
+    summary: dict[str, Any] = {
         "model": type(model).__name__,
         "parameters": model.num_parameters(),
         "state_bytes": count_state_bytes(model),
@@ -111,6 +136,11 @@ def _summary(model: "PreTrainedModel", found: Sequence["Alternative"]) -> dict[s
             for alternative in found
         ],
     }
+    if room is not None:
+        places = [summary, *summary["tolerances"]]
+        for place, cost in zip(places, _costs(model, found), strict=True):
+            place["serving"] = {"memory": room, "cache": cost.to_dict(room)}
+    return summary
 
 
 def _table(model: "PreTrainedModel", found: Sequence["Alternative"]) -> Table:
@@ -122,7 +152,7 @@ def _table(model: "PreTrainedModel", found: Sequence["Alternative"]) -> Table:
     caption = f"layers in {shared.removesuffix('.')}" if shared else None
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, caption=caption)
     table.add_column("layer", overflow="fold", min_width=11)
-    for heading in ("now", *(f"{alternative.tolerance:g}" for alternative in found)):
+    for heading in _headings(found):
         table.add_column(heading, justify="right")
     for rows in zip(*(alternative.plan.layers for alternative in found), strict=True):
         cells = [f"{row.new_state_size} ({row.predicted_error:.2f})" if row.status == "cut" else "-" for row in rows]

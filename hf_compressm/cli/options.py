@@ -22,6 +22,7 @@ OF_MEASURING = (
     "per_layer",
     "compat",
     "round_to",
+    "sizes",
     "min_state_size",
     "min_reduction",
     "layers",
@@ -103,6 +104,8 @@ def _options(expansion: Expansion) -> list[inspect.Parameter]:
         switch: dict[str, Any] = {}
         if bool in (hint, *get_args(hint)):  # typer would make two flags of it, in a wide column
             hint, switch = str, {"parser": _truth, "metavar": "true|false"}
+        elif str in get_args(hint):  # also where Python code may give a list: typer takes one kind
+            hint = str
         option = typer.Option(None, help=text, rich_help_panel=expansion.panel, show_default=False, **switch)
         parameters.append(inspect.Parameter(name, kind, default=option, annotation=hint | None))
     return parameters

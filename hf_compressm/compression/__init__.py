@@ -8,16 +8,19 @@ from hf_compressm.compression.plan import CompressionPlan, CompressionResult, La
 from hf_compressm.compression.planning import plan_compression, plan_cut
 from hf_compressm.compression.record import check_record, record_cut, recorded_cuts
 from hf_compressm.compression.request import CutRequest
+from hf_compressm.compression.serving import STATE_BYTES, StateCost, memory_bytes, state_cost
 from hf_compressm.compression.stability import Scores, rank_stability, requested_scores, state_scores
 
 
 __all__ = [
+    "STATE_BYTES",
     "Alternative",
     "CompressionPlan",
     "CompressionResult",
     "CutRequest",
     "LayerPlan",
     "Scores",
+    "StateCost",
     "analyze",
     "apply_cut",
     "apply_plan",
@@ -27,12 +30,14 @@ __all__ = [
     "compress",
     "count_state_bytes",
     "cut",
+    "memory_bytes",
     "plan_compression",
     "plan_cut",
     "rank_stability",
     "record_cut",
     "recorded_cuts",
     "requested_scores",
+    "state_cost",
     "state_scores",
     "try_calibration",
 ]

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_compressm.compression.record import check_record
+from hf_compressm.compression.sizes import check_sizes
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.families import CutMethod, SSMLayer, find_layers, holders_of
 from hf_compressm.models import own_class
@@ -58,6 +59,7 @@ def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) 
     found = find_layers(model)
     layers = _matching_layers(found, config)
     _check_target(layers, config)
+    check_sizes(layers, config)
     own = own_class(type(underlying(model)))
     groups = {layer.name: _group(layer, found, config, own) for layer in found}
     choices = []
@@ -116,6 +118,11 @@ def _check_target(layers: Sequence[SSMLayer], config: CompreSSMConfig) -> None:
         raise ValueError(
             f"target_state_size={config.target_state_size} is above the present state size {largest}; "
             f"choose a whole number from 1 to {largest}."
+        )
+    if config.sizes and config.target_state_size not in (None, *config.sizes):
+        logger.warning_once(
+            f"target_state_size={config.target_state_size} is not among sizes={list(config.sizes)}: layers get the "
+            "next larger one, and stay as they are if there is none below their present size."
         )
 
 

@@ -1,7 +1,6 @@
 """Choosing the sizes that a cut gives to measured layers, and computing every new tensor."""
 
 import functools
-import math
 import operator
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,8 +15,9 @@ from hf_compressm.compression.choices import LayerChoice
 from hf_compressm.compression.measuring import from_measurements, judged
 from hf_compressm.compression.plan import CompressionPlan, LayerPlan
 from hf_compressm.compression.request import CutRequest
+from hf_compressm.compression.sizes import sizes_of, why_kept
 from hf_compressm.config import CompreSSMConfig, Settings, as_config
-from hf_compressm.families import Measurement, SSMLayer
+from hf_compressm.families import Measurement
 from hf_compressm.families.gradients import LossChange
 from hf_compressm.families.refit import tried
 from hf_compressm.families.running import measured_error
@@ -73,7 +73,7 @@ def plan_sizes(
 ) -> CompressionPlan:
     """The sizes that the rank rule gives to measured layers, and every new tensor."""
     sizes = _choose_sizes(choices, measurements, config, reduction_share)
-    plans = for_each(lambda parts: _plan_layer(*parts), zip(choices, measurements, sizes, strict=True))
+    plans = for_each(lambda parts: _plan_layer(*parts, config), zip(choices, measurements, sizes, strict=True))
     plans = _one_size_or_none(choices, plans)
     return CompressionPlan(tuple(plans), _together([plan.cut.loss_change for plan in plans if plan.cut is not None]))
 
@@ -100,7 +100,7 @@ def _choose_sizes(
         members = [i for i, choice in enumerate(choices) if choice.group == group]
         largest = max(wanted[i] for i in members)
         for i in members:
-            wanted[i] = min(largest, choices[i].layer.state_size)
+            wanted[i] = round_size(largest, sizes_of(choices[i].layer, config))
     gated = config.rank_rule in ("tolerance", "max_error")
     present = [choice.layer.state_size for choice in choices]
     return [
@@ -115,9 +115,9 @@ def _wanted_size(choice: LayerChoice, measurement: Measurement, config: CompreSS
         return size
     sigma = measurement.hankel_singular_values
     count = 0
-    allowed = _allowed_error(config)
-    if layer.family.reruns and measurement.examples and allowed is not None:
-        return _size_by_running(choice, measurement, allowed, config)
+    error = _allowed_error(config)
+    if layer.family.reruns and measurement.examples and error is not None:
+        return _size_by_running(choice, measurement, error, config)
     if config.tolerance is not None:
         count = count_by_tolerance(sigma, config.tolerance)
         wanted = count * size / sigma.numel()
@@ -128,16 +128,11 @@ def _wanted_size(choice: LayerChoice, measurement: Measurement, config: CompreSS
         wanted = int(size * (1 - config.fraction) + 1e-9)
     else:
         wanted = min(config.target_state_size or size, size)
-    multiple = _multiple(layer, config)
-    new_size = round_size(wanted, size, multiple, config.min_state_size)
+    allowed = sizes_of(layer, config)
+    new_size = round_size(wanted, allowed)
     while count and new_size < size and layer.family.values_kept(layer, choice.method, measurement, new_size) < count:
-        new_size = round_size(new_size + 1, size, multiple, config.min_state_size)
+        new_size = round_size(new_size + 1, allowed)
     return new_size
-
-
-def _multiple(layer: SSMLayer, config: CompreSSMConfig) -> int:
-    """The number of which all sizes of a layer are multiples."""
-    return math.lcm(config.round_to, layer.family.granularity(layer.module))
 
 
 def _allowed_error(config: CompreSSMConfig) -> float | None:
@@ -151,8 +146,7 @@ def _allowed_error(config: CompreSSMConfig) -> float | None:
 def _size_by_running(choice: LayerChoice, measurement: Measurement, allowed: float, config: CompreSSMConfig) -> int:
     """The smallest size at which the cut layer, run on its examples, is within the allowed error; by bisection."""
     layer, size = choice.layer, choice.layer.state_size
-    multiple = _multiple(layer, config)
-    sizes = sorted({round_size(wanted, size, multiple, config.min_state_size) for wanted in range(1, size + 1)})
+    sizes = sizes_of(layer, config)
 
     def is_enough(candidate: int) -> bool:
         if candidate >= size:
@@ -165,12 +159,11 @@ def _size_by_running(choice: LayerChoice, measurement: Measurement, allowed: flo
 
 def _gentler(choice: LayerChoice, wanted: int, config: CompreSSMConfig, reduction_share: float) -> int:
     """The size after only a share of the reduction."""
-    layer, size = choice.layer, choice.layer.state_size
-    multiple = _multiple(layer, config)
-    return round_size(size - reduction_share * (size - wanted), size, multiple, config.min_state_size)
+    size = choice.layer.state_size
+    return round_size(size - reduction_share * (size - wanted), sizes_of(choice.layer, config))
 
 
-def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> LayerPlan:
+def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int, config: CompreSSMConfig) -> LayerPlan:
     layer, method = choice.layer, choice.method
     plan = LayerPlan(
         name=layer.name,
@@ -182,7 +175,7 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int) -> Lay
         predicted_error=0.0,
         error_bound=None,
         status="skipped" if measurement.problem else "kept",
-        reason=measurement.problem or "the rule and the gate leave nothing worth cutting",
+        reason=measurement.problem or why_kept(layer, config),
         criterion=method.criterion,
         state_bytes=(layer.state_bytes(layer.state_size), layer.state_bytes(layer.state_size)),
     )

@@ -30,7 +30,8 @@ def tell_outcome(
         layers = tried[-1].result.plan.layers
         reasons = {f"{layer.name}: {layer.reason}" for layer in layers}
         rule = config.rank_rule
-        more = f" A {'smaller' if rule == 'target_state_size' else 'larger'} {rule} would cut more."
+        sizes = " or smaller sizes" if config.sizes else ""
+        more = f" A {'smaller' if rule == 'target_state_size' else 'larger'} {rule}{sizes} would cut more."
         undone = sum(event.outcome == "undone" for event in tried)
         logger.warning(
             f"CompreSSM tried {len(tried)} cut(s) and none shrank a layer; {undone} were undone by the guard "

@@ -8,7 +8,7 @@
 | count | how many values of sigma are kept; the caller turns counts into states |
 """
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,17 +46,28 @@ def tail_sums(sigma: Tensor) -> Tensor:
     return values.flip(0).cumsum(0).flip(0)
 
 
-def round_size(wanted: float, size: int, multiple: int = 1, minimum: int = 1) -> int:
-    """The state size to use if `wanted` states are enough: rounded up, and never above the present one.
+def allowed_sizes(size: int, multiple: int = 1, minimum: int = 1, listed: Sequence[int] | None = None) -> list[int]:
+    """The state sizes that a layer of `size` states may have after a cut, ascending; the last is `size` itself.
+
+    Args:
+        size: present size, which is always allowed.
+        multiple: smaller sizes are multiples of this,
+        minimum: at least this,
+        listed: and among these, if given.
+    """
+    smaller = range(multiple, size, multiple) if listed is None else sorted(set(listed))
+    return [each for each in smaller if each % multiple == 0 and minimum <= each < size] + [size]
+
+
+def round_size(wanted: float, allowed: Sequence[int]) -> int:
+    """The smallest allowed state size that is at least `wanted`; the largest allowed one if none is.
 
     Args:
         wanted: number of states, may be fractional.
-        size: present size.
-        multiple: the result is a multiple of this, unless it is `size` itself.
-        minimum: at least this many states.
+        allowed: as `allowed_sizes` gives them.
     """
-    needed = max(math.ceil(wanted - 1e-9), minimum, 1)  # 1e-9: 0.1 * 30 is 3.0000000000000004
-    return min(math.ceil(needed / multiple) * multiple, size)
+    needed = wanted - 1e-9  # 0.1 * 30 is 3.0000000000000004
+    return next((size for size in allowed if size >= needed), allowed[-1])
 
 
 def passes_gate(size: int, new_size: int, min_reduction: float) -> bool:

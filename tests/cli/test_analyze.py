@@ -14,6 +14,7 @@ from tests.cli.running import complaint, run
 from tests.family_table import (
     LRU,
     MAMBA,
+    MAMBA2,
     MAMBA_FAMILIES,
     STATE_SIZE,
     Family,
@@ -56,6 +57,26 @@ def test_json_has_what_the_cut_then_does(tmp_path: Path, capsys: Any) -> None:
     assert json.loads(run(capsys, "analyze", tmp_path / "small", "--json")[1])["state_bytes"] == cut["state_bytes"]
 
 
+def test_serving_is_a_second_table(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    model = save(MAMBA2, tmp_path / "model")
+    arguments = ("analyze", model, "--tolerances", "0.2,0.9", "--calibration-batches", 1)
+    monkeypatch.setattr("hf_compressm.cli.inputs.calibration_batches", lambda *_: MAMBA2.calibration())
+    assert "moved for a token" not in run(capsys, *arguments)[1]
+    for given in (("--serving",), ("--memory", "1MiB")):
+        out = run(capsys, *arguments, *given)[1]
+        for row in ("state of a sequence", "convolution", "8 bits", "moved for a token", "attention layers"):
+            assert row in out
+        assert f"sequences in {'1 MiB' if 'MiB' in given[-1] else '40 GiB'}" in out
+        assert max(map(len, out.splitlines())) <= 80
+    found = json.loads(run(capsys, *arguments, "--memory", "1MiB", "--json")[1])
+    before, after = (place["serving"]["cache"]["float32"] for place in (found, found["tolerances"][1]))
+    assert before["state_bytes"] == found["state_bytes"]
+    assert after["state_bytes"] == found["tolerances"][1]["state_bytes"] < before["state_bytes"]
+    assert before["sequences"] == 2**20 // (before["state_bytes"] + before["convolution_bytes"]) < after["sequences"]
+    assert "such as 40GiB or 80GB" in complaint(capsys, *arguments, "--memory", "much")
+
+
 def test_settings_come_from_a_file_too_and_quiet_is_quiet(tmp_path: Path, capsys: Any) -> None:
     model = save(LRU, tmp_path / "model")
     (tmp_path / "cuts.yaml").write_text("min_state_size: 6\ntolerance: 0.3\n")  # its rank rule is not used here
@@ -69,6 +90,18 @@ def test_settings_come_from_a_file_too_and_quiet_is_quiet(tmp_path: Path, capsys
     assert sizes("--min-state-size", 5) == {5}
     assert run(capsys, *arguments, "--quiet", "--plot", tmp_path / "plot.png")[:2] == (0, "")
     assert (tmp_path / "plot.png").exists()
+
+
+def test_sizes_are_numbers_with_commas_or_a_word(tmp_path: Path, capsys: Any) -> None:
+    model = save(LRU, tmp_path / "model")
+
+    def sizes(given: object) -> set[int]:
+        out = run(capsys, "analyze", model, "--tolerances", "0.9", "--sizes", given, "--json")[1]
+        return {layer["new_state_size"] for layer in json.loads(out)["tolerances"][0]["layers"]}
+
+    assert sizes("5,7") == sizes(5) == {5}
+    assert sizes("serving") == {STATE_SIZE}
+    assert "sizes must be a list of whole numbers" in complaint(capsys, "analyze", model, "--sizes", "many")
 
 
 def test_switches_take_true_and_false(tmp_path: Path, capsys: Any) -> None:

@@ -66,6 +66,14 @@ def test_options_win_over_a_file(model: Path, text: Path, tmp_path: Path, capsys
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.state_size == 12  # 11.2, in fours
 
 
+def test_allowed_sizes_come_from_a_file_or_an_option(model: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "cuts.yaml").write_text("fraction: 0.3\nsizes: [14, 8]\ncalibration_batches: 1\n")
+    arguments = ("--config", tmp_path / "cuts.yaml", "--train-file", text, "--quiet")
+    for output, given, size in (("file", (), 14), ("option", ("--sizes", "8,13"), 13)):
+        assert run(capsys, "compress", model, "--output", tmp_path / output, *arguments, *given)[:2] == (0, "")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / output).config.state_size == size
+
+
 def test_bytes_of_the_standard_library_stand_in(model: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = ("--fraction", 0.5, "--max-characters", 20_000, "--block-size", 64, "--calibration-batches", 1)
     assert run(capsys, "compress", model, "--output", tmp_path / "small", *arguments)[0] == 0

@@ -58,6 +58,14 @@ def test_each_retry_takes_half_of_the_reduction(after: float) -> None:
     assert len(model.config.compressm["cuts"]) == 1
 
 
+def test_each_retry_ends_at_an_allowed_size() -> None:
+    model = MAMBA.build(state_size=16)
+    config = CompreSSMConfig(target_state_size=4, sizes=[4, 12, 14], max_loss_increase=0.1, max_retries=2)
+    events = guarded_cut(model, CutRequest(config, MAMBA.calibration(), None, 0), Losses(1.0, 1.2, 1.2, 1.05))
+    assert [set(event.result.state_sizes_after.values()) for event in events] == [{4}, {12}, {14}]
+    assert model.config.state_size == 14
+
+
 def test_the_guard_gives_up_after_its_retries() -> None:
     model = LRU.build()
     before = snapshot(model)

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_compressm.numerics.ranks import count_by_error, count_by_tolerance, passes_gate, round_size, tail_sums
+from hf_compressm.numerics.ranks import (
+    allowed_sizes,
+    count_by_error,
+    count_by_tolerance,
+    passes_gate,
+    round_size,
+    tail_sums,
+)
 
 
 PROPERTY = settings(max_examples=200, deadline=None, database=None, derandomize=True)
@@ -123,29 +130,44 @@ def test_count_falls_with_the_largest_error(sigma: Tensor, one: float, other: fl
 sizes = st.integers(1, 600)
 
 
+lists = st.none() | st.lists(st.integers(1, 600), min_size=1, max_size=8)
+
+
 @PROPERTY
-@given(wanted=st.floats(-5, 700), size=sizes, multiple=st.integers(1, 64), minimum=st.integers(1, 64))
-def test_a_rounded_size_is_a_multiple_between_minimum_and_size(
-    wanted: float, size: int, multiple: int, minimum: int
+@given(size=sizes, multiple=st.integers(1, 64), minimum=st.integers(1, 64), listed=lists)
+def test_all_sizes_that_fit_every_condition_are_allowed_and_no_others(
+    size: int, multiple: int, minimum: int, listed: list[int] | None
 ) -> None:
-    rounded = round_size(wanted, size, multiple, minimum)
-    assert 1 <= rounded <= size
-    assert rounded == size or rounded % multiple == 0
-    assert rounded >= min(wanted - ROUND_OFF, size)
-    assert rounded >= min(minimum, size)
-    assert rounded == size or rounded - multiple < max(wanted, minimum, 1)
+    fitting = {each for each in range(1, size) if each % multiple == 0 and each >= minimum}
+    expected = fitting if listed is None else fitting & set(listed)
+    assert allowed_sizes(size, multiple, minimum, listed) == [*sorted(expected), size]
 
 
 @PROPERTY
-@given(one=st.floats(0, 700), other=st.floats(0, 700), size=sizes, multiple=st.integers(1, 64))
-def test_a_rounded_size_grows_with_the_wanted_one(one: float, other: float, size: int, multiple: int) -> None:
+@given(wanted=st.floats(-5, 700), size=sizes, multiple=st.integers(1, 64), listed=lists)
+def test_a_rounded_size_is_the_smallest_allowed_one_that_is_enough(
+    wanted: float, size: int, multiple: int, listed: list[int] | None
+) -> None:
+    allowed = allowed_sizes(size, multiple, 1, listed)
+    rounded = round_size(wanted, allowed)
+    assert rounded in allowed
+    assert rounded >= min(wanted - ROUND_OFF, size)
+    assert all(smaller < wanted for smaller in allowed if smaller < rounded)
+
+
+@PROPERTY
+@given(one=st.floats(0, 700), other=st.floats(0, 700), size=sizes, multiple=st.integers(1, 64), listed=lists)
+def test_a_rounded_size_grows_with_the_wanted_one(
+    one: float, other: float, size: int, multiple: int, listed: list[int] | None
+) -> None:
     low, high = sorted((one, other))
-    assert round_size(low, size, multiple) <= round_size(high, size, multiple)
+    allowed = allowed_sizes(size, multiple, 1, listed)
+    assert round_size(low, allowed) <= round_size(high, allowed)
 
 
 def test_a_share_of_the_size_is_not_rounded_up_by_round_off() -> None:
     assert 0.1 * 3 * 10 > 3
-    assert round_size(0.1 * 3 * 10, 30) == 3
+    assert round_size(0.1 * 3 * 10, allowed_sizes(30)) == 3
 
 
 @pytest.mark.parametrize(
