@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "comparison"))
 
+import torch
 from delta_arms import ARMS, CALIBRATION_BATCHES, Arm, cut, lacking
 from delta_tables import tables
 from layer_errors import outputs_of_layers, relative_errors
