@@ -28,9 +28,10 @@ def part(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def training(part: Any) -> Any:
-    module = part("delta_training")
+    module = part("small_training")
     task = module.recall(keys=4, shown=8, rows=2, held_out=1)
-    return module.Training(task, 0, module.build(task, 8, seed=0, hidden=16))
+    torch.manual_seed(0)
+    return module.Training(task, 0, part("small_models").delta_net(8, 16, task.vocab_size))
 
 
 def test_rows_are_written_told_and_passed_over(
@@ -62,7 +63,7 @@ def test_rows_are_written_told_and_passed_over(
 def test_a_training_goes_on_where_it_was_saved(part: Any, training: Any, tmp_path: Path) -> None:
     training.until(2)
     training.save(tmp_path)
-    other = part("delta_training").Training.load(training.task, 0, tmp_path)
+    other = part("small_training").Training.load(training.task, 0, tmp_path)
     for one in (training, other):
         one.until(4)
     assert training.figures() == other.figures()
