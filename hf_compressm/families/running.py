@@ -22,7 +22,9 @@ from hf_compressm.models import own_class
 LONGEST = 2048
 """Steps of a row that are kept: what a layer does with its states shows in as many."""
 KEPT_TOKENS = 16384
-"""Tokens that are kept of all batches together."""
+"""Tokens that are kept of all batches together, for every layer."""
+KEPT_BYTES = 2**26
+"""More tokens are kept of narrow layers, up to so many bytes of inputs."""
 
 
 def example_of(seen: Seen, tokens: int) -> Example | None:
@@ -41,6 +43,18 @@ def example_of(seen: Seen, tokens: int) -> Example | None:
     batch = seen.gradient.shape[0]
     gradient = batch * seen.gradient[:rows, :length].float()
     return Example(args, kwargs, mask, dtype, gradient, seen.scored / batch)
+
+
+def room_for(examples: Sequence[Example]) -> int:
+    """How many further tokens may be kept beside these."""
+    kept = sum(map(tokens_of, examples))
+    held = sum(_bytes(example) for example in examples)
+    return max(KEPT_TOKENS - kept, (KEPT_BYTES - held) * kept // held if held else 0)
+
+
+def _bytes(example: Example) -> int:
+    values = (*example.args, *example.kwargs.values(), example.gradient)
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def tokens_of(example: Example) -> int:
