@@ -93,7 +93,7 @@ def collect_statistics(
             try:
                 result = forward(model, batch)
                 if waiting is not None:
-                    tell(waiting, loss_of(result), scored_in(getattr(batch, "inputs", batch)))
+                    tell(waiting, loss_of(result), scored_in(batch))
                     waiting.clear()
             except torch.OutOfMemoryError:  # a Trainer may try again with smaller batches
                 raise
