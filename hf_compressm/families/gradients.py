@@ -92,8 +92,8 @@ def loss_of(result: Any) -> Tensor:
     loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", result)
     if not isinstance(loss, Tensor) or loss.dim():
         raise ValueError(
-            f"criterion='fisher' needs a loss, and the model returned a {type(result).__name__} without one. Add labels "
-            "to the batch, or choose another criterion."
+            f"criterion='fisher' needs a loss, and the model returned a {type(result).__name__} without one. Add "
+            "labels to the batch, or choose another criterion."
         )
     return loss
 
