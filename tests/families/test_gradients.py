@@ -33,7 +33,7 @@ EXACT = {torch.float64: 1e-5, torch.float32: 1e-4}
 SIXTEEN_BITS = 0.15
 """Relative: bfloat16 has 8 bits, and the gradients pass through a model of two layers."""
 NUDGE, QUOTIENT = 3e-2, 1e-2
-"""Share of the change of a layer's output, and relative: norms of transformers round smaller nudges away in 32 bits."""
+"""Share of the change of a layer's output, and relative: norms in 32 bits round smaller nudges away."""
 Forward = Callable[[nn.Module, Any], Any]
 
 
