@@ -31,7 +31,9 @@ def delta_net(channels: int, hidden: int, vocab_size: int) -> PreTrainedModel:
     layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention"] * 2}
     sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "linear_key_head_dim": channels}
     sizes |= {"vocab_size": vocab_size}
-    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**heads, **unused, **layers, **sizes, **ENDS, **START, use_cache=False))
+    model = Qwen3_5ForCausalLM(
+        Qwen3_5TextConfig(**heads, **unused, **layers, **sizes, **ENDS, **START, use_cache=False)
+    )
     for layer in find_layers(model):
         steps = torch.empty_like(layer.module.dt_bias).uniform_(*map(math.log, STEP_SIZES)).exp()
         layer.module.dt_bias.data = steps + torch.log(-torch.expm1(-steps))
