@@ -14,7 +14,7 @@ from hf_compressm.utils.checks import quoted
 from hf_compressm.utils.text import decoded
 
 
-RANK_RULES = ("tolerance", "max_error", "fraction", "target_state_size")
+RANK_RULES = ("tolerance", "max_error", "fraction", "target_state_size", "budget")
 DEFAULT_TOLERANCE = 0.1
 
 _CHOICES = {
@@ -46,7 +46,7 @@ _WHOLE_NUMBERS = {
 SERVING_SIZES = (64, 96, 128, 256)
 """What `sizes="serving"` stands for: the state sizes that the strictest engines take, see `docs/serving.md`."""
 
-_SWITCHES = ("allow_optimizer_reset", "save_around_cuts")
+_SWITCHES = ("allow_optimizer_reset", "save_around_cuts", "sequential")
 _PATTERNS = ("layers", "ignore_layers")
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 """Numbers such as `1e-2`, which YAML 1.1 reads as text: it asks for a point and for a sign of the exponent."""
@@ -62,9 +62,9 @@ def _setting(default: Any, text: str) -> Any:
 class CompreSSMConfig:
     """Settings: how much is cut, how states are ranked, and when cuts happen.
 
-    Exactly one of `tolerance`, `max_error`, `fraction` and `target_state_size` decides the sizes. Steps are optimizer
-    steps: a whole number, or below 1 a share of the run's steps. `HfArgumentParser` reads this class, also together
-    with `TrainingArguments`, which keeps its own `--seed`; in Python `seed=` is short for `sampling_seed=`.
+    Exactly one of `tolerance`, `max_error`, `fraction`, `target_state_size` and `budget` decides the sizes. Steps are
+    optimizer steps: a whole number, or below 1 a share of the run's steps. `HfArgumentParser` reads this class, also
+    together with `TrainingArguments`, which keeps its own `--seed`; in Python `seed=` is short for `sampling_seed=`.
 
     Settings are checked together, so none can be changed by itself later: `dataclasses.replace(config, num_cuts=2)`
     makes new ones, and `dataclasses.replace(config, tolerance=None, fraction=0.5)` new ones with another rule.
@@ -83,6 +83,11 @@ class CompreSSMConfig:
     )
     fraction: float | None = _setting(None, "Share of the present states that each cut removes.")
     target_state_size: int | None = _setting(None, "State size to reach at the first cut.")
+    budget: float | None = _setting(
+        None,
+        "Share of the present bytes of state that all layers together may keep, each as much as costs least: by the "
+        "predicted change of the loss under criterion=fisher, otherwise by the relative error of each layer's output.",
+    )
     criterion: str = _setting("auto", f"How states are ranked: {', '.join(_CHOICES['criterion'])}.")
     keep: str = _setting("largest", "Which states stay: largest; for ablations also smallest or random.")
     realization: str = _setting("real", "Balance the real system that S5/LRU compute, or the complex one (paper).")
@@ -123,10 +128,14 @@ class CompreSSMConfig:
     stability: float = _setting(0.95, "Rank correlation of successive measurements from which a ranking is stable.")
     stability_window: int = _setting(3, "Number of successive correlations that must reach stability.")
     calibration_batches: int = _setting(4, "Training batches on which selective layers are measured before each cut.")
+    sequential: bool = _setting(
+        False,
+        "Measure each layer on what the cut layers before it give; runs the calibration once more for every layer.",
+    )
     refit_steps: int | None = _setting(
         None,
-        "Steps in which the rows of a cut selective layer that make its inputs and read-outs are fitted to what the "
-        "layer gave before; 0 for none. Default: 100 for delta nets, none for others.",
+        "Steps in which a cut selective layer is fitted to what it gave before, above all the rows that make its "
+        "inputs and read-outs; 0 for none. Default: 100 for Mamba-2 and delta nets, none for others.",
     )
     sampling_seed: int = _setting(0, "Seed of the calibration sample and of keep='random'.")
     max_loss_increase: float | None = _setting(
@@ -265,6 +274,7 @@ class CompreSSMConfig:
                 self._put(name, float(value))
         _check_range("tolerance", self.tolerance, 0, 1, "the share of energy a cut may discard")
         _check_range("fraction", self.fraction, 0, 1, "the share of states each cut removes", open_low=True)
+        _check_range("budget", self.budget, 0, 1, "the share of the bytes of state that stays", open_low=True)
         _check_range("max_error", self.max_error, 0, float("inf"), "a relative output error")
         _check_range("min_reduction", self.min_reduction, 0, 1, "a share of the states")
         _check_range("start", self.start, 0, float("inf"), "steps, or a share of them below 1")

@@ -39,6 +39,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from hf_compressm.families import Mamba2Family  # noqa: E402
 from hf_compressm.families.delta_projected import ProjectingFamily  # noqa: E402
 
 
@@ -96,8 +97,9 @@ def deterministic() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def short_refits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cut of linear attention is fitted in a few steps where a test does not say how many."""
-    monkeypatch.setattr(ProjectingFamily, "refit_steps", FEW_STEPS)
+    """A cut of Mamba-2 or of linear attention is fitted in a few steps where a test does not say how many."""
+    for family in (Mamba2Family, ProjectingFamily):
+        monkeypatch.setattr(family, "refit_steps", FEW_STEPS)
 
 
 @pytest.fixture

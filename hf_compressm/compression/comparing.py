@@ -10,6 +10,7 @@ from hf_compressm.compression.choices import LayerChoice
 from hf_compressm.compression.measuring import from_measurements, judged
 from hf_compressm.compression.plan import CompressionPlan
 from hf_compressm.compression.planning import plan_sizes
+from hf_compressm.compression.rank_rules import choose_sizes
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import RANK_RULES, CompreSSMConfig, Settings, as_config
 from hf_compressm.families import Measurement, find_layers
@@ -54,7 +55,10 @@ def compare_tolerances(
 
     def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> list[CompressionPlan]:
         measurements = judged(choices, measurements, settings[0])
-        return [plan_sizes(choices, measurements, setting) for setting in settings]
+        return [
+            plan_sizes(choices, measurements, choose_sizes(choices, measurements, setting), setting)
+            for setting in settings
+        ]
 
     plans = from_measurements(plan, model, CutRequest(settings[0], calibration))
     return [_alternative(model, *pair) for pair in zip(tolerances, plans, strict=True)]

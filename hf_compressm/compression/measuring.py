@@ -71,6 +71,13 @@ def _collect(model: nn.Module, choices: Sequence[LayerChoice], request: CutReque
     return collect_statistics(model, layers, methods, request.calibration, request.forward, may_be_empty)
 
 
+def measured_again(model: nn.Module, choices: Sequence[LayerChoice], request: CutRequest) -> list[Measurement]:
+    """Measurements of some layers in this process alone, while a plan is made and others stand in before them."""
+    with outside_inference():
+        statistics = _collect(model, choices, request)
+    return for_each(lambda pair: _measure(*pair), zip(choices, statistics, strict=True))
+
+
 def _measure(choice: LayerChoice, seen: Statistics | None) -> Measurement:
     measurement = choice.layer.family.measure(choice.layer, choice.method, seen)
     return replace(measurement, shortage="" if seen is None else seen.shortage(choice.layer.state_size))

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from hf_compressm.families import LayerCut, SSMLayer
-from hf_compressm.families.gradients import LossChange
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +27,8 @@ class LayerPlan:
         reason: why, in words.
         criterion: how the states were ranked.
         state_bytes: bytes of one sequence's state now, and after the cut; None in records that lack them.
-        predicted_loss_change: what the cut of this layer by itself is expected to add to the loss; None where no loss was
-            looked at.
+        predicted_loss_change: what the cut of this layer by itself is expected to add to the loss; None where no loss
+            was looked at.
     """
 
     name: str
@@ -70,28 +69,17 @@ class CompressionPlan:
 
     Attributes:
         layers: one entry per SSM layer that was considered.
-        loss_change: what all cuts together are expected to do to the loss; None where no loss was looked at.
+        predicted_loss_change: what all cuts together add to the mean loss of the calibration batches, by running the
+            model with the cut layers; None where no loss was looked at.
     """
 
     layers: tuple[LayerPlan, ...]
-    loss_change: LossChange | None = None
+    predicted_loss_change: float | None = None
 
     @property
     def changes(self) -> bool:
         """Whether any layer would shrink."""
         return any(layer.status == "cut" for layer in self.layers)
-
-    @property
-    def predicted_loss_change(self) -> float | None:
-        """What all cuts together are expected to add to the mean loss of calibration; None where it was not measured.
-
-        To second order: a first-order term, and half the empirical Fisher matrix for the second one, with what layers
-        do to each other. See `families.gradients`.
-        """
-        if self.loss_change is not None:
-            return self.loss_change.value
-        known = [layer.predicted_loss_change for layer in self.layers if layer.predicted_loss_change is not None]
-        return sum(known) if known else None  # layers that did not see the same rows
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dict."""
@@ -103,7 +91,7 @@ class CompressionPlan:
     def without_tensors(self) -> "CompressionPlan":
         """The same plan without the parameters it was made from, so that they can be freed."""
         layers = tuple(replace(layer, layer=None, cut=None, fingerprints=()) for layer in self.layers)
-        return CompressionPlan(layers, self.loss_change)
+        return CompressionPlan(layers, self.predicted_loss_change)
 
     def skipped(self, reason: str) -> "CompressionPlan":
         """The same plan with no layer cut; those that would have been are skipped for `reason`."""

@@ -1,9 +1,7 @@
 """Choosing the sizes that a cut gives to measured layers, and computing every new tensor."""
 
-import functools
-import operator
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -12,18 +10,20 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_compressm.compression.choices import LayerChoice
-from hf_compressm.compression.measuring import from_measurements, judged
+from hf_compressm.compression.measuring import from_measurements, judged, measured_again
 from hf_compressm.compression.plan import CompressionPlan, LayerPlan
+from hf_compressm.compression.rank_rules import choose_sizes
 from hf_compressm.compression.request import CutRequest
-from hf_compressm.compression.sizes import sizes_of, why_kept
+from hf_compressm.compression.sizes import why_kept
 from hf_compressm.config import CompreSSMConfig, Settings, as_config
-from hf_compressm.families import Measurement
-from hf_compressm.families.gradients import LossChange
+from hf_compressm.families import Measurement, refuse_single_batch
+from hf_compressm.families.gradients import loss_of
 from hf_compressm.families.refit import tried
-from hf_compressm.families.running import measured_error
-from hf_compressm.numerics.ranks import count_by_error, count_by_tolerance, passes_gate, round_size
+from hf_compressm.families.standing_in import standing_in
 from hf_compressm.surgery.lora import follow
+from hf_compressm.utils.modes import outside_inference
 from hf_compressm.utils.processes import ALONE, Processes, checksum
+from hf_compressm.utils.randomness import undisturbed
 from hf_compressm.utils.threads import for_each
 
 
@@ -57,10 +57,19 @@ def plan_compression(
 
 def plan_cut(model: nn.Module, request: CutRequest) -> CompressionPlan:
     """Plan a cut as `plan_compression` does, with the arguments in a request."""
+    by_loss = request.config.criterion == "fisher"
+    if (request.config.sequential or by_loss) and request.calibration is not None:
+        refuse_single_batch(request.calibration)
+        request = replace(request, calibration=list(request.calibration))
 
     def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> CompressionPlan:
         measurements = judged(choices, measurements, request.config)
-        return plan_sizes(choices, measurements, request.config, request.reduction_share)
+        sizes = choose_sizes(choices, measurements, request.config, request.reduction_share)
+        if request.config.sequential:
+            found = _plan(choices, _one_after_another(model, request, choices, measurements, sizes))
+        else:
+            found = plan_sizes(choices, measurements, sizes, request.config)
+        return replace(found, predicted_loss_change=_loss_change(model, request, found)) if by_loss else found
 
     return from_measurements(plan, model, request)
 
@@ -68,99 +77,54 @@ def plan_cut(model: nn.Module, request: CutRequest) -> CompressionPlan:
 def plan_sizes(
     choices: Sequence[LayerChoice],
     measurements: Sequence[Measurement],
+    sizes: Sequence[int],
     config: CompreSSMConfig,
-    reduction_share: float = 1.0,
 ) -> CompressionPlan:
-    """The sizes that the rank rule gives to measured layers, and every new tensor."""
-    sizes = _choose_sizes(choices, measurements, config, reduction_share)
-    plans = for_each(lambda parts: _plan_layer(*parts, config), zip(choices, measurements, sizes, strict=True))
-    plans = _one_size_or_none(choices, plans)
-    return CompressionPlan(tuple(plans), _together([plan.cut.loss_change for plan in plans if plan.cut is not None]))
+    """Every new tensor of measured layers that are cut to these sizes."""
+    parts = zip(choices, measurements, sizes, strict=True)
+    return _plan(choices, for_each(lambda each: _plan_layer(*each, config), parts))
 
 
-def _together(changes: Sequence[LossChange | None]) -> LossChange | None:
-    """What the cuts of several layers do to the loss; None where that is not known, or not on the same rows."""
-    known = [change for change in changes if change is not None]
-    if not known or len(known) < len(changes) or len({change.terms.shape for change in known}) > 1:
-        return None
-    return functools.reduce(operator.add, known)
+def _plan(choices: Sequence[LayerChoice], plans: Sequence[LayerPlan]) -> CompressionPlan:
+    """The plan of a model from those of its layers."""
+    return CompressionPlan(tuple(_one_size_or_none(choices, plans)))
 
 
-def _choose_sizes(
+def _one_after_another(
+    model: nn.Module,
+    request: CutRequest,
     choices: Sequence[LayerChoice],
     measurements: Sequence[Measurement],
-    config: CompreSSMConfig,
-    reduction_share: float,
-) -> list[int]:
-    """New state size of every layer, by the rank rule; layers that have one size together share the largest."""
-    wanted = for_each(lambda parts: _wanted_size(*parts, config), zip(choices, measurements, strict=True))
-    if reduction_share < 1:
-        wanted = [_gentler(*parts, config, reduction_share) for parts in zip(choices, wanted, strict=True)]
-    for group in {choice.group for choice in choices}:
-        members = [i for i, choice in enumerate(choices) if choice.group == group]
-        largest = max(wanted[i] for i in members)
-        for i in members:
-            wanted[i] = round_size(largest, sizes_of(choices[i].layer, config))
-    gated = config.rank_rule in ("tolerance", "max_error")
-    present = [choice.layer.state_size for choice in choices]
-    return [
-        size if not gated or passes_gate(before, size, config.min_reduction) else before
-        for before, size in zip(present, wanted, strict=True)
-    ]
+    sizes: Sequence[int],
+) -> list[LayerPlan]:
+    """The plans of layers that are each measured on what the cut layers before it give; the model does not change."""
+    plans: list[LayerPlan] = []
+    with ExitStack() as cut_before:
+        for choice, measurement, size in zip(choices, measurements, sizes, strict=True):
+            if choice.needs_data and size < choice.layer.state_size and plans:
+                (measurement,) = judged([choice], measured_again(model, [choice], request), request.config)
+            plans.append(_plan_layer(choice, measurement, size, request.config))
+            if plans[-1].cut is not None:
+                cut_before.enter_context(standing_in(choice.layer, plans[-1].cut))
+    return plans
 
 
-def _wanted_size(choice: LayerChoice, measurement: Measurement, config: CompreSSMConfig) -> int:
-    layer, size = choice.layer, choice.layer.state_size
-    if measurement.problem:
-        return size
-    sigma = measurement.hankel_singular_values
-    count = 0
-    error = _allowed_error(config)
-    if layer.family.reruns and measurement.examples and error is not None:
-        return _size_by_running(choice, measurement, error, config)
-    if config.tolerance is not None:
-        count = count_by_tolerance(sigma, config.tolerance)
-        wanted = count * size / sigma.numel()
-    elif config.max_error is not None:
-        count = count_by_error(measurement.errors, config.max_error)
-        wanted = count * size / sigma.numel()
-    elif config.fraction is not None:
-        wanted = int(size * (1 - config.fraction) + 1e-9)
-    else:
-        wanted = min(config.target_state_size or size, size)
-    allowed = sizes_of(layer, config)
-    new_size = round_size(wanted, allowed)
-    while count and new_size < size and layer.family.values_kept(layer, choice.method, measurement, new_size) < count:
-        new_size = round_size(new_size + 1, allowed)
-    return new_size
+def _loss_change(model: nn.Module, request: CutRequest, plan: CompressionPlan) -> float | None:
+    """What the cuts of a plan add to the mean loss of this process's calibration batches, by running the model."""
+    batches = list(request.calibration or ())
 
+    def mean_loss() -> float:
+        with outside_inference(), undisturbed(model), torch.no_grad():
+            return sum(float(loss_of(request.forward(model, batch))) for batch in batches) / len(batches)
 
-def _allowed_error(config: CompreSSMConfig) -> float | None:
-    """The largest relative error of a layer's output that the rank rule allows, None for rules that name a size.
-
-    Of a layer whose cuts are tried, `tolerance` is the share of the output's energy that may be lost.
-    """
-    return config.max_error if config.tolerance is None else config.tolerance**0.5
-
-
-def _size_by_running(choice: LayerChoice, measurement: Measurement, allowed: float, config: CompreSSMConfig) -> int:
-    """The smallest size at which the cut layer, run on its examples, is within the allowed error; by bisection."""
-    layer, size = choice.layer, choice.layer.state_size
-    sizes = sizes_of(layer, config)
-
-    def is_enough(candidate: int) -> bool:
-        if candidate >= size:
-            return True
-        cut = layer.family.cut(layer, choice.method, measurement, candidate)
-        return measured_error(layer, cut, measurement.examples) <= allowed
-
-    return sizes[bisect_left(sizes, True, key=is_enough)]
-
-
-def _gentler(choice: LayerChoice, wanted: int, config: CompreSSMConfig, reduction_share: float) -> int:
-    """The size after only a share of the reduction."""
-    size = choice.layer.state_size
-    return round_size(size - reduction_share * (size - wanted), sizes_of(choice.layer, config))
+    if not batches or not plan.changes:
+        return 0.0 if batches else None
+    before = mean_loss()
+    with ExitStack() as cut:
+        for layer in plan.layers:
+            if layer.layer is not None and layer.cut is not None:
+                cut.enter_context(standing_in(layer.layer, layer.cut))
+        return mean_loss() - before
 
 
 def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int, config: CompreSSMConfig) -> LayerPlan:
@@ -193,7 +157,7 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int, config
         new_state_size=size,
         energy_kept=cut.energy_kept,
         predicted_error=cut.predicted_error,
-        predicted_loss_change=None if cut.loss_change is None else cut.loss_change.value,
+        predicted_loss_change=cut.loss_change,
         error_bound=cut.error_bound,
         status="cut",
         state_bytes=(layer.state_bytes(layer.state_size), layer.state_bytes(size)),

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.calls import Example
-from hf_compressm.families.gradients import LossChange
 from hf_compressm.families.owners import Owner
 from hf_compressm.families.sums import Statistics
 
@@ -114,7 +113,7 @@ class LayerCut:
         note: what the user should know, such as a fallback that was taken.
         additions: parameters to add.
         config_fields: further fields of the layer's config, besides the state size.
-        loss_change: what it is expected to do to the loss; None where no loss was looked at.
+        loss_change: what it is expected to add to the loss, by itself; None where no loss was looked at.
     """
 
     changes: tuple[ParameterChange, ...]
@@ -125,7 +124,7 @@ class LayerCut:
     note: str = ""
     additions: tuple[ParameterAddition, ...] = ()
     config_fields: Mapping[str, int | float] = field(default_factory=dict)
-    loss_change: LossChange | None = None
+    loss_change: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +154,7 @@ class Measurement:
         scores: float64 `(groups, n)`, what each present state passes on by itself; empty if not measured.
         shortage: why the spectrum cannot decide on a size, since too few tokens were seen; or "".
         examples: inputs of the layer, on which a cut is to be tried; empty where its error is computed.
+        energy: what errors are shares of: the rise of the loss if nothing is kept under `criterion="fisher"`, else 1.
     """
 
     hankel_singular_values: Tensor
@@ -165,6 +165,7 @@ class Measurement:
     scores: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
     shortage: str = ""
     examples: Sequence[Example] = ()
+    energy: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,11 +323,11 @@ class Family(ABC):
 
     @property
     def refit_rates(self) -> tuple[float, ...]:
-        """Largest steps of a fit, as shares of the root mean square of a tensor: one after the other until one helps."""
+        """Largest steps of a fit, as shares of a tensor's root mean square: one after the other until one helps."""
         return (0.1, 0.03)
 
     def fitted(self, module: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """The tensors of a cut layer that are fitted, each with 1 at the entries that are, 0 elsewhere."""
+        """The tensors of a cut layer that may be fitted, each with the share of a step that its entries take."""
         yield from ()
 
     def output_of(self, module: Any) -> nn.Module | None:

@@ -2,8 +2,8 @@
 
 The gain of a channel is then the size of the loss's gradient there, in place of the loudness that `watching.py` takes
 from the output projection. With it the second moments of `moments.py` are the diagonal of the empirical Fisher matrix
-by the outputs of a recurrence, where half of the trace of `Q P` is what the loss would rise by, per token, if nothing of
-the recurrence got through. No parameter gets a gradient.
+by the outputs of a recurrence, where half of the trace of `Q P` is what the loss would rise by, per token, if nothing
+of the recurrence got through. No parameter gets a gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -86,23 +86,11 @@ def scored_in(batch: Any) -> int:
     return int((counted != IGNORED).sum()) if labels.dim() < 3 else 0
 
 
-@dataclass(frozen=True, eq=False)
-class LossChange:
-    """What a cut is expected to do to the loss, row by row, to second order; sums of layers know of each other.
+def second_order(terms: Tensor, scored: Tensor) -> float:
+    """The expected change of the mean loss; the Hessian is taken to be the empirical Fisher matrix.
 
-    Attributes:
-        terms: `(rows,)`, gradient times the change of a layer's output.
+    Args:
+        terms: `(rows,)`, gradient of the summed loss of a row times the change of a layer's output, over `scored`.
         scored: `(rows,)`, tokens of a row in the loss.
     """
-
-    terms: Tensor
-    scored: Tensor
-
-    @property
-    def value(self) -> float:
-        """The expected change of the mean loss: the Hessian is taken to be the empirical Fisher matrix."""
-        return float(self.terms.mean() + 0.5 * (self.scored * self.terms.square()).mean())
-
-    def __add__(self, other: "LossChange") -> "LossChange":
-        """The change that both make together."""
-        return LossChange(self.terms + other.terms, self.scored)
+    return float(terms.mean() + 0.5 * (scored * terms.square()).mean())

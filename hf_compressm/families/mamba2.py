@@ -38,6 +38,10 @@ from hf_compressm.families.selective import Selection, SelectiveFamily, paramete
 from hf_compressm.families.sums import Statistics
 
 
+PACE_OF_OTHERS = 0.1
+"""Of what does not make B and C, when a cut layer is fitted."""
+
+
 @dataclass(frozen=True)
 class Mamba2Family(SelectiveFamily):
     """Family of `Mamba2Mixer`, the Mamba-2 mixers of hybrids, and the layers of mamba-ssm and fla.
@@ -47,6 +51,21 @@ class Mamba2Family(SelectiveFamily):
     """
 
     beside: str = "in_proj"
+
+    @property
+    def pivots_for_fit(self) -> bool:
+        """Without a fit these states are the worst choice, with it the best: see `compare_mamba2.py`."""
+        return True
+
+    @property
+    def refit_steps(self) -> int:
+        """Half of what a selection costs comes back in so many, see `compare_mamba2.py` of the benchmarks."""
+        return 100
+
+    @property
+    def refit_rates(self) -> tuple[float, ...]:
+        """Larger steps than elsewhere: B and C come out of a nonlinearity, and have far to go."""
+        return (0.2, 0.05)
 
     def state_entries(self, module: Any) -> int:
         """One number for each channel and state."""
@@ -79,11 +98,15 @@ class Mamba2Family(SelectiveFamily):
         )
 
     def fitted(self, module: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """The projections after the convolution; without them, the rows of B and C."""
-        if getattr(module, "B_proj", None) is None:
-            yield from super().fitted(module)
+        """All parameters; what makes B and C moves fastest, the projections after the convolution if there are any."""
+        named = dict(module.named_parameters())
+        others = [named[name] for name in self.layout.others if name in named]
+        if "B_proj" in named:
+            yield from ((named[name], torch.ones_like(named[name])) for name in ("B_proj", "C_proj"))
+            others += [slot.tensor for slot in self.layout.slots(module) if isinstance(slot.tensor, nn.Parameter)]
         else:
-            yield from ((parameter, torch.ones_like(parameter)) for parameter in (module.B_proj, module.C_proj))
+            yield from ((tensor, rows.clamp_min(PACE_OF_OTHERS)) for tensor, rows in super().fitted(module))
+        yield from ((tensor, torch.full_like(tensor, PACE_OF_OTHERS)) for tensor in others)
 
     def cut_parts(self, layer: SSMLayer, method: CutMethod) -> tuple[str, ...]:
         """Projection and convolution if states are selected; none if B and C are projected."""

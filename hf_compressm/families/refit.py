@@ -1,14 +1,13 @@
-"""Fitting a cut layer to what it gave before: what makes its B and C moves until its output is as near as it gets.
+"""Fitting a cut layer to what it gave before: its parameters move until its output is as near as it gets.
 
 Adam on the mean square error of the layer's output, on inputs that were kept, with steps in proportion to the size of
-every tensor. The layer stays of its class. Only parameters that a cut replaces or adds are fitted, and of those only
-the entries of states, B and C. A part of the inputs is held out: it tells whether the fit is better, and how far the
-layer is from what it was.
+every tensor. The layer stays of its class. Its family says which entries move, and how fast. A part of the inputs is
+held out: it tells whether the fit is better, and how far the layer is from what it was.
 """
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.calls import Example
-from hf_compressm.families.family import LayerCut, SSMLayer
-from hf_compressm.families.running import measured, number_of_rows, relative_error, rows_of, run, with_cut
+from hf_compressm.families.family import LayerCut, MomentTerm, ParameterChange, SSMLayer
+from hf_compressm.families.running import (
+    Trial,
+    measured,
+    number_of_rows,
+    relative_error,
+    rows_of,
+    run,
+    with_cut,
+)
 
 
 WARMUP = 0.2
@@ -59,26 +66,35 @@ def _refitted(
     for rate in layer.family.refit_rates:
         trial = with_cut(layer, cut)
         module = _in_float32(trial.module)
-        masks = {id(tensor): mask for tensor, mask in layer.family.fitted(module)}
-        written = (*trial.parameters, *trial.added)
-        free = {parameter: masks[id(parameter)] for parameter in written if id(parameter) in masks}
+        own = {id(parameter): parameter for parameter in module.parameters()}
+        free = {own[id(tensor)]: pace for tensor, pace in layer.family.fitted(module) if id(tensor) in own}
         if not free:
             return None
         before = _error(module, asked)
         fit(module, free, taught, steps, rate)
         after = _error(module, asked)
         if after < before:  # false for NaN
-            values = {parameter: parameter.detach().to("cpu", torch.float64) for parameter in free}
-            changes = tuple(
-                replace(change, value=values.get(parameter, change.value))
-                for change, parameter in zip(cut.changes, trial.parameters, strict=True)
-            )
-            additions = tuple(
-                replace(addition, value=values.get(parameter, addition.value))
-                for addition, parameter in zip(cut.additions, trial.added, strict=True)
-            )
-            return replace(cut, changes=changes, additions=additions), after
+            return _with_values(layer, cut, trial, free), after
     return None
+
+
+def _with_values(layer: SSMLayer, cut: LayerCut, trial: Trial, free: Iterable[nn.Parameter]) -> LayerCut:
+    """A cut that writes what was fitted, also to parameters that it left alone; their moments stay."""
+    values = {parameter: parameter.detach().to("cpu", torch.float64) for parameter in free}
+    changes = [
+        replace(change, value=values.pop(parameter, change.value))
+        for change, parameter in zip(cut.changes, trial.parameters, strict=True)
+    ]
+    additions = [
+        replace(addition, value=values.pop(parameter, addition.value))
+        for addition, parameter in zip(cut.additions, trial.added, strict=True)
+    ]
+    present, prefix = dict(layer.module.named_parameters()), f"{layer.name}." if layer.name else ""
+    for name, parameter in trial.module.named_parameters():
+        if parameter in values:
+            old, same = present[name], torch.arange(len(parameter))
+            changes.append(ParameterChange(f"{prefix}{name}", old, values[parameter], (MomentTerm(old, same, 0),)))
+    return replace(cut, changes=tuple(changes), additions=tuple(additions))
 
 
 def fit(
@@ -88,7 +104,7 @@ def fit(
 
     Args:
         module: the layer. Its other parameters do not need gradients afterwards.
-        free: parameters, each with 1 at the entries that are fitted, 0 elsewhere.
+        free: parameters, each with the share of a step that its entries take: 0 for those that are not fitted.
         lessons: inputs and outputs, taken in turns.
         steps: of Adam; they grow at first, and fall to 0 along a cosine.
         rate: the largest step, as a share of the root mean square of a tensor.
@@ -104,10 +120,11 @@ def fit(
             loss = (run(module, lesson.example) - lesson.wanted).square().sum() / lesson.wanted.square().sum()
             adam.zero_grad()
             loss.backward()
-            for parameter, mask in free.items():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(mask)
+            before = {parameter: parameter.detach().clone() for parameter in free}
             adam.step()
+            with torch.no_grad():
+                for parameter, share in free.items():
+                    parameter.copy_(before[parameter].lerp(parameter, share))
             decay.step()
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hf_compressm.families.calls import Example, Seen, first_tensor
-from hf_compressm.families.gradients import LossChange
 from hf_compressm.families.family import LayerCut, SSMLayer
+from hf_compressm.families.gradients import second_order
 from hf_compressm.models import own_class
 
 
@@ -130,12 +130,12 @@ def measured_error(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example]) 
 
 
 @torch.no_grad()
-def measured(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example]) -> tuple[float, LossChange | None]:
+def measured(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example]) -> tuple[float, float | None]:
     """What a cut does to the output of a layer, and by it to the loss.
 
     Returns:
-        The relative error of the output, `|y - y_r| / |y|` over all examples; and the change of the loss where the
-        examples know its gradient.
+        The relative error of the output, `|y - y_r| / |y|` over all examples; and the change of the loss to second
+        order, where the examples know its gradient.
     """
     before, after = copy.deepcopy(layer.module).eval(), with_cut(layer, cut).module
     pairs = [(run(after, example), run(before, example)) for example in examples]
@@ -145,7 +145,7 @@ def measured(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example]) -> tup
         return relative_error(pairs), None
     terms = [(gradient * (new - old)).flatten(1).sum(dim=1) for (new, old), gradient in known]
     scored = [torch.full_like(term, example.scored) for term, example in zip(terms, examples, strict=True)]
-    return relative_error(pairs), LossChange(torch.cat(terms).double().cpu(), torch.cat(scored).double().cpu())
+    return relative_error(pairs), second_order(torch.cat(terms).double(), torch.cat(scored).double())
 
 
 def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:

@@ -84,6 +84,11 @@ class SelectiveFamily(Family):
         return self.layout.folds
 
     @property
+    def pivots_for_fit(self) -> bool:
+        """Whether a cut that is fitted afterwards keeps the states out of which the others could be read best."""
+        return False
+
+    @property
     def normalizes(self) -> bool:
         """Whether norms over the states lie before the recurrence, and `changes` makes up for what they divide by."""
         return False
@@ -191,14 +196,20 @@ class SelectiveFamily(Family):
             P = statistics.mean("M")
             Q = torch.ones_like(P)  # `tr(Q P)` over the dropped states is what they cost together
             ranked = [interpolation.elimination_order(M) for M in P]
+        selected = ranked
+        if self.pivots_for_fit and method.refit_steps and not self.reads_out:
+            pairs = zip(statistics.mean("P"), statistics.mean("Q"), strict=True)
+            selected = [interpolation.pivoted_selection(*pair) for pair in pairs]
         energies = torch.einsum("gij,gji->g", P, Q)
         losses = torch.stack([errors.square() for _, errors in ranked]) * energies[:, None]
-        orders = torch.stack([order[kept_order(order.numel(), method, layer)] for order, _ in ranked])
+        orders = torch.stack([order[kept_order(order.numel(), method, layer)] for order, _ in selected])
         errors = interpolation.relative_errors(losses.sum(dim=0))
         samples = {name: torch.cat(parts) for name, parts in statistics.samples.items()}
         scores = P.diagonal(dim1=1, dim2=2) * Q.diagonal(dim1=1, dim2=2)
         selection = Selection(orders, P, Q, self.reads_out, samples)
-        return Measurement(sigma, errors, detail=selection, scores=scores, examples=tuple(statistics.examples))
+        energy = float(energies.sum()) / 2 if method.criterion == "fisher" else 1.0
+        examples = tuple(statistics.examples)
+        return Measurement(sigma, errors, detail=selection, scores=scores, examples=examples, energy=energy)
 
     def problem(self, layer: SSMLayer, statistics: Statistics | None) -> str:
         """Why a layer cannot be measured, or ""."""

@@ -70,8 +70,8 @@ class ForwardBatches(RecentBatches):
         if not isinstance(loss, Tensor):
             raise ValueError(
                 "max_loss_increase and criterion='fisher' need a loss, and "
-                f"{type(model).__name__} returns none when it is called as in training. Give it labels; or for a guard "
-                "pass held_out_loss= a function that returns a loss on held-out data."
+                f"{type(model).__name__} returns none when it is called as in training. Give it labels; or for a "
+                "guard pass held_out_loss= a function that returns a loss on held-out data."
             )
         return loss
 
