@@ -1,4 +1,4 @@
-"""Pictures of the benchmarks: ratios against the goals, and cost against length, states, batch and channels."""
+"""Pictures of the benchmarks: ratios against goals, cost against length and sizes, predicted changes of a loss."""
 
 import textwrap
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_compressm.families import find_layers
 from hf_compressm.families.recurrences import replaced
-from hf_compressm.scans import disable_fast_selective_scan
+from hf_compressm.scans import disable_fast_selective_scan, ssd_states
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
@@ -245,3 +245,28 @@ def test_tables_say_what_was_added_and_what_was_foreseen(part: Any) -> None:
     assert "- energy: 1 of 1 cuts, predicted / measured 0.80" in text
     assert "- refit: 0 of 1 cuts" in text
     assert "- selection" not in text
+
+
+def test_unweighted_energy_is_that_of_the_recurrence_alone(part: Any, training: Any) -> None:
+    orders, scores = part("state_orders"), part("state_scores")
+    batches = training.calibration(1)
+    layer = find_layers(training.model)[0]
+    with scores.recurrences_seen(training.model) as calls, torch.no_grad():
+        training.model(**batches[0])
+    given = {name: calls[0][name] for name in ("x", "dt", "A", "B", "dt_bias", "dt_softplus") if name in calls[0]}
+    chunks = ssd_states(**given, every=1)
+    states = torch.cat(list(chunks)).unflatten(
+        2, (layer.module.n_groups, -1)
+    )  # (length, batch, groups, heads, ..., N)
+    reads = calls[0]["C"].transpose(0, 1)[:, :, :, None, None]
+    expected = (states * reads).square().sum(dim=(0, 1, 3, 4))
+    seen = []
+
+    def order(layer: Any, measured: Any) -> Tensor:
+        seen.append(measured.scores)
+        return orders.by_energy(layer, measured)
+
+    arms = part("cut_arms")
+    arm = arms.Arm("GHOST", {"refit_steps": 0}, order, statistics=orders.UnweightedStatistics)
+    arms.cut(training, arm, 2, batches=1)
+    torch.testing.assert_close(seen[0] / seen[0].sum(), (expected / expected.sum()).double(), rtol=1e-4, atol=0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_compressm import CompressionResult, CompreSSMConfig, compress
 from hf_compressm.families import find_layers
+from hf_compressm.families.moments import RecurrenceStatistics
 from hf_compressm.models import own_class
 
 
@@ -29,6 +30,7 @@ class Arm:
         order: in which states are kept, from the measurement of a layer, where it is not the package's.
         scores: by which states are kept, from the whole model before it is cut; in place of `order`.
         sampled_tokens: of each batch, whose B and C the order sees.
+        statistics: that the order is taken from, where they are not the package's.
         further: whether a benchmark trains on, or cuts during the training, with it.
     """
 
@@ -37,6 +39,7 @@ class Arm:
     order: Order | None = None
     scores: Scores | None = None
     sampled_tokens: int = 0
+    statistics: type[RecurrenceStatistics] | None = None
     further: bool = False
 
 
@@ -69,7 +72,8 @@ def cut(training: Training, arm: Arm, size: int, batches: int) -> CompressionRes
     config, data = CompreSSMConfig(target_state_size=size, **settings), training.calibration(batches)
     start = time.perf_counter()
     order = by_scores(arm.scores(training.model, data)) if arm.scores else arm.order
-    with kept_in_order(training.model, order, arm.sampled_tokens) if order else nullcontext():
+    ordered = kept_in_order(training.model, order, arm.sampled_tokens, arm.statistics) if order else nullcontext()
+    with ordered:
         result = compress(training.model, config, data, optimizer=training.optimizer)
     seconds = time.perf_counter() - start
     if {layer.state_size for layer in find_layers(training.model)} != {size}:

@@ -1,7 +1,7 @@
 """The arms of `compare_mamba2.py`: ways to cut the states of Mamba-2 and of hybrids with it."""
 
 from cut_arms import Arm
-from state_orders import by_energy
+from state_orders import UnweightedStatistics, by_energy
 from state_scores import activations, magnitude, taylor_of_masks, taylor_of_weights
 
 
@@ -13,7 +13,7 @@ ARMS = (
     Arm("random", {"keep": "random", **_SELECTED}),
     Arm("magnitude", _SELECTED, scores=magnitude),
     Arm("energy", _SELECTED, by_energy, further=True),
-    Arm("GHOST", {"sequential": True, **_SELECTED}, by_energy, further=True),
+    Arm("GHOST", {"sequential": True, **_SELECTED}, by_energy, statistics=UnweightedStatistics, further=True),
     Arm("Taylor", _SELECTED, scores=taylor_of_weights, further=True),
     Arm("Taylor of masks", _SELECTED, scores=taylor_of_masks),
     Arm("UniQL's order", _SELECTED, scores=activations),
@@ -29,5 +29,6 @@ ARMS = (
     Arm("best", {"refit_steps": 100, **_PROJECTED}),
     Arm("fisher, best", {"criterion": "fisher", "refit_steps": 100, **_PROJECTED}),
 )
-"""GHOST is arXiv 2602.11408: states by energy, the root of `E[h^2 C^2]` in their group, layer after layer, each
-measured in the network that is cut so far."""
+"""`energy` is that of a state in the layer's output, in one pass. GHOST, arXiv 2602.11408, has it in the output of the
+recurrence, the root of `E[h^2 C^2]` in a group, layer after layer, each measured in the network that is cut so far.
+"""
