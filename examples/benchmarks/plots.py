@@ -73,7 +73,8 @@ def draw_loss_changes(points: Sequence[tuple[str, float, float]], path: Path) ->
         axes.plot(ends, [factor * end for end in ends], color=GREY, linewidth=0.8, linestyle=style)
     axes.set(xscale="log", yscale="log", xlabel="measured change of the held-out loss", ylabel="predicted change")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    if arms:
+        axes.legend(frameon=False, fontsize=8)
     save(figure, path)
 
 

@@ -76,13 +76,21 @@ def test_rows_are_written_told_drawn_and_passed_over(
     assert len(cut["measured"]) == len(cut["predicted"]) == 2
     assert cut["predicted loss change"] is not None
     assert done["recall-Taylor_to_4-seed0"]["predicted loss change"] is None
+    assert (tmp_path / "loss_changes.png").stat().st_size > 0
     later = done["recall-uncut_trained_on-seed0"]["trained on"]
     assert done["recall-uncut-seed0"]["before"]["loss"] > later["1"]["loss"] > later["3"]["loss"]
 
+    (tmp_path / "loss_changes.png").unlink()
     monkeypatch.setattr(script.Mamba2Bench, "trained", None)  # nothing may run again
     script.main(command)
     assert "| projection | 2 | 0 |" in capsys.readouterr().out
     assert part("rows").Results(tmp_path).read() == done
+    assert (tmp_path / "loss_changes.png").exists()
+
+
+def test_nothing_is_drawn_of_changes_without_a_logarithm(part: Any, tmp_path: Path) -> None:
+    part("plots").draw_loss_changes([("fisher", -0.01, 0.02), ("fisher", 0.01, 0.0)], tmp_path / "changes.png")
+    assert (tmp_path / "changes.png").exists()
 
 
 def test_the_time_of_a_cut_counts_as_steps(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

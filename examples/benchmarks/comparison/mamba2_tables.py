@@ -67,7 +67,7 @@ def added_losses(results: Sequence[Result]) -> dict[tuple[str, int, int], float]
 
 
 def added_table(results: Sequence[Result]) -> str:
-    """Added losses right after the cut, accuracies but for text, and seconds of the cut to the largest size."""
+    """Added losses right after the cut, accuracies of recall, and the mean seconds of a cut."""
     cut = [result for result in results if "after" in result]
     sizes = sorted({result["size"] for result in cut}, reverse=True)
     added = added_losses(results)
@@ -87,7 +87,7 @@ def added_table(results: Sequence[Result]) -> str:
 
 
 def _accuracy(results: Sequence[Result], when: str) -> str:
-    """In brackets, but for text, where it says little."""
+    """In brackets, of recall alone: of text it says little."""
     if not results or results[0]["task"] != "recall":
         return ""
     return f" ({spread([one[when]['accuracy'] for one in results], '.3f')})"
