@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hf_compressm.compression import CompressionResult
 
 
-OF_ONE_CUT = (*RANK_RULES, "keep", *OF_MEASURING, "optimizer_state", "on_nonfinite")
+OF_ONE_CUT = (*RANK_RULES, "keep", *OF_MEASURING, "sequential", "refit_steps", "optimizer_state", "on_nonfinite")
 
 
 @expanded(

@@ -39,7 +39,7 @@ def compare_tolerances(
     config: Settings = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> list[Alternative]:
-    """Plan a cut for each tolerance, without changing the model.
+    """Plan a cut for each tolerance, without changing the model; nothing is fitted unless the settings say so.
 
     Args:
         model: any module with SSM layers of a known family.
@@ -50,7 +50,8 @@ def compare_tolerances(
     Raises:
         ValueError: as `plan_compression`.
     """
-    others = as_config(config).to_dict() | dict.fromkeys(RANK_RULES)
+    wanted = as_config(config)
+    others = wanted.to_dict() | dict.fromkeys(RANK_RULES) | {"refit_steps": wanted.refit_steps or 0}
     settings = [CompreSSMConfig.from_dict({**others, "tolerance": tolerance}) for tolerance in tolerances]
 
     def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> list[CompressionPlan]:

@@ -17,7 +17,7 @@ from hf_compressm.families.registry import register
 from hf_compressm.families.selective import SelectiveFamily
 
 
-CRITERIA = ("interpolative", "surrogate")
+CRITERIA = ("interpolative", "surrogate", "fisher")
 OTHERS = (
     "D",
     "in_proj.weight",

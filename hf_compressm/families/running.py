@@ -92,6 +92,7 @@ def with_cut(layer: SSMLayer, cut: LayerCut) -> Trial:
     parts = {id(old): new for old, new in zip(layer.module.modules(), module.modules(), strict=True)}
     if cut.additions:
         module.__class__ = own_class(type(module)) or type(module)
+        vars(module).pop("forward", None)  # where somebody has replaced it: that of the class which it leaves
     owners = {
         id(parameter): (parts[id(part)], name)
         for part in layer.module.modules()

@@ -1,0 +1,69 @@
+"""A budget over layers: the same bytes of state in all, each layer as many as it needs."""
+
+import pytest
+import torch
+
+from hf_compressm import CompreSSMConfig, analyze, compress
+from tests.compression.test_own_classes import state_sizes, uneven
+from tests.family_table import LRU, MAMBA, MAMBA2, S5, Family, family_id, token_batch
+
+
+def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
+    """Batches with labels."""
+    drawn = [token_batch(length=24, seed=seed)["input_ids"] for seed in range(count)]
+    return [{"input_ids": each, "labels": each} for each in drawn]
+
+
+def share_kept(plan: object) -> float:
+    """Bytes of state after a cut over those before it."""
+    sizes = [layer.state_bytes for layer in plan.layers]  # type: ignore[attr-defined]
+    return sum(after for _, after in sizes) / sum(before for before, _ in sizes)
+
+
+@pytest.mark.parametrize("criterion", ["auto", "fisher"])
+@pytest.mark.parametrize("family", [MAMBA, MAMBA2], ids=family_id)
+def test_a_layer_with_fewer_states_that_matter_gives_its_bytes_to_the_other(family: Family, criterion: str) -> None:
+    model = uneven(family)
+    settings = CompreSSMConfig(budget=0.7, compat="best", criterion=criterion, refit_steps=0)
+    plan = analyze(model, settings, batches())
+    first, second = (layer.new_state_size for layer in plan.layers)
+    assert share_kept(plan) <= 0.7
+    assert first < second
+    compress(model, settings, batches())
+    assert state_sizes(model) == [first, second]
+
+
+@pytest.mark.parametrize("family", [S5, LRU], ids=family_id)
+def test_layers_without_data_have_a_budget_too(family: Family) -> None:
+    plan = analyze(family.build(), CompreSSMConfig(budget=0.5, criterion="hankel"))
+    assert 0 < share_kept(plan) <= 0.5
+
+
+def test_layers_of_one_size_all_keep_the_same_share() -> None:
+    plan = analyze(MAMBA2.build(), CompreSSMConfig(budget=0.5, refit_steps=0), batches())
+    assert {layer.new_state_size for layer in plan.layers} == {4}
+
+
+def test_a_budget_goes_with_the_sizes_that_are_allowed() -> None:
+    settings = CompreSSMConfig(budget=0.8, compat="best", refit_steps=0, sizes=[2, 4, 8], criterion="fisher")
+    plan = analyze(uneven(MAMBA2), settings, batches())
+    assert {layer.new_state_size for layer in plan.layers} <= {2, 4, 8}
+    assert share_kept(plan) <= 0.8
+
+
+def test_a_layer_that_cannot_be_measured_keeps_its_states() -> None:
+    model = uneven(MAMBA2)
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.D.fill_(torch.nan)
+    plan = analyze(model, CompreSSMConfig(budget=0.7, compat="best", refit_steps=0), batches())
+    assert plan.layers[1].status == "skipped"
+    assert plan.layers[1].new_state_size == 8
+    assert share_kept(plan) <= 0.7
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.5, "half"])
+def test_a_budget_is_a_share(value: object) -> None:
+    with pytest.raises(ValueError, match=r"budget.*share of the bytes"):
+        CompreSSMConfig(budget=value)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Exactly one of .*budget"):
+        CompreSSMConfig(budget=0.5, fraction=0.5)
