@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from delta_tables import seeds
+from state_arms import ARMS
 from tables import grouped, mean, spread
 
 
@@ -51,7 +52,8 @@ class Prediction:
 
 def tables(results: Sequence[Result]) -> str:
     """All tables."""
-    found = []
+    found, places = [], {arm.name: place for place, arm in enumerate(ARMS, start=1)}
+    results = sorted(results, key=lambda result: places.get(result["arm"], 0))
     for task, members in grouped(results, lambda result: result["task"]).items():
         found.append(f"### {task}, {members[0]['steps']} steps")
         parts = (added_table(members), ratios_table(members), further_table(members), errors_table(members))
@@ -80,7 +82,8 @@ def added_table(results: Sequence[Result]) -> str:
         for size in sizes:
             same = [one for one in members if one["size"] == size]
             figures = [added[key] for one in same if (key := (arm, size, one["seed"])) in added]
-            cells.append(f"{spread(figures, '+.4f')}{_accuracy(same, 'after')}" if figures else "")
+            added_loss = spread(figures, "+.4f").replace("± +", "± ") if figures else ""
+            cells.append(added_loss + (_accuracy(same, "after") if figures else ""))
         seconds = mean([one["seconds of the cut"] for one in members])
         lines.append(f"| {arm} | {seeds(members)} | {' | '.join(cells)} | {seconds:.1f} |")
     return "\n".join(lines) if cut else ""
