@@ -12,25 +12,26 @@ after as many steps as the uncut model. Every row is written once it is done, an
 import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "comparison"))
 
-import torch
-from delta_arms import ARMS, CALIBRATION_BATCHES, Arm, cut, lacking
+from cut_arms import Arm, cut
+from delta_arms import ARMS, CALIBRATION_BATCHES
 from delta_tables import tables
 from layer_errors import outputs_of_layers, relative_errors
-from measuring import machine
-from rows import Results, chosen, key_of
+from rows import Results, key_of
+from single_cuts import Bench, Row, run_rows
 from small_models import delta_net
-from small_training import OPTIMIZER_FILE, Task, Training, recall, text
+from small_training import Training, recall, text
 from transformers.utils import logging
 
 from hf_compressm import enable_fast_selective_scan
@@ -62,59 +63,25 @@ SMOKE = Scale(channels=8, hidden=16, steps={"text": 10, "recall": 10}, more=2, c
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of the results.
-
-    Attributes:
-        key: names it.
-        name: of its arm, and what else it does.
-        run: returns its figures.
-    """
-
-    key: str
-    name: str
-    run: Callable[[], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Bench:
+class Matrix(Bench):
     """One task with one seed.
 
     Attributes:
-        task: data.
-        seed: of the model's start and of the data.
         scale: sizes.
-        models: folder of trained models.
     """
 
-    task: Task
-    seed: int
     scale: Scale
-    models: Path
 
     @property
-    def steps(self) -> int:
-        """Of the whole training."""
-        return self.scale.steps[self.task.name]
+    def marks(self) -> list[int]:
+        """The steps after which the model is cut."""
+        return sorted({round(share * self.steps) for share in self.scale.shares} | {self.steps})
 
-    def trained(self, step: int) -> Training:
-        """The uncut model after some of its training: loaded, or trained on from what there is and saved."""
-        marks = sorted({round(share * self.steps) for share in self.scale.shares} | {self.steps})
-        folders = {mark: self.models / f"{self.task.name}_{self.seed}" / f"step-{mark}" for mark in marks}
-        done = [mark for mark in marks if mark <= step and (folders[mark] / OPTIMIZER_FILE).exists()]
-        if done:
-            training = Training.load(self.task, self.seed, folders[done[-1]])
-        else:
-            training = self.begin(self.scale.channels)
-        for mark in [mark for mark in marks if training.step < mark <= step]:
-            training.until(mark)
-            training.save(folders[mark])
-        return training
-
-    def begin(self, channels: int) -> Training:
-        """A new model."""
+    def begin(self, channels: int | None = None) -> Training:
+        """A new model, at its full size by default."""
         torch.manual_seed(self.seed)
-        return Training(self.task, self.seed, delta_net(channels, self.scale.hidden, self.task.vocab_size))
+        model = delta_net(channels or self.scale.channels, self.scale.hidden, self.task.vocab_size)
+        return Training(self.task, self.seed, model)
 
     def rows(self) -> Iterator[Row]:
         """All rows, those of trained models first."""
@@ -124,14 +91,14 @@ class Bench:
         for arm in ARMS:
             for size in sizes:
                 label = f"{arm.name} to {size}"
-                yield Row(name(label), label, partial(self.cut_trained, arm, size))
+                yield Row(name(label), label, partial(self.cut_trained, arm, size), arm)
         size = min(sizes)
         label = f"small from the start, {size}"
         yield Row(name(label), label, partial(self.small, size))
-        for arm in [arm for arm in ARMS if arm.during]:
+        for arm in [arm for arm in ARMS if arm.further]:
             for share in self.scale.shares:
                 label = f"{arm.name} to {size} at {share:g} of training"
-                yield Row(name(label), label, partial(self.cut_during, arm, size, share))
+                yield Row(name(label), label, partial(self.cut_during, arm, size, share), arm)
 
     def uncut(self) -> dict[str, Any]:
         """The trained model, and what more steps make of it."""
@@ -144,7 +111,7 @@ class Bench:
         """Cut the trained model, and train on."""
         training = self.trained(self.steps)
         seen = outputs_of_layers(training.model, self.task.held_out[:CALIBRATION_BATCHES])
-        result = cut(training, arm, size)
+        result = cut(training, arm, size, CALIBRATION_BATCHES)
         figures: dict[str, Any] = {"arm": arm.name, "size": size, "seconds of the cut": result.seconds}
         figures["predicted"] = [layer.predicted_error for layer in result.plan.layers]
         figures["measured"] = relative_errors(training.model, seen)
@@ -155,7 +122,7 @@ class Bench:
     def cut_during(self, arm: Arm, size: int, share: float) -> dict[str, Any]:
         """Cut after a share of the training, and train to its end."""
         training = self.trained(round(share * self.steps))
-        cut(training, arm, size)
+        cut(training, arm, size, CALIBRATION_BATCHES)
         training.until(self.steps)
         return {"arm": arm.name, "size": size, "share": share, "end": training.figures()}
 
@@ -166,7 +133,7 @@ class Bench:
         return {"arm": "small from the start", "size": size, "share": 0.0, "end": training.figures()}
 
 
-def benches(args: argparse.Namespace, models: Path) -> Iterator[Bench]:
+def benches(args: argparse.Namespace, models: Path) -> Iterator[Matrix]:
     """Every task with every seed."""
     scale = SMOKE if args.smoke else FULL
     small: dict[str, Any] = {"rows": 2, "held_out": 1} if args.smoke else {}
@@ -174,26 +141,12 @@ def benches(args: argparse.Namespace, models: Path) -> Iterator[Bench]:
     makers = {"text": partial(text, args.train_file, **small), "recall": partial(recall, **small)}
     for name in args.tasks:
         task = makers[name]()
-        yield from (Bench(task, seed, scale, models) for seed in seeds)
+        yield from (Matrix(task, seed, models, scale.steps[name], scale) for seed in seeds)
 
 
 def run(args: argparse.Namespace, output: Path) -> None:
     """Run the rows that are not done, and print the tables."""
-    results = Results(output)
-    for bench in benches(args, args.models or output / "models"):
-        model = bench.begin(bench.scale.channels).model
-        left_out = {arm.name: lacking(arm, model) for arm in ARMS}
-        for row in chosen(list(bench.rows()), args.only):
-            reason = left_out.get(row.name.partition(" to ")[0])
-            if reason:
-                print(f"{row.key}: left out, {reason}", flush=True)
-            if reason or row.key in results.read():
-                continue
-            start = time.perf_counter()
-            values = {"key": row.key, "task": bench.task.name, "seed": bench.seed, "steps": bench.steps, **row.run()}
-            results.add(values | {"seconds": time.perf_counter() - start, "machine": machine()})
-            print(f"{row.key}: {values}", flush=True)
-    print(tables(list(results.read().values())))
+    print(tables(run_rows(benches(args, args.models or output / "models"), args.only, Results(output))))
 
 
 def main(arguments: list[str] | None = None) -> None:

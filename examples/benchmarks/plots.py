@@ -1,7 +1,8 @@
-"""Pictures of the benchmarks: ratios against the goals, and cost against length, states, batch and channels."""
+"""Pictures of the benchmarks: ratios against goals, cost against length and sizes, predicted changes of a loss."""
 
 import textwrap
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -9,7 +10,8 @@ from matplotlib.figure import Figure
 from measuring import Row
 
 
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#555555"  # told apart by colour-blind eyes
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#555555"
+"""Told apart by colour-blind eyes."""
 
 
 def draw_goals(rows: Sequence[Row], path: Path) -> None:
@@ -48,6 +50,31 @@ def draw_scaling(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Pa
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("forward and backward, s\n(dotted: in proportion)")
     panels[0].legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def draw_loss_changes(points: Sequence[tuple[str, float, float]], path: Path) -> None:
+    """Predicted changes of the loss against measured ones, by arm, and how far apart a factor of two is.
+
+    Args:
+        points: arm, predicted and measured change of each cut; those that are not positive cannot be drawn.
+        path: of the picture.
+    """
+    figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    drawn = [point for point in points if min(point[1:]) > 0]
+    arms = list(dict.fromkeys(arm for arm, _, _ in drawn))
+    for arm, colour, marker in zip(arms, cycle((BLUE, ORANGE, GREEN, PINK)), cycle("osD^"), strict=False):
+        _, predicted, measured = zip(*(point for point in drawn if point[0] == arm), strict=True)
+        axes.plot(measured, predicted, color=colour, marker=marker, markersize=4, linestyle="", label=arm, alpha=0.8)
+    changes = [change for _, *both in drawn for change in both]
+    ends = [min(changes, default=0.01), max(changes, default=1.0)]
+    for factor, style in ((0.5, ":"), (1, "-"), (2, ":")):
+        axes.plot(ends, [factor * end for end in ends], color=GREY, linewidth=0.8, linestyle=style)
+    axes.set(xscale="log", yscale="log", xlabel="measured change of the held-out loss", ylabel="predicted change")
+    axes.spines[["top", "right"]].set_visible(False)
+    if arms:
+        axes.legend(frameon=False, fontsize=8)
     save(figure, path)
 
 

@@ -38,7 +38,7 @@ def test_rows_are_written_told_and_passed_over(
     part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = part("compare_matrix")
-    arms = (*(arm for arm in script.ARMS if arm.name == "rank-revealing QR"), part("delta_arms").Arm("odd", {"a": 1}))
+    arms = (*(arm for arm in script.ARMS if arm.name == "rank-revealing QR"), part("cut_arms").Arm("odd", {"a": 1}))
     monkeypatch.setattr(script, "ARMS", arms)
     command = ["--smoke", "--tasks", "recall", "--output", str(tmp_path)]
     command += ["--only", "uncut", "*QR to ?", "odd to *", "*at 0.5 of training", "small*"]
@@ -54,7 +54,7 @@ def test_rows_are_written_told_and_passed_over(
     assert len(cut["measured"]) == len(cut["predicted"]) == 2
     assert done["recall-uncut-seed0"]["before"]["loss"] > done["recall-uncut-seed0"]["then"]["loss"]
 
-    monkeypatch.setattr(script.Bench, "trained", None)  # nothing may run again
+    monkeypatch.setattr(script.Matrix, "trained", None)  # nothing may run again
     script.main(command)
     assert "| rank-revealing QR | 0 |" in capsys.readouterr().out
     assert part("rows").Results(tmp_path).read() == done
@@ -74,7 +74,7 @@ def test_rank_revealing_qr_keeps_independent_channels_of_every_head(part: Any) -
     independent = torch.randn(50, 2, 3, dtype=torch.float64)
     doubled = torch.cat([0.9 * independent, independent], dim=2)[:, :, [0, 3, 1, 4, 2, 5]]
     measured = SimpleNamespace(detail=SimpleNamespace(samples={"B": doubled, "C": doubled + 0}))
-    orders = part("channel_orders").by_rank_revealing_qr(measured)
+    orders = part("channel_orders").by_rank_revealing_qr(None, measured)
     for head, order in enumerate(orders):
         assert sorted(order.tolist()) == list(range(6))
         assert int(torch.linalg.matrix_rank(doubled[:, head, order[:3]])) == 3
@@ -82,16 +82,15 @@ def test_rank_revealing_qr_keeps_independent_channels_of_every_head(part: Any) -
 
 
 def test_another_order_decides_which_channels_stay(part: Any, training: Any) -> None:
-    orders, arms = part("channel_orders"), part("delta_arms")
+    arms = part("cut_arms")
     families = [type(layer.family) for layer in find_layers(training.model)]
     before = training.model.model.layers[0].linear_attn.in_proj_qkv.weight.detach().clone()
     last = torch.arange(7, -1, -1).expand(2, 8)
-    arms.cut(training, arms.Arm("last", {"refit_steps": 0}, order=lambda measured: last), 3)
+    arms.cut(training, arms.Arm("last", {"refit_steps": 0}, order=lambda layer, measured: last), 3, 1)
     after = training.model.model.layers[0].linear_attn.in_proj_qkv.weight
     kept = [head * 8 + channel for head in range(4) for channel in (5, 6, 7)]  # two heads of queries, two of keys
     torch.testing.assert_close(after[:12], before[kept], rtol=0, atol=0)
     assert [type(layer.family) for layer in find_layers(training.model)] == families
-    assert orders.OrderedFamily not in families
 
 
 def test_the_relative_error_is_that_of_the_layer_on_the_same_inputs(part: Any, training: Any) -> None:

@@ -237,7 +237,7 @@ def test_an_order_decides_which_states_stay(part: Any, family: Family) -> None:
     before = layer.in_proj.weight.detach().clone()
     seen = []
 
-    def last(measured: Any) -> torch.Tensor:
+    def last(layer: Any, measured: Any) -> torch.Tensor:
         seen.append(measured.scores)
         return torch.arange(STATES - 1, -1, -1).expand_as(measured.scores)
 

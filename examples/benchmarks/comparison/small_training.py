@@ -73,6 +73,11 @@ def recall(
     return Task("recall", keys + values, batch, others, rate=3e-3)
 
 
+def warm_up(step: int) -> float:
+    """The share of the rate that a step has: rising to all of it, and constant."""
+    return min(1.0, (step + 1) / WARM_UP)
+
+
 class Training:
     """A model with its optimizer.
 
@@ -105,12 +110,12 @@ class Training:
         torch.save({"optimizer": self.optimizer.state_dict(), "step": self.step}, partial)
         partial.replace(folder / OPTIMIZER_FILE)
 
-    def until(self, step: int) -> None:
-        """Train until so many steps are done."""
+    def until(self, step: int, shape: Callable[[int], float] = warm_up) -> None:
+        """Train until so many steps are done, the rate times `shape` of the number of each step."""
         self.model.train()
         while self.step < step:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.task.rate * min(1.0, (self.step + 1) / WARM_UP)
+                group["lr"] = self.task.rate * shape(self.step)
             loss = self.model(**self.task.batch(seed_of(self.seed, self.step))).loss
             self.optimizer.zero_grad()
             loss.backward()

@@ -1,17 +1,14 @@
 """The arms of `published_table.py`: ways to cut a trained model to a given number of states."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from channel_orders import Order, by_energy
-from torch import Tensor, nn
+from state_orders import Order, by_energy, kept_in_order
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compressm import CompreSSMConfig, compress
-from hf_compressm.families import CutMethod, Measurement, SSMLayer, Statistics, find_layers, register
-from hf_compressm.families.selective import SelectiveFamily
 
 
 Batch = Mapping[str, Tensor]
@@ -46,42 +43,6 @@ def in_order(order: Order) -> Cut:
             return compress(model, config, batches)
 
     return cut
-
-
-@contextmanager
-def kept_in_order(model: nn.Module, order: Order) -> Iterator[None]:
-    """Keep the states of all selective layers of a model in another order inside.
-
-    Raises:
-        ValueError: for a model with layers that are not cut by selecting states.
-    """
-    families = {layer.family for layer in find_layers(model)}
-    others = sorted(family.name for family in families if not isinstance(family, SelectiveFamily))
-    if others:
-        raise ValueError(f"An order of states is for selective layers; this model has layers of {others}.")
-    try:
-        for family in families:
-            register(
-                _ordered(type(family), order)(**{item.name: getattr(family, item.name) for item in fields(family)})
-            )
-        yield
-    finally:
-        for family in families:
-            register(family)
-
-
-def _ordered(kind: type[SelectiveFamily], order: Order) -> type[SelectiveFamily]:
-    """A subclass of a family with another order."""
-
-    class Ordered(kind):
-        def measure(self, layer: SSMLayer, method: CutMethod, statistics: Statistics | None) -> Measurement:
-            """As usual, with the other order."""
-            measured = super().measure(layer, method, statistics)
-            if measured.problem:
-                return measured
-            return replace(measured, detail=replace(measured.detail, orders=order(measured)))
-
-    return Ordered
 
 
 ARMS = (

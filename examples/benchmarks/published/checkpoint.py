@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from delta_arms import lacking
+from cut_arms import lacking
 from published.arms import Arm
 from published.measures import Harness
 from published.recovery import Recovery
