@@ -23,8 +23,6 @@ LONGEST = 2048
 """Steps of a row that are kept: what a layer does with its states shows in as many."""
 KEPT_TOKENS = 16384
 """Tokens that are kept of all batches together, for every layer."""
-KEPT_BYTES = 2**26
-"""More tokens are kept of narrow layers, up to so many bytes of inputs."""
 
 
 def example_of(seen: Seen, tokens: int) -> Example | None:
@@ -44,14 +42,7 @@ def example_of(seen: Seen, tokens: int) -> Example | None:
 
 def room_for(examples: Sequence[Example]) -> int:
     """How many further tokens may be kept beside these."""
-    kept = sum(map(tokens_of, examples))
-    held = sum(_bytes(example) for example in examples)
-    return max(KEPT_TOKENS - kept, (KEPT_BYTES - held) * kept // held if held else 0)
-
-
-def _bytes(example: Example) -> int:
-    values = (*example.args, *example.kwargs.values(), example.gradient)
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+    return KEPT_TOKENS - sum(map(tokens_of, examples))
 
 
 def tokens_of(example: Example) -> int:
