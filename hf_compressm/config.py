@@ -135,7 +135,8 @@ class CompreSSMConfig:
     refit_steps: int | None = _setting(
         None,
         "Steps in which a cut selective layer is fitted to what it gave before, above all the rows that make its "
-        "inputs and read-outs; 0 for none. Default: 100 for Mamba-2 and delta nets, none for others.",
+        "inputs and read-outs; 0 for none. Default: 100 for delta nets, and for Mamba-2 "
+        "outside of training; none for others.",
     )
     sampling_seed: int = _setting(0, "Seed of the calibration sample and of keep='random'.")
     max_loss_increase: float | None = _setting(

@@ -32,6 +32,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "s5-per-layer": {"family": S5, "settings": {"tolerance": 0.05, "end": 5, "num_cuts": 2, "min_reduction": 0}},
     "lru-empirical": {"family": LRU, "settings": {**TWICE, "criterion": "empirical", "calibration_batches": 4}},
     "mamba": {"family": MAMBA, "settings": TWICE},
+    "fisher": {"family": MAMBA, "settings": {**TWICE, "criterion": "fisher"}},
     "mamba-per-layer": {
         "family": MAMBA,
         "settings": {"tolerance": 0.1, "end": 5, "num_cuts": 2, "min_reduction": 0, "per_layer": True},

@@ -144,7 +144,7 @@ def _summary(model: "PreTrainedModel", found: Sequence["Alternative"], room: int
 
 
 def _table(model: "PreTrainedModel", found: Sequence["Alternative"]) -> Table:
-    """A row per layer, a column per tolerance: recommended size and predicted error; the last rows show savings."""
+    """A row per layer, a column per tolerance: recommended size and predicted error; last rows are the model's."""
     from hf_compressm.compression import count_state_bytes
 
     shared = _shared_prefix([layer.name for layer in found[0].plan.layers])
@@ -162,6 +162,9 @@ def _table(model: "PreTrainedModel", found: Sequence["Alternative"]) -> Table:
     table.add_row("parameters", f"{model.num_parameters():,}", *sizes)
     state = [f"{alternative.state_bytes:,}" for alternative in found]
     table.add_row("state bytes", f"{count_state_bytes(model):,}", *state)
+    changes = [alternative.plan.predicted_loss_change for alternative in found]
+    if any(change is not None for change in changes):
+        table.add_row("expected loss", "", *("-" if change is None else f"{change:+.4f}" for change in changes))
     return table
 
 

@@ -80,7 +80,9 @@ def _table(result: "CompressionResult") -> Table:
 def _closing_line(result: "CompressionResult", output: Path) -> str:
     if not result.changed:
         return f"Nothing was cut; {output} holds the unchanged model. A larger tolerance would cut more."
+    change = result.plan.predicted_loss_change
+    expected = "" if change is None else f", loss {change:+.4f} expected"
     return (
-        f"{result.parameters_before:,} -> {result.parameters_after:,} parameters in {result.seconds:.1f} s, "
+        f"{result.parameters_before:,} -> {result.parameters_after:,} parameters in {result.seconds:.1f} s{expected}, "
         f"written to {output}."
     )

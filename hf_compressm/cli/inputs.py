@@ -47,7 +47,8 @@ def calibration_batches(
 
     Args:
         directory: directory of the model, with its tokenizer, if it has one.
-        settings: their number of batches, and their seed for the choice of examples, are used.
+        settings: their number of batches, and their seed for the choice of examples, are used; under
+            `criterion="fisher"` texts are labels too.
         options: fields of `TextSource` and `SequenceSource`.
         batch_size: examples in each.
 
@@ -67,7 +68,10 @@ def calibration_batches(
         raise ValueError("The calibration data give no example. Give more text, or a smaller --block-size.")
     chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(settings.sampling_seed))[:count]
     name = "input_values" if continuous else "input_ids"
-    return [{name: examples[part]} for part in chosen.split(batch_size)]
+    batches = [{name: examples[part]} for part in chosen.split(batch_size)]
+    if settings.criterion == "fisher" and not continuous:
+        batches = [{**batch, "labels": batch[name]} for batch in batches]
+    return batches
 
 
 @contextmanager

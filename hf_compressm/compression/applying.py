@@ -191,7 +191,7 @@ def _rewritten_configs(model: nn.Module, plan: CompressionPlan, step: int | None
 
     def record(config: Any, holder: Holder, names: Sequence[str]) -> None:
         own = (replace(planned[name], name=holder.relative(name)) for name in names)
-        record_cut(config, CompressionPlan(tuple(own)), step)
+        record_cut(config, CompressionPlan(tuple(own), plan.predicted_loss_change), step)
 
     considered = [layers[name] for name in planned]
     configs = rewritten(model, considered, values, record, adopts)

@@ -42,13 +42,16 @@ class LayerChoice:
         return self.method.criterion in self.layer.family.data_criteria
 
 
-def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) -> list[LayerChoice]:
+def check_settings(
+    model: nn.Module, config: CompreSSMConfig, calibrated: bool, training: bool = False
+) -> list[LayerChoice]:
     """The layers that the settings pick, and how each is to be cut.
 
     Args:
         model: any module.
         config: settings.
         calibrated: whether calibration data will be available.
+        training: whether the model is trained on after the cut, by the run that makes it.
 
     Raises:
         ValueError: for a model without SSM layers, settings that do not fit it, or a record of cuts in its config that
@@ -66,7 +69,8 @@ def check_settings(model: nn.Module, config: CompreSSMConfig, calibrated: bool) 
     for layer in layers:
         name = layer.family.criterion(config.criterion, calibrated, config.realization)
         project = config.compat == "best" and own is not None
-        steps = layer.family.refit_steps if config.refit_steps is None else config.refit_steps
+        refits = layer.family.refits_within_training or not training
+        steps = layer.family.refit_steps * refits if config.refit_steps is None else config.refit_steps
         method = CutMethod(name, config.keep, config.realization, config.sampling_seed, project, steps)
         choices.append(LayerChoice(layer, method, groups[layer.name]))
     methods = [(choice.layer, choice.method) for choice in choices]

@@ -1,7 +1,7 @@
 """The cuts that several tolerances would make in one model, which is measured once."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -9,11 +9,11 @@ from torch import nn
 from hf_compressm.compression.choices import LayerChoice
 from hf_compressm.compression.measuring import from_measurements, judged
 from hf_compressm.compression.plan import CompressionPlan
-from hf_compressm.compression.planning import plan_sizes
+from hf_compressm.compression.planning import loss_change, plan_sizes
 from hf_compressm.compression.rank_rules import choose_sizes
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import RANK_RULES, CompreSSMConfig, Settings, as_config
-from hf_compressm.families import Measurement, find_layers
+from hf_compressm.families import Measurement, find_layers, refuse_single_batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +56,20 @@ def compare_tolerances(
 
     def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> list[CompressionPlan]:
         measurements = judged(choices, measurements, settings[0])
-        return [
+        plans = [
             plan_sizes(choices, measurements, choose_sizes(choices, measurements, setting), setting)
             for setting in settings
         ]
+        if not by_loss:
+            return plans
+        return [replace(each, predicted_loss_change=loss_change(model, request, each)) for each in plans]
 
-    plans = from_measurements(plan, model, CutRequest(settings[0], calibration))
+    by_loss = settings[0].criterion == "fisher"
+    if by_loss and calibration is not None:  # which is run once more for every tolerance
+        refuse_single_batch(calibration)
+        calibration = list(calibration)
+    request = CutRequest(settings[0], calibration)
+    plans = from_measurements(plan, model, request)
     return [_alternative(model, *pair) for pair in zip(tolerances, plans, strict=True)]
 
 

@@ -1,7 +1,7 @@
 """The cuts of one training run, as the run remembers them and writes them beside the weights."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,11 @@ class CutEvent:
         Raises:
             ValueError: if the dict is not of that form.
         """
-        if isinstance(values, Mapping):
-            values = {**dict.fromkeys(_LATER_RESULT_FIELDS), **values}
+        values = _with_absent(values, {**_LATER_RESULT_FIELDS, **_PREDICTED})
         result_fields = _RESULT_FIELDS | _LATER_RESULT_FIELDS
-        _check_values(values, _EVENT_FIELDS | result_fields | {"layers": _is_list_of_layers})
-        layers = tuple(_layer(layer) for layer in values["layers"])
-        result = CompressionResult(CompressionPlan(layers), **{name: values[name] for name in result_fields})
+        _check_values(values, _EVENT_FIELDS | result_fields | _PREDICTED | {"layers": _is_list_of_layers})
+        plan = CompressionPlan(tuple(map(_layer, values["layers"])), values["predicted_loss_change"])
+        result = CompressionResult(plan, **{name: values[name] for name in result_fields})
         return cls(result=result, **{name: values[name] for name in _EVENT_FIELDS})
 
 
@@ -132,6 +131,8 @@ _LATER_RESULT_FIELDS: dict[str, Callable[[Any], bool]] = {
     "state_bytes_after": _is_optional_count,
 }
 """Fields that earlier records lack."""
+_PREDICTED: dict[str, Callable[[Any], bool]] = {"predicted_loss_change": _is_optional_number}
+"""Of a plan and of its layers; absent where it was not measured."""
 _LAYER_FIELDS: dict[str, Callable[[Any], bool]] = {
     "name": is_name,
     "family": is_name,
@@ -153,6 +154,7 @@ def rollback_event(step: int, cut: CutEvent, before: float, after: float | None,
     nothing: dict[str, Any] = {
         "energy_kept": 1.0,
         "predicted_error": 0.0,
+        "predicted_loss_change": None,
         "error_bound": None,
         "status": "rolled back",
     }
@@ -226,10 +228,16 @@ def read_history(folder: Path, trainer_state: Mapping[str, Any] | None = None) -
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-def _layer(values: Mapping[str, Any]) -> LayerPlan:
-    _check_values(values, _LAYER_FIELDS)
+def _layer(values: Any) -> LayerPlan:
+    values, allowed = _with_absent(values, _PREDICTED), _LAYER_FIELDS | _PREDICTED
+    _check_values(values, allowed)
     spectrum = torch.tensor(values["hankel_singular_values"], dtype=torch.float64)
-    return LayerPlan(**{name: values[name] for name in _LAYER_FIELDS} | {"hankel_singular_values": spectrum})
+    return LayerPlan(**{name: values[name] for name in allowed} | {"hankel_singular_values": spectrum})
+
+
+def _with_absent(values: Any, names: Iterable[str]) -> Any:
+    """The fields of a record, those that it lacks as None."""
+    return {**dict.fromkeys(names), **values} if isinstance(values, Mapping) else values
 
 
 def _check_values(values: Any, allowed: Mapping[str, Callable[[Any], bool]]) -> None:

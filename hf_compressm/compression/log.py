@@ -35,6 +35,8 @@ def scalars(event: CutEvent) -> dict[str, float]:
     bounds = [layer.error_bound for layer in layers if layer.error_bound is not None]
     if bounds:
         values["compressm/error_bound"] = max(bounds)
+    if (change := result.plan.predicted_loss_change) is not None:
+        values["compressm/predicted_loss_change"] = change
     for name in ("before", "after"):
         if getattr(event, name) is not None:
             values[f"compressm/guard_{name}"] = float(getattr(event, name))
@@ -62,6 +64,8 @@ def sentence(event: CutEvent) -> str:
         text += f"{layers}, {before} -> {after} states"
     else:
         text += f"{layers} of {after} states"
+    if (change := result.plan.predicted_loss_change) is not None:
+        text += f", loss {change:+.4f} expected"
     if event.before is not None and event.after is not None:
         measured = "metric" if event.outcome == "rolled back" else "held-out loss"
         text += f", {measured} {event.before:.4g} -> {event.after:.4g}"
@@ -86,6 +90,8 @@ def _layer_scalars(event: CutEvent, layer: LayerPlan) -> dict[str, float]:
         "energy_kept": layer.energy_kept,
         "predicted_error": layer.predicted_error,
     }
+    if layer.predicted_loss_change is not None:
+        values["predicted_loss_change"] = layer.predicted_loss_change
     sigma = layer.hankel_singular_values
     if sigma.numel() and math.isfinite(float(sigma.sum())):
         per_state = max(sigma.numel() / layer.state_size, 1.0)  # two in the real realization of S5 and LRU

@@ -39,7 +39,8 @@ def from_measurements(
     """
     processes = request.processes
     with processes.together(), outside_inference():  # the model itself runs in the other modes of its owner
-        choices = check_settings(model, request.config, calibrated=request.calibration is not None)
+        calibrated, training = request.calibration is not None, request.step is not None
+        choices = check_settings(model, request.config, calibrated, training)
         statistics = _collect(model, choices, request)
 
     def measured() -> T:

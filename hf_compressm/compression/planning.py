@@ -1,5 +1,6 @@
 """Choosing the sizes that a cut gives to measured layers, and computing every new tensor."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -69,7 +70,7 @@ def plan_cut(model: nn.Module, request: CutRequest) -> CompressionPlan:
             found = _plan(choices, _one_after_another(model, request, choices, measurements, sizes))
         else:
             found = plan_sizes(choices, measurements, sizes, request.config)
-        return replace(found, predicted_loss_change=_loss_change(model, request, found)) if by_loss else found
+        return replace(found, predicted_loss_change=loss_change(model, request, found)) if by_loss else found
 
     return from_measurements(plan, model, request)
 
@@ -109,7 +110,7 @@ def _one_after_another(
     return plans
 
 
-def _loss_change(model: nn.Module, request: CutRequest, plan: CompressionPlan) -> float | None:
+def loss_change(model: nn.Module, request: CutRequest, plan: CompressionPlan) -> float | None:
     """What the cuts of a plan add to the mean loss of this process's calibration batches, by running the model."""
     batches = list(request.calibration or ())
 
@@ -124,7 +125,8 @@ def _loss_change(model: nn.Module, request: CutRequest, plan: CompressionPlan) -
         for layer in plan.layers:
             if layer.layer is not None and layer.cut is not None:
                 cut.enter_context(standing_in(layer.layer, layer.cut))
-        return mean_loss() - before
+        change = mean_loss() - before
+    return change if math.isfinite(change) else None
 
 
 def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int, config: CompreSSMConfig) -> LayerPlan:

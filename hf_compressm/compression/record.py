@@ -12,7 +12,7 @@ SCHEMA_VERSION = 1
 LONGEST_RECORD = 10_000
 """Most cuts of a record, and most layers of a cut; a record with more was not written here."""
 _ENTRIES = ("schema_version", "method", "state_sizes_before", "state_sizes_after", "cuts")
-_ENTRIES_OF_A_CUT = ("step", "state_sizes", "criterion", "predicted_error")
+_ENTRIES_OF_A_CUT = ("step", "state_sizes", "criterion", "predicted_error", "predicted_loss_change")
 _SIZES = ("state_sizes_before", "state_sizes_after")
 
 
@@ -20,7 +20,8 @@ def record_cut(config: Any, plan: CompressionPlan, step: int | None = None) -> N
     """Append one cut to the config's `compressm` record.
 
     The record is a small JSON object: `schema_version`, `method`, `state_sizes_before` (before the first cut),
-    `state_sizes_after` (now) and `cuts`, one entry each with its step, sizes, criteria and predicted errors.
+    `state_sizes_after` (now) and `cuts`, one entry each with its step, sizes, criteria and predicted errors, and with
+    the predicted change of the loss where it was measured.
 
     Args:
         config: a transformers config; its other fields stay.
@@ -42,14 +43,15 @@ def record_cut(config: Any, plan: CompressionPlan, step: int | None = None) -> N
     before = {layer.name: layer.state_size for layer in plan.layers}
     record["state_sizes_before"] = before | record["state_sizes_before"]
     record["state_sizes_after"] |= sizes
-    record["cuts"].append(
-        {
-            "step": step,
-            "state_sizes": sizes,
-            "criterion": {layer.name: layer.criterion for layer in plan.layers},
-            "predicted_error": {layer.name: layer.predicted_error for layer in plan.layers},
-        }
-    )
+    cut: dict[str, Any] = {
+        "step": step,
+        "state_sizes": sizes,
+        "criterion": {layer.name: layer.criterion for layer in plan.layers},
+        "predicted_error": {layer.name: layer.predicted_error for layer in plan.layers},
+    }
+    if plan.predicted_loss_change is not None:
+        cut["predicted_loss_change"] = plan.predicted_loss_change
+    record["cuts"].append(cut)
     config.compressm = record
 
 
@@ -95,6 +97,8 @@ def check_record(record: Any) -> None:
         check_table(f"{place}.state_sizes", cut.get("state_sizes"), is_size, "state sizes of at least 1")
         check_table(f"{place}.criterion", cut.get("criterion"), is_name, "names")
         check_table(f"{place}.predicted_error", cut.get("predicted_error"), is_number, "numbers")
+        change = cut.get("predicted_loss_change", 0.0)
+        _demand(is_number(change), f"{place}.predicted_loss_change", change, "a number")
 
 
 def _check_entries(place: str, values: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -75,8 +75,8 @@ class Seen:
         kwargs: its other arguments.
         mask: `(batch, length)`, 1 for real tokens and 0 for padding; None if all are real.
         calls: of recurrences, in their order.
-        gradient: of the batch's mean loss by the layer's output, in its shape; None where no loss is looked at.
-        scored: number of tokens, or of examples, that the loss is the mean of; 0 where no loss is looked at.
+        gradient: of the sum of the batch's losses by the layer's output, in its shape; None where it is not known.
+        scored: number of losses, one for a token or an example; 0 where no loss is looked at.
     """
 
     module: Any
@@ -97,8 +97,8 @@ class Example:
         kwargs: its other arguments, without a cache.
         mask: `(batch, length)`, 1 for real tokens; None if all are.
         autocast: the dtype in which matrices were multiplied, or None for that of the tensors.
-        gradient: of the mean loss of the whole batch by the output, times the rows of the batch; or None.
-        scored: tokens in a row that the loss is the mean of, on average.
+        gradient: of the sum of the losses by the output, `(batch, length, channels)`; or None.
+        scored: losses of a row, on average.
     """
 
     args: tuple[Any, ...]
@@ -154,6 +154,15 @@ def signals(call: Call, mask: Tensor | None) -> Signals:
         **dict.fromkeys((DELTA, GLA), _linear_attention_signals),
     }
     return of_kind.get(call.kind, _selective_signals)(call, mask)
+
+
+def tokens_of(call: Call, mask: Tensor | None) -> int:
+    """How many tokens `signals` counts in a call."""
+    gain, axis = call.gain, 2 if call.kind in (SELECTIVE, MLSTM) else 1
+    assert gain is not None  # as below
+    if mask is None:
+        return gain.shape[0] * gain.shape[axis]
+    return int((gain.movedim(axis, 1).flatten(2) != 0).any(dim=-1).sum())
 
 
 @dataclass(frozen=True, eq=False)

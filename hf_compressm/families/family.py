@@ -322,6 +322,11 @@ class Family(ABC):
         return 0
 
     @property
+    def refits_within_training(self) -> bool:
+        """Whether that is also done where the model is trained on after the cut, which mends it anyway."""
+        return True
+
+    @property
     def refit_rates(self) -> tuple[float, ...]:
         """Largest steps of a fit, as shares of a tensor's root mean square: one after the other until one helps."""
         return (0.1, 0.03)

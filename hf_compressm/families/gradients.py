@@ -1,21 +1,26 @@
 """What a loss says of layers and their recurrences: gradients by their outputs, from one backward pass for a batch.
 
 The gain of a channel is then the size of the loss's gradient there, in place of the loudness that `watching.py` takes
-from the output projection. With it the second moments of `moments.py` are the diagonal of the empirical Fisher matrix
-by the outputs of a recurrence, where half of the trace of `Q P` is what the loss would rise by, per token, if nothing
-of the recurrence got through. No parameter gets a gradient.
+from the output projection: `|dL/dy| sqrt(scored tokens)`, with the mean loss L of `scored` tokens. The second moments
+of `moments.py` are then weighted by the diagonal of the empirical Fisher matrix by the outputs of a recurrence. Half
+of the sum of M, which `tr(Q P)` estimates, is what L would rise by if nothing of the recurrence got through. No
+parameter gets a gradient.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from hf_compressm.families.calls import Seen
+from hf_compressm.families.calls import Seen, tokens_of
 from hf_compressm.families.sums import Statistics
 
+
+logger = logging.get_logger(__name__)
 
 IGNORED = -100
 """The label of what is not scored, as in `transformers`."""
@@ -36,30 +41,46 @@ class Waiting:
     statistics: Statistics
 
 
-def tell(waiting: Sequence[Waiting], loss: Tensor, scored: int) -> None:
+def tell(waiting: Sequence[Waiting], loss: Tensor, scored: int | None) -> None:
     """Give every call that waits to its statistics, with the gradients of the loss.
+
+    The sum of the losses is differentiated, and not their mean, whose gradients are too small for 16 bits.
 
     Args:
         waiting: the calls of one batch.
         loss: its mean loss, a scalar.
-        scored: number of tokens, or of examples, that it is the mean of; 0 for all tokens of the batch.
+        scored: number of tokens, or of examples, that it is the mean of; None for all tokens of the batch. A batch of
+            which nothing is scored is left out.
 
     Raises:
-        ValueError: if the loss does not depend on the model.
+        ValueError: if the loss does not depend on the layers.
     """
-    if not loss.requires_grad:
-        raise ValueError("its loss does not depend on what the model computes, so that it has no gradient")
+    if scored == 0:
+        logger.warning_once("Calibration leaves out batches all of whose labels are ignored: they have no loss.")
+    if not waiting or scored == 0:
+        return
+    count = scored or _tokens(waiting[0])
     outputs = [tensor for each in waiting for tensor in (each.output, *(call.output for call in each.seen.calls))]
-    gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
+    recorded = [tensor for tensor in outputs if tensor.requires_grad]
+    found = torch.autograd.grad(count * loss, recorded, allow_unused=True) if loss.requires_grad else ()
+    gradients = {id(tensor): each for tensor, each in zip(recorded, found, strict=False) if each is not None}
+    if not gradients:
+        raise ValueError("its loss does not depend on what the layers compute, so that it has no gradient there")
+    times = Counter(id(each.statistics) for each in waiting)
     with torch.no_grad():
         for each in waiting:
-            gradient, mask = next(gradients), each.seen.mask
-            tokens = each.output[..., 0].numel() if mask is None else int(mask.sum())
             for call in each.seen.calls:
-                found = next(gradients)
-                share = ((scored or tokens) * tokens) ** 0.5
-                call.gain = torch.zeros_like(call.output) if found is None else found.abs() * share
-            each.statistics.observe(replace(each.seen, gradient=gradient, scored=scored or tokens))
+                gradient = gradients.get(id(call.output))
+                call.gain = torch.zeros_like(call.output) if gradient is None else gradient.abs()
+                call.gain = call.gain * (tokens_of(call, each.seen.mask) / count) ** 0.5
+            # the rows of a layer that runs twice in a batch belong together, and no example knows of the other
+            gradient = gradients.get(id(each.output)) if times[id(each.statistics)] == 1 else None
+            each.statistics.observe(replace(each.seen, gradient=gradient, scored=count))
+
+
+def _tokens(call: Waiting) -> int:
+    """Real tokens of a call."""
+    return call.output[..., 0].numel() if call.seen.mask is None else int(call.seen.mask.sum())
 
 
 def loss_of(result: Any) -> Tensor:
@@ -71,26 +92,31 @@ def loss_of(result: Any) -> Tensor:
     loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", result)
     if not isinstance(loss, Tensor) or loss.dim():
         raise ValueError(
-            f"criterion='fisher' needs a loss, and the model returned a {type(result).__name__} without one; batches "
-            "must hold labels"
+            f"criterion='fisher' needs a loss, and the model returned a {type(result).__name__} without one. Add "
+            "labels to the batch, or choose another criterion."
         )
     return loss
 
 
-def scored_in(batch: Any) -> int:
-    """How many of a batch's labels count in the loss of a causal model or a classifier; 0 if it shows none."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor):
-        return 0
-    counted = labels[:, 1:] if labels.dim() == 2 and not labels.is_floating_point() else labels
-    return int((counted != IGNORED).sum()) if labels.dim() < 3 else 0
+def scored_in(batch: Any) -> int | None:
+    """How many of a batch's labels count in the loss of a causal model or a classifier; None if it shows none.
+
+    Args:
+        batch: a dict of model inputs, or an object that holds them as `inputs` or `others`.
+    """
+    parts = [batch] if isinstance(batch, Mapping) else [getattr(batch, name, None) for name in ("inputs", "others")]
+    labels = next((part["labels"] for part in parts if isinstance(part, Mapping) and "labels" in part), None)
+    if not isinstance(labels, Tensor) or labels.dim() > 2:
+        return None
+    of_tokens = labels.dim() == 2 and labels.shape[1] > 1 and not labels.is_floating_point()
+    return int(((labels[:, 1:] if of_tokens else labels) != IGNORED).sum())
 
 
 def second_order(terms: Tensor, scored: Tensor) -> float:
     """The expected change of the mean loss; the Hessian is taken to be the empirical Fisher matrix.
 
     Args:
-        terms: `(rows,)`, gradient of the summed loss of a row times the change of a layer's output, over `scored`.
-        scored: `(rows,)`, tokens of a row in the loss.
+        terms: `(rows,)`, what the change of a layer's output adds to a row's mean loss, to first order.
+        scored: `(rows,)`, tokens of a row in the loss, on average.
     """
     return float(terms.mean() + 0.5 * (scored * terms.square()).mean())

@@ -63,6 +63,11 @@ class Mamba2Family(SelectiveFamily):
         return 100
 
     @property
+    def refits_within_training(self) -> bool:
+        """Training on for the time that a refit takes mends as much."""
+        return False
+
+    @property
     def refit_rates(self) -> tuple[float, ...]:
         """Larger steps than elsewhere: B and C come out of a nonlinearity, and have far to go."""
         return (0.2, 0.05)

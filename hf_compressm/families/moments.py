@@ -14,7 +14,7 @@ from transformers.utils.generic import maybe_autocast
 from hf_compressm.families.calls import DELTA, SELECTIVE, Call, Seen, selective_inputs, signals, unrepeated
 from hf_compressm.families.layout import Layout
 from hf_compressm.families.maps import summing_dtype
-from hf_compressm.families.running import KEPT_TOKENS, example_of, tokens_of
+from hf_compressm.families.running import example_of, room_for
 from hf_compressm.families.sums import Statistics
 
 
@@ -49,7 +49,6 @@ class RecurrenceStatistics(Statistics):
         super().__init__()
         self.family, self.groups = family, family.layout.groups_of(module)
         self.readers = family.layout.readers_of(module)
-        self.kept = 0  # tokens of the examples
 
     def update(self, seen: Seen) -> None:
         """Add up what the calls show."""
@@ -77,10 +76,9 @@ class RecurrenceStatistics(Statistics):
 
     def keep(self, seen: Seen) -> None:
         """Keep inputs of the layer for trying cuts, until there are enough."""
-        example = example_of(seen, KEPT_TOKENS - self.kept)
+        example = example_of(seen, room_for(self.examples))
         if example is not None:
             self.examples.append(example)
-            self.kept += tokens_of(example)
 
     @abstractmethod
     def sums_of(self, call: Call, mask: Tensor | None) -> dict[str, Tensor]:

@@ -22,25 +22,36 @@ from hf_compressm.models import own_class
 LONGEST = 2048
 """Steps of a row that are kept: what a layer does with its states shows in as many."""
 KEPT_TOKENS = 16384
-"""Tokens that are kept of all batches together."""
+"""Tokens that are kept of all batches together, for every layer."""
+KEPT_BYTES = 2**26
+"""More tokens are kept of narrow layers, up to so many bytes of inputs."""
 
 
 def example_of(seen: Seen, tokens: int) -> Example | None:
     """The first rows of a call that was seen, with at most `tokens` tokens; None if there is no room for a step."""
-    _, length = _shape(seen.args, seen.kwargs)
-    if not length or tokens < 1:
+    batch, steps = _shape(seen.args, seen.kwargs)
+    if not steps or tokens < 1:
         return None
-    length = min(length, LONGEST, tokens)
-    args, kwargs = first_rows(seen.args, seen.kwargs, max(1, tokens // length), length)
+    length = min(steps, LONGEST, tokens)
+    rows = max(1, tokens // length)
+    args, kwargs = first_rows(seen.args, seen.kwargs, rows, length)
     device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    rows = max(1, tokens // length)
     mask = None if seen.mask is None else seen.mask[:rows, :length]
-    if seen.gradient is None:
-        return Example(args, kwargs, mask, dtype)
-    batch = seen.gradient.shape[0]
-    gradient = batch * seen.gradient[:rows, :length].float()
-    return Example(args, kwargs, mask, dtype, gradient, seen.scored / batch)
+    gradient = None if seen.gradient is None else seen.gradient[:rows, :length].clone()
+    return Example(args, kwargs, mask, dtype, gradient, seen.scored / batch * (length / steps))
+
+
+def room_for(examples: Sequence[Example]) -> int:
+    """How many further tokens may be kept beside these."""
+    kept = sum(map(tokens_of, examples))
+    held = sum(_bytes(example) for example in examples)
+    return max(KEPT_TOKENS - kept, (KEPT_BYTES - held) * kept // held if held else 0)
+
+
+def _bytes(example: Example) -> int:
+    values = (*example.args, *example.kwargs.values(), example.gradient)
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def tokens_of(example: Example) -> int:
@@ -140,13 +151,20 @@ def measured(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example]) -> tup
     """
     before, after = copy.deepcopy(layer.module).eval(), with_cut(layer, cut).module
     pairs = [(run(after, example), run(before, example)) for example in examples]
-    gradients = [example.gradient for example in examples]
-    known = [(pair, gradient) for pair, gradient in zip(pairs, gradients, strict=True) if gradient is not None]
-    if len(known) < len(pairs):
+    terms = [_first_order(example, new - old) for example, (new, old) in zip(examples, pairs, strict=True)]
+    known = [(term, example.scored) for term, example in zip(terms, examples, strict=True) if term is not None]
+    if len(known) < len(terms):
         return relative_error(pairs), None
-    terms = [(gradient * (new - old)).flatten(1).sum(dim=1) for (new, old), gradient in known]
-    scored = [torch.full_like(term, example.scored) for term, example in zip(terms, examples, strict=True)]
-    return relative_error(pairs), second_order(torch.cat(terms).double(), torch.cat(scored).double())
+    scored = [torch.full_like(term, count) for term, count in known]
+    return relative_error(pairs), second_order(torch.cat([term for term, _ in known]), torch.cat(scored))
+
+
+def _first_order(example: Example, change: Tensor) -> Tensor | None:
+    """What a change of the output adds to the mean loss of every row, `(rows,)`; None where that is not known."""
+    if example.gradient is None:
+        return None
+    term = (example.gradient * change).flatten(1).sum(dim=1).double().cpu() / example.scored
+    return term if bool(torch.isfinite(term).all()) else None
 
 
 def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:

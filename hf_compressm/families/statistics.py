@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -47,6 +48,8 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
             "pass batches as the model takes them, dicts of tensors"
         )
     inputs = send_to_device(batch, _device(model))
+    if torch.is_grad_enabled():  # nothing that was made in inference mode has a part in a graph
+        inputs = recursively_apply(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, inputs)
     if isinstance(inputs, Mapping):
         return model(**_accepted(model, inputs))
     return model(*([inputs] if isinstance(inputs, Tensor) else inputs))
@@ -93,7 +96,7 @@ def collect_statistics(
             try:
                 result = forward(model, batch)
                 if waiting is not None:
-                    tell(waiting, loss_of(result), scored_in(getattr(batch, "inputs", batch)))
+                    tell(waiting, loss_of(result), scored_in(batch))
                     waiting.clear()
             except torch.OutOfMemoryError:  # a Trainer may try again with smaller batches
                 raise

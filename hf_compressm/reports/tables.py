@@ -11,6 +11,7 @@ from hf_compressm.utils.checks import quoted
 
 
 UNKNOWN = "n/a"
+EXPECTED = "expected change of the loss"
 MOST_METRICS = 4
 MOST_LAYERS = 200
 """Most rows that a page shows; the history has all of them."""
@@ -68,33 +69,39 @@ def cuts(run: Run) -> Table:
         return _recorded_cuts(run)
     metric = next(iter(run.metrics()), None)
     head = ["after step", "outcome", "states per layer", "energy kept", "predicted error"]
+    is_predicted = any(event.result.plan.predicted_loss_change is not None for event in run.events)
+    head += [EXPECTED] if is_predicted else []
     head += [f"validation {metric} before", "after"] if metric else []
     rows = []
     for event in run.events:
         result, layers = event.result, event.result.plan.layers
         sizes = f"{_range(result.state_sizes_before.values())} → {_range(result.state_sizes_after.values())}"
         kept, error = min(layer.energy_kept for layer in layers), max(layer.predicted_error for layer in layers)
+        numbers = [f"{kept:.4f}", f"{error:.4f}"]
+        numbers += [_change(result.plan.predicted_loss_change)] if is_predicted else []
         evaluated = (run.before(event, metric), run.after(event, metric)) if metric else ()
-        points = [_point(point, event.step) for point in evaluated]
-        rows.append(
-            (str(event.step), event.outcome, sizes, f"{kept:.4f}", f"{error:.4f}", *points, f"{result.seconds:.2f}")
-        )
+        numbers += [_point(point, event.step) for point in evaluated]
+        rows.append((str(event.step), event.outcome, sizes, *numbers, f"{result.seconds:.2f}"))
     note = "Energy kept is that of the layer that lost most; the predicted error is that of the worst layer."
     return Table((*head, "seconds"), tuple(rows), note)
 
 
 def _recorded_cuts(run: Run) -> Table:
     """The cuts in the record that is saved with a model."""
+    recorded = run.record.get("cuts", [])
+    is_predicted = any("predicted_loss_change" in cut for cut in recorded)
     rows = [
         (
             UNKNOWN if cut.get("step") is None else str(cut["step"]),
             _range(cut["state_sizes"].values()),
             ", ".join(sorted(set(cut["criterion"].values()))),
             f"{max(cut['predicted_error'].values(), default=0.0):.4f}",
+            *([_change(cut.get("predicted_loss_change"))] if is_predicted else ()),
         )
-        for cut in run.record.get("cuts", [])
+        for cut in recorded
     ]
-    return Table(("after step", "states per layer", "criterion", "largest predicted error"), tuple(rows))
+    head = ("after step", "states per layer", "criterion", "largest predicted error")
+    return Table((*head, EXPECTED) if is_predicted else head, tuple(rows))
 
 
 def layers(run: Run) -> Table:
@@ -152,6 +159,10 @@ def _point(point: tuple[int, float] | None, step: int | None = None) -> str:
     if point is None:
         return UNKNOWN
     return f"{point[1]:.4f}" if point[0] == step else f"{point[1]:.4f} (step {point[0]})"
+
+
+def _change(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:+.4f}"
 
 
 def _number(value: float | None) -> str:

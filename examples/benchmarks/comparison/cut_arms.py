@@ -32,6 +32,7 @@ class Arm:
         sampled_tokens: of each batch, whose B and C the order sees.
         statistics: that the order is taken from, where they are not the package's.
         further: whether a benchmark trains on, or cuts during the training, with it.
+        shared: whether layers have so many states on average, each as many as it needs.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Arm:
     sampled_tokens: int = 0
     statistics: type[RecurrenceStatistics] | None = None
     further: bool = False
+    shared: bool = False
 
 
 def lacking(arm: Arm, model: nn.Module) -> str:
@@ -59,7 +61,7 @@ def cut(training: Training, arm: Arm, size: int, batches: int) -> CompressionRes
     Args:
         training: whose model is cut.
         arm: the way.
-        size: states of every layer.
+        size: states of every layer, or of a layer on average.
         batches: of calibration.
 
     Returns:
@@ -69,14 +71,17 @@ def cut(training: Training, arm: Arm, size: int, batches: int) -> CompressionRes
         ValueError: if a layer was not cut.
     """
     settings = {name: value for name, value in arm.settings.items() if name in _known()}
-    config, data = CompreSSMConfig(target_state_size=size, **settings), training.calibration(batches)
+    present = [layer.state_size for layer in find_layers(training.model)]
+    rule = {"budget": size * len(present) / sum(present)} if arm.shared else {"target_state_size": size}
+    config, data = CompreSSMConfig(**rule, **settings), training.calibration(batches)
     start = time.perf_counter()
     order = by_scores(arm.scores(training.model, data)) if arm.scores else arm.order
     ordered = kept_in_order(training.model, order, arm.sampled_tokens, arm.statistics) if order else nullcontext()
     with ordered:
         result = compress(training.model, config, data, optimizer=training.optimizer)
     seconds = time.perf_counter() - start
-    if {layer.state_size for layer in find_layers(training.model)} != {size}:
+    sizes = [layer.state_size for layer in find_layers(training.model)]
+    if sum(sizes) > size * len(sizes) or not (arm.shared or set(sizes) == {size}):
         raise ValueError(f"{arm.name}: the model was to be cut to {size} states.\n{result.plan}")
     return replace(result, seconds=seconds)
 

@@ -27,6 +27,8 @@ ARMS = (
     Arm("projection", {"refit_steps": 0, **_PROJECTED}, further=True),
     Arm("fisher, projection", {"criterion": "fisher", "refit_steps": 0, **_PROJECTED}),
     Arm("best", {"refit_steps": 100, **_PROJECTED}),
+    Arm("budget", {"compat": "best", "criterion": "fisher", "refit_steps": 0}, shared=True),
+    Arm("budget, best", {"compat": "best", "criterion": "fisher", "refit_steps": 100}, shared=True),
     Arm("fisher, best", {"criterion": "fisher", "refit_steps": 100, **_PROJECTED}),
 )
 """`energy` is that of a state in the layer's output, in one pass. GHOST, arXiv 2602.11408, has it in the output of the
