@@ -59,6 +59,11 @@ def plan_compression(
 def plan_cut(model: nn.Module, request: CutRequest) -> CompressionPlan:
     """Plan a cut as `plan_compression` does, with the arguments in a request."""
     by_loss = request.config.criterion == "fisher"
+    if request.config.sequential and request.processes.size > 1:
+        raise ValueError(
+            f"sequential=True measures in one process, and {request.processes.size} train the model. Leave it out "
+            "here, or cut a checkpoint with compress()."
+        )
     if (request.config.sequential or by_loss) and request.calibration is not None:
         refuse_single_batch(request.calibration)
         request = replace(request, calibration=list(request.calibration))
@@ -67,12 +72,11 @@ def plan_cut(model: nn.Module, request: CutRequest) -> CompressionPlan:
         measurements = judged(choices, measurements, request.config)
         sizes = choose_sizes(choices, measurements, request.config, request.reduction_share)
         if request.config.sequential:
-            found = _plan(choices, _one_after_another(model, request, choices, measurements, sizes))
-        else:
-            found = plan_sizes(choices, measurements, sizes, request.config)
-        return replace(found, predicted_loss_change=loss_change(model, request, found)) if by_loss else found
+            return _plan(choices, _one_after_another(model, request, choices, measurements, sizes))
+        return plan_sizes(choices, measurements, sizes, request.config)
 
-    return from_measurements(plan, model, request)
+    found = from_measurements(plan, model, request)
+    return replace(found, predicted_loss_change=loss_change(model, request, found)) if by_loss else found
 
 
 def plan_sizes(
@@ -111,21 +115,25 @@ def _one_after_another(
 
 
 def loss_change(model: nn.Module, request: CutRequest, plan: CompressionPlan) -> float | None:
-    """What the cuts of a plan add to the mean loss of this process's calibration batches, by running the model."""
+    """What the cuts of a plan add to the mean loss of the calibration batches, by running the model in all processes.
+
+    None where that is not finite, or where the first process has no batch.
+    """
     batches = list(request.calibration or ())
 
-    def mean_loss() -> float:
-        with outside_inference(), undisturbed(model), torch.no_grad():
-            return sum(float(loss_of(request.forward(model, batch))) for batch in batches) / len(batches)
+    def losses() -> list[float]:
+        with request.processes.together(), outside_inference(), undisturbed(model), torch.no_grad():
+            return [float(loss_of(request.forward(model, batch))) for batch in batches]
 
-    if not batches or not plan.changes:
-        return 0.0 if batches else None
-    before = mean_loss()
+    before = losses() if plan.changes else []
     with ExitStack() as cut:
         for layer in plan.layers:
             if layer.layer is not None and layer.cut is not None:
                 cut.enter_context(standing_in(layer.layer, layer.cut))
-        change = mean_loss() - before
+        after = losses() if plan.changes else []
+    own = [late - early for early, late in zip(before, after, strict=True)]
+    changes = [change for each in request.processes.gather(own) for change in each]
+    change = sum(changes) / len(changes) if changes else 0.0
     return change if math.isfinite(change) else None
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from hf_compressm import CompreSSMConfig, analyze, compress
+from hf_compressm import CompreSSMConfig, analyze, compress, plan_compression
 from hf_compressm.families import CutMethod, collect_statistics, find_layers
 from hf_compressm.families.standing_in import standing_in
 from hf_compressm.surgery import commit_replacements, prepare_replacements
+from hf_compressm.utils.processes import Processes
 from tests.family_table import (
     BAMBA,
     MAMBA,
@@ -26,6 +27,7 @@ from tests.family_table import (
 
 one_of_each_kind = pytest.mark.parametrize("family", [MAMBA, MAMBA2, BAMBA, QWEN3_NEXT], ids=family_id)
 ROUND_OFF = {"rtol": 1e-9, "atol": 1e-12}
+TWO = Processes(rank=0, size=2)
 SETTINGS = {"target_state_size": 4, "refit_steps": 0, "per_layer": False}
 
 
@@ -87,6 +89,11 @@ def test_the_model_is_left_alone_by_a_measurement_that_fails(monkeypatch: pytest
     handle.remove()
     assert same(snapshot(model), before)
     assert not any("forward" in vars(layer.module) for layer in find_layers(model))
+
+
+def test_several_processes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sequential=True measures in one process, and 2 train"):
+        plan_compression(MAMBA2.build(), CompreSSMConfig(**SETTINGS, sequential=True), batches(), processes=TWO)
 
 
 def test_batches_may_come_from_a_generator_and_one_batch_is_refused() -> None:
