@@ -89,7 +89,7 @@ class ForwardBatches(RecentBatches):
         """The batch comes from a call of the model, and goes there again."""
         return (
             f"It is the batch with which {type(self._model).__name__} was called last in the first step, run again in "
-            "evaluation mode and without gradients. If that cannot work, pass batches of model inputs, "
+            "evaluation mode. If that cannot work, pass batches of model inputs, "
             "Compressor(..., calibration=loader), and held_out_loss= for a guard."
         )
 

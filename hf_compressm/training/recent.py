@@ -68,7 +68,7 @@ class TrainerBatches(RecentBatches):
         """The batch comes from `compute_loss`, and goes there again."""
         return (
             f"It is the batch of the first step, run again by {type(self._trainer).__name__}.compute_loss in "
-            "evaluation mode and without gradients. If that cannot work, pass batches of model inputs, "
+            "evaluation mode. If that cannot work, pass batches of model inputs, "
             "CompreSSMCallback(config, calibration=loader), and an eval_dataset for a guard."
         )
 
