@@ -69,8 +69,8 @@ def check_settings(
     for layer in layers:
         name = layer.family.criterion(config.criterion, calibrated, config.realization)
         project = config.compat == "best" and own is not None
-        refits = layer.family.refits_within_training or not training
-        steps = layer.family.refit_steps * refits if config.refit_steps is None else config.refit_steps
+        default = layer.family.refit_steps if layer.family.refits_within_training or not training else 0
+        steps = default if config.refit_steps is None else config.refit_steps
         method = CutMethod(name, config.keep, config.realization, config.sampling_seed, project, steps)
         choices.append(LayerChoice(layer, method, groups[layer.name]))
     methods = [(choice.layer, choice.method) for choice in choices]

@@ -115,9 +115,12 @@ def _within_budget(
 
 
 def _together(offers: Sequence[Offers]) -> Offers:
-    """The sizes that all layers of a group may have, with their bytes and costs added up."""
-    sizes = set.intersection(*(set(each) for each in offers))
-    return {size: (sum(each[size][0] for each in offers), sum(each[size][1] for each in offers)) for size in sizes}
+    """The sizes of a group, with bytes and costs added up; a layer without one of them has the next, or its largest."""
+    found: Offers = {}
+    for size in set().union(*offers):
+        parts = [each[min((own for own in each if own >= size), default=max(each))] for each in offers]
+        found[size] = (sum(weight for weight, _ in parts), sum(cost for _, cost in parts))
+    return found
 
 
 def _offers(choice: LayerChoice, measurement: Measurement, config: CompreSSMConfig) -> Offers:

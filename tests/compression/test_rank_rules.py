@@ -14,6 +14,19 @@ def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": each, "labels": each} for each in drawn]
 
 
+class Chain(torch.nn.Module):
+    """Layers one after the other, in a model without a configuration."""
+
+    def __init__(self, layers: torch.nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = torch.nan_to_num(layer(hidden_states))
+        return hidden_states
+
+
 def share_kept(plan: object) -> float:
     """Bytes of state after a cut over those before it."""
     sizes = [layer.state_bytes for layer in plan.layers]  # type: ignore[attr-defined]
@@ -59,6 +72,19 @@ def test_a_layer_that_cannot_be_measured_keeps_its_states() -> None:
     assert plan.layers[1].status == "skipped"
     assert plan.layers[1].new_state_size == 8
     assert share_kept(plan) <= 0.7
+
+
+def test_layers_of_a_model_of_ones_own_share_a_budget_whatever_size_they_have() -> None:
+    small, large = MAMBA2.build(state_size=4), MAMBA2.build(state_size=8)
+    model = torch.nn.ModuleList([small.backbone.layers[0].mixer, large.backbone.layers[1].mixer])
+    with torch.no_grad():
+        model[1].D.fill_(torch.nan)
+    data = [torch.randn(4, 24, 16)]
+    settings = CompreSSMConfig(budget=0.6, per_layer=False, refit_steps=0)
+    plan = analyze(Chain(model), settings, data)
+    assert [layer.new_state_size for layer in plan.layers] == [4, 8]
+    plan = analyze(Chain(model[:1]), settings, data)
+    assert [layer.new_state_size for layer in plan.layers] == [2]
 
 
 @pytest.mark.parametrize("value", [0, 1, -0.5, "half"])
