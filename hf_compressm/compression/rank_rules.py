@@ -115,7 +115,7 @@ def _within_budget(
 
 
 def _together(offers: Sequence[Offers]) -> Offers:
-    """The sizes of a group, with bytes and costs added up; a layer without one of them has the next, or its largest."""
+    """The sizes of a group, with bytes and costs added up; a layer that lacks one has the next, or its largest."""
     found: Offers = {}
     for size in set().union(*offers):
         parts = [each[min((own for own in each if own >= size), default=max(each))] for each in offers]
