@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_compressm import CompreSSMConfig, compress, plan_compression
 from hf_compressm.families import CutMethod, SSMLayer, collect_statistics, find_layers, running
-from hf_compressm.families.calls import Seen, signals
+from hf_compressm.families.calls import Seen, signals, unrepeated
 from hf_compressm.families.gradients import scored_in
 from hf_compressm.families.running import with_cut
 from hf_compressm.families.watching import watching
@@ -77,10 +77,11 @@ def directly(model: nn.Module, batch: Any, scored: int, forward: Forward = loss_
     with watching(model, recorded):
         loss = forward(model, batch)
     seen: list[Seen] = [call for _, item in recorded for call in item.seen]
+    families: list[Any] = [layer.family for layer, item in recorded for _ in item.seen]
     gradients = torch.autograd.grad(loss, [each.calls[0].output for each in seen])
     found = []
-    for each, gradient in zip(seen, gradients, strict=True):
-        (call,) = each.calls
+    for each, family, gradient in zip(seen, families, gradients, strict=True):
+        (call,) = (unrepeated(call, family.layout.groups_of(each.module)) for call in each.calls)
         call.gain = gradient.abs()
         signal = signals(call, each.mask)
         h = torch.cat([chunk.clone() for chunk in signal.states]).double()  # (length, batch, groups, channels, N)
