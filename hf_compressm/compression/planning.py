@@ -21,6 +21,7 @@ from hf_compressm.families import Measurement, refuse_single_batch
 from hf_compressm.families.gradients import loss_of
 from hf_compressm.families.refit import tried
 from hf_compressm.families.standing_in import standing_in
+from hf_compressm.scans.stock import fast_scans
 from hf_compressm.surgery.lora import follow
 from hf_compressm.utils.modes import outside_inference
 from hf_compressm.utils.processes import ALONE, Processes, checksum
@@ -87,7 +88,8 @@ def plan_sizes(
 ) -> CompressionPlan:
     """Every new tensor of measured layers that are cut to these sizes."""
     parts = zip(choices, measurements, sizes, strict=True)
-    return _plan(choices, for_each(lambda each: _plan_layer(*each, config), parts))
+    with fast_scans():  # a fit runs a layer many times
+        return _plan(choices, for_each(lambda each: _plan_layer(*each, config), parts))
 
 
 def _plan(choices: Sequence[LayerChoice], plans: Sequence[LayerPlan]) -> CompressionPlan:
@@ -108,7 +110,8 @@ def _one_after_another(
         for choice, measurement, size in zip(choices, measurements, sizes, strict=True):
             if choice.needs_data and size < choice.layer.state_size and plans:
                 (measurement,) = judged([choice], measured_again(model, [choice], request), request.config)
-            plans.append(_plan_layer(choice, measurement, size, request.config))
+            with fast_scans():
+                plans.append(_plan_layer(choice, measurement, size, request.config))
             if plans[-1].cut is not None:
                 cut_before.enter_context(standing_in(choice.layer, plans[-1].cut))
     return plans

@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -82,6 +84,20 @@ def disable_fast_selective_scan() -> bool:
                     logger.warning(f"{name}.{attribute} was replaced by other code in the meantime; it is left alone.")
             del _PATCHES[name]
     return False
+
+
+@contextmanager
+def fast_scans() -> Iterator[None]:
+    """Run the fast scans meanwhile; where they were enabled before, they stay so."""
+    with _LOCK:
+        were_enabled = bool(_PATCHES)
+        if not were_enabled:
+            enable_fast_selective_scan()
+    try:
+        yield
+    finally:
+        if not were_enabled:
+            disable_fast_selective_scan()
 
 
 _SELECTIVE = Job(

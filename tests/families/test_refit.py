@@ -1,7 +1,6 @@
 """Mamba-2 layers that are fitted after a cut: nearer to what they were, in their class, with the moments they had."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.models.mamba2 import modeling_mamba2
 
-from hf_compressm import CompreSSMConfig, analyze, compress, enable_fast_selective_scan
+from hf_compressm import CompreSSMConfig, analyze, compress
 from hf_compressm.families import CutMethod, Mamba2Family, collect_statistics, find_layers
 from hf_compressm.families.running import measured_error
 from hf_compressm.numerics.interpolation import pivoted_selection
-from hf_compressm.scans import disable_fast_selective_scan
+from hf_compressm.scans import dispatchers
 from tests.family_table import BAMBA, MAMBA2, Family, family_id, outputs, ssm_layers, token_batch
 
 
@@ -23,14 +23,6 @@ STEPS = 25
 SHOWN = {"mamba2": 1.0, "bamba": 0.05}
 DATA = [token_batch(32, 16, seed=3)]
 OTHERS = {"A_log", "D", "dt_bias", "norm.weight", "out_proj.weight"}
-
-
-@pytest.fixture(autouse=True)
-def fast() -> Iterator[None]:
-    """The fast scan: a fit runs a layer many times."""
-    enable_fast_selective_scan()
-    yield
-    disable_fast_selective_scan()
 
 
 def plain(family: Family, **kwargs: Any) -> Any:
@@ -132,3 +124,15 @@ def test_states_are_kept_from_which_the_others_can_be_read() -> None:
         assert torch.equal(order, pivoted_selection(P, Q)[0])
     unfitted = layer.family.measure(layer, CutMethod("empirical"), seen).detail.orders
     assert not torch.equal(orders, unfitted)
+
+
+def test_a_fit_runs_on_the_fast_scan_and_leaves_the_stock_one_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls, scan = MAMBA2.build(), [], dispatchers.ssd_scan
+    monkeypatch.setattr(dispatchers, "ssd_scan", lambda *args, **kwargs: calls.append(None) or scan(*args, **kwargs))
+    stock_scan = modeling_mamba2.mamba2_chunk_scan
+    plan_of(model, refit_steps=3)
+    assert len(calls) > 2 * 3  # two layers
+    assert modeling_mamba2.mamba2_chunk_scan is stock_scan
+    seen = len(calls)
+    outputs(model, token_batch())
+    assert len(calls) == seen
