@@ -159,9 +159,11 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int, config
     if measurement.problem or size >= layer.state_size:
         return plan
     try:
-        cut = follow(layer, layer.family.cut(layer, method, measurement, size))
+        cut = follow(layer, layer.family.cut(layer, replace(method, refit_steps=0), measurement, size))
         if measurement.examples:
-            cut = tried(layer, cut, measurement.examples, method.refit_steps)
+            other = method.refit_steps and layer.family.fits_other_states
+            start = follow(layer, layer.family.cut(layer, method, measurement, size)) if other else None
+            cut = tried(layer, cut, measurement.examples, method.refit_steps, start)
     except (ValueError, torch.linalg.LinAlgError) as error:
         logger.warning(f"{layer.name} is not cut: {error}")
         return replace(plan, status="skipped", reason=str(error))

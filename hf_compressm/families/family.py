@@ -322,6 +322,11 @@ class Family(ABC):
         return 0
 
     @property
+    def fits_other_states(self) -> bool:
+        """Whether a cut that is fitted afterwards keeps other states than one that is not."""
+        return False
+
+    @property
     def refits_within_training(self) -> bool:
         """Whether that is also done where the model is trained on after the cut, which mends it anyway."""
         return True

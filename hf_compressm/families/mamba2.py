@@ -53,8 +53,8 @@ class Mamba2Family(SelectiveFamily):
     beside: str = "in_proj"
 
     @property
-    def pivots_for_fit(self) -> bool:
-        """Without a fit these states are the worst choice, with it the best: see `compare_mamba2.py`."""
+    def fits_other_states(self) -> bool:
+        """Those out of which the others can be read best: the worst choice without a fit, and the best one with it."""
         return True
 
     @property

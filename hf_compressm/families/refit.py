@@ -41,17 +41,20 @@ class Lesson:
     wanted: Tensor
 
 
-def tried(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example], steps: int) -> LayerCut:
+def tried(
+    layer: SSMLayer, cut: LayerCut, examples: Sequence[Example], steps: int, start: LayerCut | None = None
+) -> LayerCut:
     """A cut with its error as it is measured by running the layer, and refitted if that makes it smaller.
 
     Args:
         layer: the layer; it does not change.
-        cut: what the cut writes.
+        cut: what the cut writes without a fit.
         examples: inputs of the layer.
         steps: of the fit; 0 for none.
+        start: the cut that is fitted, if it is another one.
     """
     error, change = measured(layer, cut, examples)
-    fitted = _refitted(layer, cut, examples, steps) if steps else None
+    fitted = _refitted(layer, cut, start or cut, examples, steps) if steps else None
     if fitted is not None:
         cut, error = fitted
         _, change = measured(layer, cut, examples)
@@ -59,22 +62,22 @@ def tried(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example], steps: in
 
 
 def _refitted(
-    layer: SSMLayer, cut: LayerCut, examples: Sequence[Example], steps: int
+    layer: SSMLayer, cut: LayerCut, start: LayerCut, examples: Sequence[Example], steps: int
 ) -> tuple[LayerCut, float] | None:
-    """A cut with fitted values, and its error on what was held out; None if the fit is no better there."""
+    """`start` with fitted values, and its error on what was held out; None if `cut` is as good there."""
     taught, asked = _lessons(layer.module, examples)
+    before = _error(_in_float32(with_cut(layer, cut).module), asked)
     for rate in layer.family.refit_rates:
-        trial = with_cut(layer, cut)
+        trial = with_cut(layer, start)
         module = _in_float32(trial.module)
         own = {id(parameter): parameter for parameter in module.parameters()}
         free = {own[id(tensor)]: pace for tensor, pace in layer.family.fitted(module) if id(tensor) in own}
         if not free:
             return None
-        before = _error(module, asked)
         fit(module, free, taught, steps, rate)
         after = _error(module, asked)
         if after < before:  # false for NaN
-            return _with_values(layer, cut, trial, free), after
+            return _with_values(layer, start, trial, free), after
     return None
 
 

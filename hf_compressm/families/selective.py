@@ -49,6 +49,7 @@ class Selection:
     Q: Tensor  # (groups, N, N); ones in that case
     reads_out: bool  # whether the dropped states are read out of the kept ones
     samples: Mapping[str, Tensor] = field(default_factory=dict)  # B and C, (tokens, groups, N)
+    for_fit: Tensor | None = None  # orders for a cut that is fitted afterwards, if these are others
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,6 @@ class SelectiveFamily(Family):
     def reads_out(self) -> bool:
         """Whether a linear map of the read-out can be folded into the layer's parameters."""
         return self.layout.folds
-
-    @property
-    def pivots_for_fit(self) -> bool:
-        """Whether a cut that is fitted afterwards keeps the states out of which the others could be read best."""
-        return False
 
     @property
     def normalizes(self) -> bool:
@@ -196,17 +192,18 @@ class SelectiveFamily(Family):
             P = statistics.mean("M")
             Q = torch.ones_like(P)  # `tr(Q P)` over the dropped states is what they cost together
             ranked = [interpolation.elimination_order(M) for M in P]
-        selected = ranked
-        if self.pivots_for_fit and method.refit_steps and not self.reads_out:
-            pairs = zip(statistics.mean("P"), statistics.mean("Q"), strict=True)
-            selected = [interpolation.pivoted_selection(*pair) for pair in pairs]
         energies = torch.einsum("gij,gji->g", P, Q)
         losses = torch.stack([errors.square() for _, errors in ranked]) * energies[:, None]
-        orders = torch.stack([order[kept_order(order.numel(), method, layer)] for order, _ in selected])
+        ways = kept_order(ranked[0][0].numel(), method, layer)
+        orders = torch.stack([order[ways] for order, _ in ranked])
         errors = interpolation.relative_errors(losses.sum(dim=0))
         samples = {name: torch.cat(parts) for name, parts in statistics.samples.items()}
         scores = P.diagonal(dim1=1, dim2=2) * Q.diagonal(dim1=1, dim2=2)
-        selection = Selection(orders, P, Q, self.reads_out, samples)
+        for_fit = None
+        if self.fits_other_states and method.refit_steps:
+            pairs = zip(statistics.mean("P"), statistics.mean("Q"), strict=True)
+            for_fit = torch.stack([interpolation.pivoted_selection(*pair)[0][ways] for pair in pairs])
+        selection = Selection(orders, P, Q, self.reads_out, samples, for_fit)
         energy = float(energies.sum()) / 2 if method.criterion == "fisher" else 1.0
         examples = tuple(statistics.examples)
         return Measurement(sigma, errors, detail=selection, scores=scores, examples=examples, energy=energy)
@@ -225,7 +222,8 @@ class SelectiveFamily(Family):
     def cut(self, layer: SSMLayer, method: CutMethod, measurement: Measurement, size: int) -> LayerCut:
         """Keep `size` states of every group, and read the dropped ones out of them if that can be folded."""
         selection: Selection = measurement.detail
-        kept = selection.orders[:, :size].sort(dim=-1).values
+        orders = selection.orders if selection.for_fit is None or not method.refit_steps else selection.for_fit
+        kept = orders[:, :size].sort(dim=-1).values
         R = _read_out(selection, kept)
         error = selection_error(selection.P, selection.Q, kept, R)
         mismatch = self.mismatch(layer, kept, R, selection)

@@ -1,6 +1,7 @@
 """Mamba-2 layers that are fitted after a cut: nearer to what they were, in their class, with the moments they had."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from hf_compressm import CompreSSMConfig, analyze, compress
 from hf_compressm.families import CutMethod, Mamba2Family, collect_statistics, find_layers
+from hf_compressm.families.refit import tried
 from hf_compressm.families.running import measured_error
 from hf_compressm.numerics.interpolation import pivoted_selection
 from hf_compressm.scans import dispatchers
@@ -119,11 +121,25 @@ def test_states_are_kept_from_which_the_others_can_be_read() -> None:
     assert isinstance(layer.family, Mamba2Family)
     method = CutMethod("empirical", refit_steps=1)
     (seen,) = collect_statistics(model, [layer], [method], DATA)
-    orders = layer.family.measure(layer, method, seen).detail.orders
+    orders = layer.family.measure(layer, method, seen).detail.for_fit
     for order, P, Q in zip(orders, seen.mean("P"), seen.mean("Q"), strict=True):
         assert torch.equal(order, pivoted_selection(P, Q)[0])
-    unfitted = layer.family.measure(layer, CutMethod("empirical"), seen).detail.orders
-    assert not torch.equal(orders, unfitted)
+    unfitted = layer.family.measure(layer, CutMethod("empirical"), seen).detail
+    assert unfitted.for_fit is None
+    assert not torch.equal(orders, unfitted.orders)
+
+
+def test_a_fit_that_gains_nothing_leaves_the_cut_that_is_best_without_one() -> None:
+    model = plain(MAMBA2)
+    without, (layer, *_) = plan_of(model, refit_steps=0).layers[0], find_layers(model)
+    (seen,) = collect_statistics(model, [layer], [CutMethod("empirical", refit_steps=1)], DATA)
+    measurement = layer.family.measure(layer, CutMethod("empirical", refit_steps=1), seen)
+    start = layer.family.cut(layer, CutMethod("empirical", refit_steps=1), measurement, 6)
+    values = [change.value for change in without.cut.changes]
+    assert not all(torch.equal(one.value, other) for one, other in zip(start.changes, values, strict=True))
+    nothing = [replace(change, value=torch.full_like(change.value, torch.nan)) for change in start.changes]
+    kept = tried(layer, without.cut, seen.examples, 2, replace(start, changes=tuple(nothing)))
+    assert all(torch.equal(one.value, other) for one, other in zip(kept.changes, values, strict=True))
 
 
 def test_a_fit_runs_on_the_fast_scan_and_leaves_the_stock_one_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
