@@ -16,7 +16,7 @@ from hf_compressm.families import CutMethod, Mamba2Family, collect_statistics, f
 from hf_compressm.families.refit import tried
 from hf_compressm.families.running import measured_error
 from hf_compressm.numerics.interpolation import pivoted_selection
-from hf_compressm.scans import dispatchers
+from hf_compressm.scans import disable_fast_selective_scan, dispatchers
 from tests.family_table import BAMBA, MAMBA2, Family, family_id, outputs, ssm_layers, token_batch
 
 
@@ -143,6 +143,7 @@ def test_a_fit_that_gains_nothing_leaves_the_cut_that_is_best_without_one() -> N
 
 
 def test_a_fit_runs_on_the_fast_scan_and_leaves_the_stock_one_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    disable_fast_selective_scan()
     model, calls, scan = MAMBA2.build(), [], dispatchers.ssd_scan
     monkeypatch.setattr(dispatchers, "ssd_scan", lambda *args, **kwargs: calls.append(None) or scan(*args, **kwargs))
     stock_scan = modeling_mamba2.mamba2_chunk_scan

@@ -81,6 +81,6 @@ def _ordered(
             measured = super().measure(layer, method, statistics)
             if measured.problem:
                 return measured
-            return replace(measured, detail=replace(measured.detail, orders=order(layer, measured)))
+            return replace(measured, detail=replace(measured.detail, orders=order(layer, measured), for_fit=None))
 
     return Ordered
