@@ -104,7 +104,7 @@ def judged(
     Raises:
         ValueError: for NaN or Inf under `on_nonfinite="raise"`.
     """
-    if config.rank_rule in ("tolerance", "max_error"):
+    if config.rank_rule in ("tolerance", "max_error", "budget"):
         measurements = [replace(one, problem=one.problem or one.shortage) for one in measurements]
     for choice, measurement in zip(choices, measurements, strict=True):
         layer = choice.layer

@@ -87,6 +87,12 @@ def test_layers_of_a_model_of_ones_own_share_a_budget_whatever_size_they_have() 
     assert [layer.new_state_size for layer in plan.layers] == [2]
 
 
+def test_too_few_tokens_share_out_nothing() -> None:
+    plan = analyze(uneven(MAMBA2), CompreSSMConfig(budget=0.5, refit_steps=0), [token_batch(1, 3)])
+    assert not plan.changes
+    assert all("cannot rank 8 states" in layer.reason for layer in plan.layers)
+
+
 @pytest.mark.parametrize("value", [0, 1, -0.5, "half"])
 def test_a_budget_is_a_share(value: object) -> None:
     with pytest.raises(ValueError, match=r"budget.*share of the bytes"):
