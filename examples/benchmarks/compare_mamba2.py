@@ -13,7 +13,6 @@ falls to 0 over the 1,000. Every row is written once it is done, and passed over
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -33,13 +32,10 @@ from layer_errors import outputs_of_layers, relative_errors
 from mamba2_tables import predictions, tables
 from plots import draw_loss_changes
 from rows import Results, key_of
-from single_cuts import Bench, Row, run_rows
+from single_cuts import Bench, Row, command, run_rows
 from small_models import hybrid, mamba2
 from small_training import Task, Training, recall, text
 from state_arms import ARMS, CALIBRATION_BATCHES
-from transformers.utils import logging
-
-from hf_compressm import enable_fast_selective_scan
 
 
 ERROR_BATCHES = 4
@@ -191,20 +187,7 @@ def run(args: argparse.Namespace, output: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = ("text", "recall", "hybrid")
-    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, help="hybrid: Bamba, on text")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", help="names or keys of rows, with * and ?")
-    parser.add_argument("--train_file", help="text file; Python's standard library without it")
-    parser.add_argument("--output", type=Path, help="folder of results.jsonl; a run that was interrupted goes on")
-    parser.add_argument("--models", type=Path, help="folder of the trained models; by default in that of the results")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that all of it runs")
-    args = parser.parse_args(arguments)
-    enable_fast_selective_scan()
-    logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as temporary:
-        run(args, args.output or Path(temporary if args.smoke else "runs/compare_mamba2"))
+    command(__doc__, ("text", "recall", "hybrid"), run, "runs/compare_mamba2", arguments)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ after as many steps as the uncut model. Every row is written once it is done, an
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,12 +28,9 @@ from delta_arms import ARMS, CALIBRATION_BATCHES
 from delta_tables import tables
 from layer_errors import outputs_of_layers, relative_errors
 from rows import Results, key_of
-from single_cuts import Bench, Row, run_rows
+from single_cuts import Bench, Row, command, run_rows
 from small_models import delta_net
 from small_training import Training, recall, text
-from transformers.utils import logging
-
-from hf_compressm import enable_fast_selective_scan
 
 
 @dataclass(frozen=True)
@@ -151,19 +147,7 @@ def run(args: argparse.Namespace, output: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=("text", "recall"), default=["text", "recall"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", help="names or keys of rows, with * and ?")
-    parser.add_argument("--train_file", help="text file; Python's standard library without it")
-    parser.add_argument("--output", type=Path, help="folder of results.jsonl; a run that was interrupted goes on")
-    parser.add_argument("--models", type=Path, help="folder of the trained models; by default in that of the results")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that all of it runs")
-    args = parser.parse_args(arguments)
-    enable_fast_selective_scan()
-    logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as temporary:
-        run(args, args.output or Path(temporary if args.smoke else "runs/compare_matrix"))
+    command(__doc__, ("text", "recall"), run, "runs/compare_matrix", arguments)
 
 
 if __name__ == "__main__":

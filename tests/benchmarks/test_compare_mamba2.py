@@ -1,6 +1,5 @@
 """The benchmark of Mamba-2 and its rivals: rows resume, every rival's order is right where the answer is known."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from hf_compressm.families import find_layers
 from hf_compressm.families.recurrences import replaced
-from hf_compressm.scans import disable_fast_selective_scan, ssd_states
+from hf_compressm.scans import ssd_states
 
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 STATES = 6
 STEP = 0.01
 """Of finite differences, with errors of its square."""
@@ -22,15 +20,6 @@ LOUDER = 10
 ROUNDING = 1e-5
 """Of such differences of a float32 loss."""
 SCORES = ("magnitude", "taylor_of_weights", "taylor_of_masks", "activations")
-
-
-@pytest.fixture
-def part(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of the benchmark as its script does."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.syspath_prepend(str(FOLDER / "comparison"))
-    yield importlib.import_module
-    disable_fast_selective_scan()
 
 
 @pytest.fixture(params=["mamba2", "hybrid"])

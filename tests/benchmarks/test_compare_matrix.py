@@ -1,6 +1,5 @@
 """The benchmark of matrix-valued states: rows resume, comparators keep what they say, errors are of the layers."""
 
-import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,21 +8,10 @@ import pytest
 import torch
 
 from hf_compressm.families import find_layers
-from hf_compressm.scans import disable_fast_selective_scan
 
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 ROUNDING = 1e-5
 """Relative, of float32 figures."""
-
-
-@pytest.fixture
-def part(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of the benchmark as its script does."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.syspath_prepend(str(FOLDER / "comparison"))
-    yield importlib.import_module
-    disable_fast_selective_scan()
 
 
 @pytest.fixture

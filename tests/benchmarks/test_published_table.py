@@ -1,6 +1,5 @@
 """The published table, on small models of a Hub on this machine: its rows, and how it goes on after a stop."""
 
-import importlib
 import json
 import math
 from collections.abc import Iterator
@@ -14,13 +13,11 @@ from transformers import PreTrainedTokenizerFast, Trainer
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.families import find_layers
-from hf_compressm.scans import disable_fast_selective_scan
 from tests import tools
 from tests.family_table import BAMBA, MAMBA2, Family
 from tests.hub_server import point_client_at, serving
 
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 MODEL, HYBRID = "me/mamba2-130m-hf", "me/hybrid"
 STATES = 8
 END = "<end>"
@@ -28,15 +25,6 @@ LINES = [f"{n} apples and {n + 1} pears make {2 * n + 1} pieces of fruit.\n" for
 SHORT = ["--length", "16", "--samples", "3", "--batch_size", "2", "--test_batch", "4", "--warmup_steps", "1"]
 ROUNDING = 1e-5
 """Relative, of float32 figures."""
-
-
-@pytest.fixture
-def part(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports a module of the benchmark as its script does."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.syspath_prepend(str(FOLDER / "comparison"))
-    yield importlib.import_module
-    disable_fast_selective_scan()
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Rows of a benchmark of single cuts: each is run once, written once it is done, and passed over by the next call."""
 
+import argparse
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +13,9 @@ from cut_arms import Arm, lacking
 from measuring import machine
 from rows import Results, chosen
 from small_training import OPTIMIZER_FILE, Task, Training
+from transformers.utils import logging
+
+from hf_compressm import enable_fast_selective_scan
 
 
 @dataclass(frozen=True)
@@ -97,3 +102,34 @@ def run_rows(
             results.add(values | {"seconds": time.perf_counter() - start, "machine": machine()})
             print(f"{row.key}: {values}", flush=True)
     return list(results.read().values())
+
+
+def command(
+    text: str | None,
+    tasks: Sequence[str],
+    run: Callable[[argparse.Namespace, Path], None],
+    folder: str,
+    arguments: list[str] | None = None,
+) -> None:
+    """Read a benchmark's command line, and run it.
+
+    Args:
+        text: what it does.
+        tasks: that can be chosen, all by default.
+        run: does it, with the options and the folder of the results.
+        folder: of the results, unless the options name one.
+        arguments: instead of those of the process.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="names or keys of rows, with * and ?")
+    parser.add_argument("--train_file", help="text file; Python's standard library without it")
+    parser.add_argument("--output", type=Path, help="folder of results.jsonl; a run that was interrupted goes on")
+    parser.add_argument("--models", type=Path, help="folder of the trained models; by default in that of the results")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that all of it runs")
+    args = parser.parse_args(arguments)
+    enable_fast_selective_scan()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as temporary:
+        run(args, args.output or Path(temporary if args.smoke else folder))
