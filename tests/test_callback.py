@@ -138,6 +138,11 @@ def test_a_gate_that_blocks_everything_leaves_the_run_bit_equal(
     assert "A larger tolerance would cut more" in warnings_seen[0]
 
 
+def test_a_smaller_budget_is_what_cuts_more(tmp_path: Path, warnings_seen: list[str]) -> None:
+    trainer_of(S5_CLASSIFIER, tmp_path, {"budget": 0.9, "min_state_size": 8, "end": 4, "num_cuts": 1}).train()
+    assert "A smaller budget would cut more" in warnings_seen[-1]
+
+
 def test_an_unstable_layer_is_left_alone_and_the_way_out_is_named(tmp_path: Path, warnings_seen: list[str]) -> None:
     trainer = trainer_of(S5_CLASSIFIER, tmp_path, HALVE)
     for module in ssm_layers(trainer.model).values():

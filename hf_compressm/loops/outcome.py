@@ -31,7 +31,8 @@ def tell_outcome(
         reasons = {f"{layer.name}: {layer.reason}" for layer in layers}
         rule = config.rank_rule
         sizes = " or smaller sizes" if config.sizes else ""
-        more = f" A {'smaller' if rule == 'target_state_size' else 'larger'} {rule}{sizes} would cut more."
+        way = "smaller" if rule in ("target_state_size", "budget") else "larger"
+        more = f" A {way} {rule}{sizes} would cut more."
         undone = sum(event.outcome == "undone" for event in tried)
         logger.warning(
             f"CompreSSM tried {len(tried)} cut(s) and none shrank a layer; {undone} were undone by the guard "
