@@ -19,25 +19,15 @@ succeeds.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import logging
 import math
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .operators import Recurrence, like, register, zeros_if_missing
 from .transforms import is_transformed
-
-
-logger = logging.getLogger(__name__)
-
-KERNEL_DEVICES = frozenset({"cuda"})  # device types on which Triton is tried; ROCm has this name too
-TRIAL_ROUND_OFF = 1000  # units in the last place of the largest entry: 20 steps leave a few, a mistake leaves millions
+from .trials import Trial, working_kernel
 
 
 def boundary_scan(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
@@ -54,41 +44,52 @@ def boundary_scan(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tenso
         States, complex, (batch, chunks + 1, N).
     """
     if not is_transformed():
-        return _BoundaryScan.apply(decay, inputs, initial_state)
+        return _recurrence(decay, inputs, initial_state)
     states = [initial_state]
     for added in inputs.unbind(1):
         states.append(decay * states[-1] + added)
     return torch.stack(states, dim=1)
 
 
+@torch.compiler.assume_constant_result
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `boundary_scan` runs in one launch on a device, in a complex dtype, here; the first call tries it."""
-    return not is_transformed() and _find_kernel(device, dtype) is not None
+    return not is_transformed() and working_kernel(TRIAL, device, dtype) is not None
 
 
-class _BoundaryScan(torch.autograd.Function):
-    """The recurrence with its own backward: by the kernel if it works, otherwise by the loop."""
+def _run(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
+    """`boundary_scan` by the kernel if it works, otherwise by the loop."""
+    kernel = _kernel_for(inputs)
+    run = boundary_states if kernel is None else kernel.boundary_states
+    return run(decay, inputs, initial_state)
 
-    @staticmethod
-    def forward(ctx: Any, decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
-        """Decay (N,), inputs (batch, chunks, N), initial state (batch, N) -> (batch, chunks + 1, N), all complex."""
-        # The loop takes one operation for one chunk and none for an empty tensor: a kernel saves nothing.
-        is_long = inputs.shape[1] > 1 and inputs.numel() > 0
-        kernel = _find_kernel(inputs.device, inputs.dtype) if is_long else None
-        run = boundary_states if kernel is None else kernel.boundary_states
-        states = run(decay, inputs, initial_state)
-        ctx.kernel = kernel
-        ctx.save_for_backward(decay, states)
-        return states
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of decay, inputs and initial state, by the implementation that ran forward."""
-        run = boundary_adjoint if ctx.kernel is None else ctx.kernel.boundary_adjoint
-        decay, states = ctx.saved_tensors
-        adjoint, grad_decay = run(decay, states, grad_states)
-        return grad_decay, adjoint[:, 1:], adjoint[:, 0]
+def _run_back(grad_states: Tensor | None, decay: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of decay, inputs and initial state."""
+    kernel = _kernel_for(states[:, 1:])
+    run = boundary_adjoint if kernel is None else kernel.boundary_adjoint
+    adjoint, grad_decay = run(decay, states, zeros_if_missing(grad_states, states, states.shape))
+    of_inputs, of_initial_state = (
+        part.clone(memory_format=torch.contiguous_format) for part in (adjoint[:, 1:], adjoint[:, 0])
+    )
+    return grad_decay, of_inputs, of_initial_state
+
+
+def _kernel_for(inputs: Tensor) -> ModuleType | None:
+    """The kernels, if they work and save something: the loop takes one operation for a chunk, and none if it is empty."""
+    is_long = inputs.shape[1] > 1 and inputs.numel() > 0
+    return working_kernel(TRIAL, inputs.device, inputs.dtype) if is_long else None
+
+
+def _run_shapes(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
+    """The output of `_run`, not filled."""
+    batch, chunks, state_size = inputs.shape
+    return inputs.new_empty((batch, chunks + 1, state_size))
+
+
+def _run_back_shapes(grad_states: Tensor | None, decay: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs of `_run_back`, not filled."""
+    return like(decay, states[:, 1:], states[:, 0])
 
 
 def boundary_states(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
@@ -115,33 +116,10 @@ def boundary_adjoint(decay: Tensor, states: Tensor, grad_states: Tensor) -> tupl
     return adjoint, (states[:, :-1].conj() * adjoint[:, 1:]).sum(dim=(0, 1))
 
 
-@functools.cache
-def _find_kernel(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """The module of kernels if it gives the loop's results on a device; None, with one warning, if it fails there."""
-    try:
-        if device.type not in KERNEL_DEVICES or importlib.util.find_spec("triton") is None:
-            return None
-        kernel = importlib.import_module(f"{__package__}.boundary_triton")
-        error = _largest_error(kernel, device, dtype)
-    except Exception as exception:  # no C compiler, a GPU too old, a driver that does not fit: each raises its own
-        reason = f"{type(exception).__name__}: {exception}"
-    else:
-        if error <= TRIAL_ROUND_OFF:  # in this form a NaN fails
-            return kernel
-        reason = f"its results are off by {error:.0f} units in the last place"
-    logger.warning(
-        f"The Triton kernel of diagonal scans (S5 and LRU layers) does not work on {device} in {dtype}. A slower loop "
-        f"with the same results runs in its place. The reason: {reason}"
-    )
-    return None
+def _trial_results(kernel: ModuleType | None, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """States, adjoint and gradient of decay of a small problem, by a kernel or by the loop.
 
-
-@torch.no_grad()
-def _largest_error(kernel: ModuleType, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest error of the kernel, forward and backward, in units in the last place of the largest entry.
-
-    The trial has 2 sequences of 18 chunks, not a whole number of tiles, and 2 blocks of states, one of them almost
-    empty. Nothing is random: a trial must not change what a user's seed gives.
+    It has 2 sequences of 18 chunks, not a whole number of tiles, and 2 blocks of states, one of them almost empty.
     """
     batch, chunks, state_size = 2, 18, 33
     real = dtype.to_real()
@@ -154,11 +132,24 @@ def _largest_error(kernel: ModuleType, device: torch.device, dtype: torch.dtype)
     inputs, initial_state, grad_states = (
         wave(*shape) for shape in ((batch, chunks, state_size), (batch, state_size), (batch, chunks + 1, state_size))
     )
-    states = boundary_states(decay, inputs, initial_state)
-    expected = states, *boundary_adjoint(decay, states, grad_states)
-    actual = (
-        kernel.boundary_states(decay, inputs, initial_state),
-        *kernel.boundary_adjoint(decay, states, grad_states),
-    )
-    errors = [((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected, strict=True)]
-    return max(errors, key=lambda error: (math.isnan(error), error)) / torch.finfo(real).eps
+    run, run_back = (boundary_states, boundary_adjoint)
+    if kernel is not None:
+        run, run_back = kernel.boundary_states, kernel.boundary_adjoint
+    states = run(decay, inputs, initial_state)
+    return [states, *run_back(decay, states, grad_states)]
+
+
+TRIAL = Trial("boundary_triton", "diagonal scans (S5 and LRU layers)", _trial_results)
+
+_recurrence = register(
+    "diagonal_recurrence",
+    Recurrence(
+        _run,
+        _run_back,
+        shapes=_run_shapes,
+        backward_shapes=_run_back_shapes,
+        tensors=3,
+        results=1,
+        saved=lambda inputs, results, kept: (inputs[0], *results),
+    ),
+)

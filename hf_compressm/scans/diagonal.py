@@ -43,7 +43,6 @@ class _ChunkMatrices(NamedTuple):
     powers: Tensor  # (T + 1, N) complex, lambda^0 ... lambda^T
 
 
-@torch.compiler.disable(reason="matrix products in complex arithmetic, which torch.compile cannot improve")
 def diagonal_scan(
     u: Tensor,
     eigenvalues: Tensor,
@@ -266,14 +265,13 @@ def _to_common_dtype(
     u: Tensor, eigenvalues: Tensor, B: Tensor, C: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The arguments in one precision, at least float32; zeros for a missing initial state, B for a missing C."""
-    complex_dtype = torch.complex64
-    for tensor in (u, eigenvalues, B, C, initial_state):
-        if tensor is not None and tensor.dtype in (torch.float64, torch.complex128):
-            complex_dtype = torch.complex128
+    given = [tensor for tensor in (u, eigenvalues, B, C, initial_state) if tensor is not None]
+    is_double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in given)
+    dtype, complex_dtype = (torch.float64, torch.complex128) if is_double else (torch.float32, torch.complex64)
     if initial_state is None:
         initial_state = torch.zeros(u.shape[0], eigenvalues.shape[0], dtype=complex_dtype, device=u.device)
     return (
-        u.to(complex_dtype.to_real()),
+        u.to(dtype),
         eigenvalues.to(complex_dtype),
         B.to(complex_dtype),
         B if C is None else C.to(complex_dtype),

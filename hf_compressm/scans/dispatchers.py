@@ -57,7 +57,7 @@ def scan_dispatcher(
         is_packed = kwargs.get("seq_idx") is not None
         if hidden_states.device.type in kernel_devices or kernels.is_kernelized(stock):
             function = stock
-        elif is_packed and keeps_apart and not _is_traced():
+        elif is_packed and keeps_apart and not _records_stock(can_be_exported):
             pass
         elif is_packed or kwargs.get("cu_seqlens") is not None:
             function = stock  # these packed sequences need a kernel: the stock code says so
@@ -65,7 +65,7 @@ def scan_dispatcher(
             function = plain
         elif kwargs.get("use_mambapy") and is_mambapy_available():
             function = plain
-        elif _is_traced() and not (can_be_exported and torch.compiler.is_exporting()):
+        elif _records_stock(can_be_exported):
             function = plain
         return function(hidden_states, *args, **kwargs)
 
@@ -199,6 +199,11 @@ def fast_delta_scan(
         query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel, None, seq_idx
     )
     return out, None if state is None else state.float()
+
+
+def _records_stock(can_be_exported: bool) -> bool:
+    """Whether a program is recorded that must have operators of torch alone, which the fast scan has not."""
+    return torch.jit.is_tracing() or (torch.compiler.is_exporting() and not can_be_exported)
 
 
 def _is_traced() -> bool:

@@ -17,85 +17,20 @@ Glossary (A in continuous time, discretised by delta):
 | decay     | exp(delta_t A)                                                              | (batch, channels, N)     |
 | adjoint   | derivative of the loss with respect to h_t                                  | (batch, channels, N)     |
 
-The fast scan works on time-major buffers, keeps one state per chunk of a few steps, and computes the states of a chunk
-again in the backward pass: memory O(length / chunk * batch * channels * N).
+The fast scan is in `selective_chunks.py`: it keeps one state per chunk of a few steps.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .selective_chunks import CHUNK_SIZE, chunk_buffers, chunked_recurrence, chunks, fill_chunk
 from .transforms import is_transformed
 from .vectors import by_channel, expected_shape, groups, is_constant
-
-
-CHUNK_SIZE = 16  # steps between two stored states
-BLOCK_ENTRIES = 65536  # state entries worked on at once: enough to hide the cost of a call, few enough for the cache
-LOG2_E = math.log2(math.e)
-
-
-class _SelectiveScan(torch.autograd.Function):
-    """The bare recurrence on time-major contiguous tensors, with checkpoints and its own backward.
-
-    States are (N, channels) inside, so that the innermost loops run over channels. The batch is processed in blocks
-    of a few sequences, which fit into the cache.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-        """Delta, drive (length, batch, channels), A (N, channels), B, C (length, batch, N) -> y and the last state."""
-        length, batch, _ = delta.shape
-        y = torch.empty_like(delta)
-        last_state = delta.new_empty(batch, *A.shape)
-        checkpoints = delta.new_empty(-(-length // CHUNK_SIZE), batch, *A.shape)
-        for block in _blocks(batch, A):
-            decay, states = _chunk_buffers(delta[:, block], A)
-            states[0].zero_()
-            for index, chunk in enumerate(_chunks(length)):
-                checkpoints[index, block] = states[0]
-                count = chunk.stop - chunk.start
-                a, h = decay[:count], states[: count + 1]
-                _fill_chunk(a, h, delta[chunk, block], drive[chunk, block], A, B[chunk, block])
-                y[chunk, block] = torch.matmul(C[chunk, block, None, :], h[1:]).squeeze(-2)
-                states[0] = h[-1]
-            last_state[block] = states[0]
-        ctx.save_for_backward(delta, drive, A, B, C, checkpoints)
-        return y, last_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Go from the last chunk to the first: states again, then the adjoint, then the gradients of its inputs."""
-        delta, drive, A, B, C, checkpoints = ctx.saved_tensors
-        length, batch, _ = delta.shape
-        grad_y = grad_y.contiguous()
-        grad_delta, grad_drive = torch.empty_like(delta), torch.empty_like(drive)
-        grad_A, grad_B, grad_C = torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C)
-        for block in _blocks(batch, A):
-            decay, states = _chunk_buffers(delta[:, block], A)
-            adjoint = torch.empty_like(decay)
-            incoming = grad_last[block].clone()  # decay_{t+1} * adjoint_{t+1}
-            for index, chunk in reversed(list(enumerate(_chunks(length)))):
-                count = chunk.stop - chunk.start
-                a, h, g = decay[:count], states[: count + 1], adjoint[:count]
-                step, push, out = delta[chunk, block], drive[chunk, block], grad_y[chunk, block]
-                h[0] = checkpoints[index, block]
-                _fill_chunk(a, h, step, push, A, B[chunk, block])
-                _fill_adjoint(g, a, out, C[chunk, block], incoming)
-                grad_C[chunk, block] = _over_channels(out, h[1:])
-                grad_B[chunk, block] = _over_channels(push, g)
-                grad_drive[chunk, block] = torch.matmul(B[chunk, block, None, :], g).squeeze(-2)
-                slope = a.mul_(h[:-1]).mul_(g)  # derivative with respect to delta_t A
-                grad_delta[chunk, block] = torch.mul(slope, A, out=g).sum(-2)
-                grad_A += slope.mul_(step[:, :, None]).sum((0, 1))
-        return grad_delta, grad_drive, grad_A, grad_B, grad_C
 
 
 def selective_scan(
@@ -152,7 +87,7 @@ def selective_scan(
     with torch.autocast(device_type=u.device.type, enabled=False):
         steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
         inputs = u.to(dtype)
-        y, last_state = _SelectiveScan.apply(
+        y, last_state, _ = chunked_recurrence(
             _time_major(steps),
             _time_major(inputs * steps),
             A.to(dtype).T.contiguous(),
@@ -254,11 +189,11 @@ def selective_states(
     A = A.to(dtype).T.contiguous()  # (N, channels)
     steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
     drive, steps, B = _time_major(u.to(dtype) * steps), _time_major(steps), _time_major(B.to(dtype))
-    decay, states = _chunk_buffers(steps, A, chunk_size)
+    decay, states = chunk_buffers(steps, A, chunk_size)
     states[0].zero_()
-    for chunk in _chunks(steps.shape[0], chunk_size):
+    for chunk in chunks(steps.shape[0], chunk_size):
         count = chunk.stop - chunk.start
-        _fill_chunk(decay[:count], states[: count + 1], steps[chunk], drive[chunk], A, B[chunk])
+        fill_chunk(decay[:count], states[: count + 1], steps[chunk], drive[chunk], A, B[chunk])
         states[0] = states[count]
         yield states[1 : count + 1].transpose(2, 3)
 
@@ -286,59 +221,6 @@ def _scan_by_group(
         last_states.append(last_state)
     out = torch.cat(outputs, dim=1)
     return (out, torch.cat(last_states, dim=1)) if return_last_state else out
-
-
-def _blocks(batch: int, A: Tensor) -> list[slice]:
-    """The batch in slices of about BLOCK_ENTRIES state entries each; whole on a GPU, where more calls cost more."""
-    rows = max(1, BLOCK_ENTRIES // max(1, A.numel())) if A.device.type == "cpu" else batch
-    return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
-
-
-def _chunks(length: int, chunk_size: int = CHUNK_SIZE) -> list[slice]:
-    """The sequence in slices of `chunk_size` steps; the last may be shorter."""
-    return [slice(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size)]
-
-
-def _chunk_buffers(delta: Tensor, A: Tensor, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor]:
-    """Uninitialised buffers of a chunk: decays (steps, batch, N, channels), and states with the one before them."""
-    steps, batch = min(chunk_size, delta.shape[0]), delta.shape[1]
-    return delta.new_empty(steps, batch, *A.shape), delta.new_empty(1 + steps, batch, *A.shape)
-
-
-def _fill_chunk(decay: Tensor, states: Tensor, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor) -> None:
-    """Write the decays exp(delta A) of a chunk and, after the state before it in `states[0]`, its states.
-
-    The decays are powers of two, since torch leaves `exp` to MKL, which takes three times as long as `exp2` on
-    processors that are not Intel's.
-    """
-    torch.mul(delta[:, :, None, :], A * LOG2_E, out=decay)
-    decay.exp2_()
-    torch.mul(drive[:, :, None, :], B[..., None], out=states[1:])
-    before, *after = states.unbind(0)
-    for decay_t, state_t in zip(decay.unbind(0), after, strict=True):
-        before = state_t.addcmul_(decay_t, before)
-
-
-def _fill_adjoint(adjoint: Tensor, decay: Tensor, grad_y: Tensor, C: Tensor, incoming: Tensor) -> None:
-    """Write adjoint_t = C_t grad_y_t + decay_{t+1} adjoint_{t+1} of one chunk, from its last step to its first.
-
-    `incoming` holds decay_{t+1} * adjoint_{t+1} of the step after the chunk, and afterwards that of its first step.
-    """
-    torch.mul(grad_y[:, :, None, :], C[..., None], out=adjoint)
-    adjoint[-1].add_(incoming)
-    pairs = zip(adjoint.unbind(0)[-2::-1], decay.unbind(0)[:0:-1], strict=True)
-    after = adjoint[-1]
-    for adjoint_t, decay_after in pairs:
-        after = adjoint_t.addcmul_(decay_after, after)
-    torch.mul(decay[0], after, out=incoming)
-
-
-def _over_channels(weights: Tensor, states: Tensor) -> Tensor:
-    """Sum over channels of weights (..., channels) * states (..., N, channels) -> (..., N).
-
-    Computed as a row times a transposed matrix: three times faster than the same product as a matrix times a column.
-    """
-    return torch.matmul(weights[..., None, :], states.transpose(-1, -2)).squeeze(-2)
 
 
 def _time_major(tensor: Tensor) -> Tensor:

@@ -24,15 +24,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .operators import Recurrence, like, register, zeros_if_missing
 
 
 BLOCK_ENTRIES = 1 << 18  # entries of drive worked on at once: they hide the cost of a call, and fit into the cache
+GPU_BLOCK_ENTRIES = 1 << 23  # where calls cost more; all that a block needs at a time is about half a GiB
 FLOOR_SHARE = 0.9  # of the logarithm of the smallest normal number: smaller factors are slow and make no difference
 
 
@@ -45,70 +47,94 @@ class _Decays(NamedTuple):
     whole: Tensor
 
 
-class _ChunkedScan(torch.autograd.Function):
-    """The recurrence on chunks; keeps one state per chunk and computes the T x T matrices again in the backward pass.
+def _run(drive: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunked arguments and the state before the first chunk -> y, as drive, the state after the last, and all states.
 
-    The batch is processed in blocks of a few sequences, which fit into the cache.
+    One state per chunk is kept; the T x T matrices are computed again in the backward pass. The batch is processed in
+    blocks of a few sequences, which fit into the cache.
     """
+    chunks, head_dim, groups = drive.shape[1], drive.shape[4], B.shape[3]
+    y, last_state, states = _run_shapes(drive, log_decay, B, C, state)
+    states[:, 0] = state.reshape(states[:, 0].shape)
+    for block in _blocks(drive):
+        x, b, c, s = drive[block], B[block].transpose(2, 3), C[block].transpose(2, 3), states[block]
+        decays = _decays(log_decay[block], groups, head_dim)
+        written = torch.matmul(_by_group(x * decays.to_end, groups).mT, b)  # (block, chunks, groups, rows, N)
+        for j in range(chunks):
+            torch.addcmul(written[:, j], decays.whole[:, j], s[:, j], out=s[:, j + 1])
+        read = _by_head(torch.matmul(c, s[:, :-1].mT), head_dim)
+        inside = torch.matmul(_weighted(decays.within, b, c), x.transpose(2, 3)).transpose(2, 3)
+        torch.addcmul(inside, read, decays.from_start, out=y[block])
+    last_state.copy_(states[:, -1].view(state.shape))
+    return y, last_state, states
 
-    @staticmethod
-    def forward(
-        ctx: Any, drive: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Chunked arguments and the state before the first chunk -> y, as drive, and the state after the last."""
-        batch, chunks, _, heads, head_dim = drive.shape
-        groups, state_size = B.shape[3:]
-        y = torch.empty_like(drive)
-        states = drive.new_empty(batch, chunks + 1, groups, heads // groups * head_dim, state_size)
-        states[:, 0] = state.reshape(states[:, 0].shape)
-        for block in _blocks(drive):
-            x, b, c, s = drive[block], B[block].transpose(2, 3), C[block].transpose(2, 3), states[block]
-            decays = _decays(log_decay[block], groups, head_dim)
-            written = torch.matmul(_by_group(x * decays.to_end, groups).mT, b)  # (block, chunks, groups, rows, N)
-            for j in range(chunks):
-                torch.addcmul(written[:, j], decays.whole[:, j], s[:, j], out=s[:, j + 1])
-            read = _by_head(torch.matmul(c, s[:, :-1].mT), head_dim)
-            inside = torch.matmul(_weighted(decays.within, b, c), x.transpose(2, 3)).transpose(2, 3)
-            torch.addcmul(inside, read, decays.from_start, out=y[block])
-        ctx.save_for_backward(drive, log_decay, B, C, states)
-        return y, states[:, -1].clone().view(state.shape)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Compute the adjoint states from the last chunk to the first, then the gradients inside the chunks."""
-        drive, log_decay, B, C, states = ctx.saved_tensors
-        head_dim, groups = drive.shape[4], B.shape[3]
-        grad_drive, grad_log_decay = torch.empty_like(drive), torch.empty_like(log_decay)
-        grad_B, grad_C, grad_state = torch.empty_like(B), torch.empty_like(C), torch.empty_like(grad_last)
-        for block in _blocks(drive):
-            x, b, c, s = drive[block], B[block].transpose(2, 3), C[block].transpose(2, 3), states[block]
-            g = grad_y[block]
-            decays = _decays(log_decay[block], groups, head_dim)
-            grad_read = g * decays.from_start
-            read = _by_head(torch.matmul(c, s[:, :-1].mT), head_dim)
-            from_start = (grad_read * read).sum(-1)  # (block, chunks, T, heads)
-            grad_read = _by_group(grad_read, groups)
-            grad_c = torch.matmul(grad_read, s[:, :-1])
-            adjoint = _adjoint(torch.matmul(grad_read.mT, c), decays.whole, grad_last[block])
-            grad_state[block] = adjoint[:, 0].reshape(grad_state[block].shape)
-            whole = (adjoint[:, 1:] * s[:, :-1]).sum(-1, keepdim=True) * decays.whole
-            whole = whole.flatten(2).unflatten(2, (-1, head_dim)).sum(-1)  # (block, chunks, heads)
-            grad_b = torch.matmul(_by_group(x * decays.to_end, groups), adjoint[:, 1:])
-            grad_x = _by_head(torch.matmul(b, adjoint[:, 1:].mT), head_dim) * decays.to_end
-            to_end = (x * grad_x).sum(-1)  # (block, chunks, T, heads)
+def _run_back(
+    grad_y: Tensor | None,
+    grad_last: Tensor | None,
+    drive: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the adjoint states from the last chunk to the first, then the gradients inside the chunks."""
+    grad_y = zeros_if_missing(grad_y, drive, drive.shape)
+    grad_last = zeros_if_missing(grad_last, drive, state.shape)
+    head_dim, groups = drive.shape[4], B.shape[3]
+    grad_drive, grad_log_decay, grad_B, grad_C, grad_state = like(drive, log_decay, B, C, state)
+    for block in _blocks(drive):
+        x, b, c, s = drive[block], B[block].transpose(2, 3), C[block].transpose(2, 3), states[block]
+        g = grad_y[block]
+        decays = _decays(log_decay[block], groups, head_dim)
+        grad_read = g * decays.from_start
+        read = _by_head(torch.matmul(c, s[:, :-1].mT), head_dim)
+        from_start = (grad_read * read).sum(-1)  # (block, chunks, T, heads)
+        grad_read = _by_group(grad_read, groups)
+        grad_c = torch.matmul(grad_read, s[:, :-1])
+        adjoint = _adjoint(torch.matmul(grad_read.mT, c), decays.whole, grad_last[block])
+        grad_state[block] = adjoint[:, 0].reshape(grad_state[block].shape)
+        whole = (adjoint[:, 1:] * s[:, :-1]).sum(-1, keepdim=True) * decays.whole
+        whole = whole.flatten(2).unflatten(2, (-1, head_dim)).sum(-1)  # (block, chunks, heads)
+        grad_b = torch.matmul(_by_group(x * decays.to_end, groups), adjoint[:, 1:])
+        grad_x = _by_head(torch.matmul(b, adjoint[:, 1:].mT), head_dim) * decays.to_end
+        to_end = (x * grad_x).sum(-1)  # (block, chunks, T, heads)
 
-            g_by_head = g.transpose(2, 3).contiguous()  # (block, chunks, heads, T, head_dim)
-            grad_weights = torch.matmul(g_by_head, x.permute(0, 1, 3, 4, 2))  # (block, chunks, heads, T, T)
-            weights = _weighted(decays.within, b, c)
-            grad_x += torch.matmul(weights.mT, g_by_head).transpose(2, 3)
-            inside = weights.mul_(grad_weights)
-            grad_scores = grad_weights.mul_(decays.within).unflatten(2, (groups, -1)).sum(3)
-            grad_C[block] = grad_c.add_(torch.matmul(grad_scores, b)).transpose(2, 3)
-            grad_B[block] = grad_b.add_(torch.matmul(grad_scores.mT, c)).transpose(2, 3)
-            grad_drive[block] = grad_x
-            grad_log_decay[block] = _grad_log_decay(inside, from_start, to_end, whole)
-        return grad_drive, grad_log_decay, grad_B, grad_C, grad_state
+        g_by_head = g.transpose(2, 3).contiguous()  # (block, chunks, heads, T, head_dim)
+        grad_weights = torch.matmul(g_by_head, x.permute(0, 1, 3, 4, 2))  # (block, chunks, heads, T, T)
+        weights = _weighted(decays.within, b, c)
+        grad_x += torch.matmul(weights.mT, g_by_head).transpose(2, 3)
+        inside = weights.mul_(grad_weights)
+        grad_scores = grad_weights.mul_(decays.within).unflatten(2, (groups, -1)).sum(3)
+        grad_C[block] = grad_c.add_(torch.matmul(grad_scores, b)).transpose(2, 3)
+        grad_B[block] = grad_b.add_(torch.matmul(grad_scores.mT, c)).transpose(2, 3)
+        grad_drive[block] = grad_x
+        grad_log_decay[block] = _grad_log_decay(inside, from_start, to_end, whole)
+    return grad_drive, grad_log_decay, grad_B, grad_C, grad_state
+
+
+def _run_shapes(
+    drive: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs of `_run`, not filled."""
+    batch, chunks, _, heads, head_dim = drive.shape
+    groups, state_size = B.shape[3:]
+    states = drive.new_empty((batch, chunks + 1, groups, heads // groups * head_dim, state_size))
+    return drive.new_empty(drive.shape), state.new_empty(state.shape), states
+
+
+_recurrence = register(
+    "ssd_recurrence",
+    Recurrence(
+        _run,
+        _run_back,
+        shapes=_run_shapes,
+        backward_shapes=lambda grad_y, grad_last, *saved: like(*saved[:5]),
+        tensors=5,
+        results=2,
+    ),
+)
 
 
 def chunked_scan(
@@ -130,7 +156,7 @@ def chunked_scan(
     length = drive.shape[1]
     log_decay = log_decay.clamp(min=smallest_exponent(log_decay.dtype))
     chunked = (_into_chunks(tensor, chunk_size) for tensor in (drive, log_decay, B, C))
-    y, last_state = _ChunkedScan.apply(*chunked, state)
+    y, last_state, _ = _recurrence(*chunked, state)
     return y.flatten(1, 2)[:, :length], last_state
 
 
@@ -163,9 +189,10 @@ def states_after_chunks(
 
 
 def _blocks(drive: Tensor) -> list[slice]:
-    """The batch in slices of about BLOCK_ENTRIES entries of drive each."""
+    """The batch in slices of about BLOCK_ENTRIES entries of drive each, on a GPU GPU_BLOCK_ENTRIES."""
     batch = drive.shape[0]
-    rows = max(1, BLOCK_ENTRIES // max(1, drive[0].numel()))
+    entries = BLOCK_ENTRIES if drive.device.type == "cpu" else GPU_BLOCK_ENTRIES
+    rows = max(1, entries // max(1, drive[0].numel()))
     return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
 

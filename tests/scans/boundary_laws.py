@@ -12,6 +12,7 @@ import torch
 import hf_compressm.scans.boundary as boundary
 import hf_compressm.scans.boundary_triton as boundary_triton
 import hf_compressm.scans.diagonal as diagonal
+import hf_compressm.scans.trials as trials
 from hf_compressm.scans import diagonal_scan, diagonal_scan_reference
 from tests.scans.test_diagonal import CASES, assert_all_close, make, outputs_and_gradients, poisoned_empty
 
@@ -41,13 +42,13 @@ __all__ = ["poisoned_empty"]  # a fixture
 def kernel_in_use():
     """Lets `boundary_scan` choose the kernel on this device, which it must find to work."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boundary, "KERNEL_DEVICES", frozenset({DEVICE}))
-        boundary._find_kernel.cache_clear()
+        patch.setattr(trials, "KERNEL_DEVICES", frozenset({DEVICE}))
+        trials.working_kernel.cache_clear()
         device = torch.zeros(1, device=DEVICE).device
         assert boundary.has_kernel(device, torch.complex64)
         assert boundary.has_kernel(device, torch.complex128)
         yield
-    boundary._find_kernel.cache_clear()
+    trials.working_kernel.cache_clear()
 
 
 @pytest.fixture

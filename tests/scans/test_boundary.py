@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hf_compressm.scans.boundary as boundary
+import hf_compressm.scans.trials as trials
 from hf_compressm.scans import diagonal_scan
 from hf_compressm.scans.diagonal import _choose_chunk_size
 
@@ -21,9 +22,9 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-import hf_compressm.scans.boundary as boundary
+import hf_compressm.scans.trials as trials
 from hf_compressm.scans import diagonal_scan
-boundary.KERNEL_DEVICES = frozenset({"cpu"})
+trials.KERNEL_DEVICES = frozenset({"cpu"})
 b = torch.ones(1, 1, dtype=torch.complex64)
 print(diagonal_scan(torch.ones(1, 100, 1), torch.tensor([0.5 + 0j]), b, b)[0, -1].item())
 """
@@ -35,15 +36,15 @@ def stand_in(monkeypatch):
     triton = ModuleType(TRITON)
     triton.__spec__ = ModuleSpec(TRITON, loader=None)
     monkeypatch.setitem(sys.modules, TRITON, triton)
-    monkeypatch.setattr(boundary, "KERNEL_DEVICES", frozenset({"cpu"}))
-    boundary._find_kernel.cache_clear()
+    monkeypatch.setattr(trials, "KERNEL_DEVICES", frozenset({"cpu"}))
+    trials.working_kernel.cache_clear()
 
     def put(states=boundary.boundary_states, adjoint=boundary.boundary_adjoint):
         kernels = SimpleNamespace(boundary_states=states, boundary_adjoint=adjoint)
         monkeypatch.setitem(sys.modules, KERNELS, kernels)
 
     yield put
-    boundary._find_kernel.cache_clear()
+    trials.working_kernel.cache_clear()
 
 
 def scan_arguments(length=100):
@@ -120,14 +121,14 @@ def off(function, change):
 def test_kernel_that_fails_leads_to_one_warning_and_the_loop(stand_in, broken, reason, caplog, monkeypatch):
     arguments = scan_arguments()
     with monkeypatch.context() as patch:
-        patch.setattr(boundary, "KERNEL_DEVICES", frozenset())
+        patch.setattr(trials, "KERNEL_DEVICES", frozenset())
         expected = outputs_and_gradients(arguments)
-    boundary._find_kernel.cache_clear()
+    trials.working_kernel.cache_clear()
     if broken is None:
         monkeypatch.setitem(sys.modules, KERNELS, None)  # importing it raises
     else:
         stand_in(**broken)
-    with caplog.at_level(logging.DEBUG, logger=boundary.__name__):
+    with caplog.at_level(logging.DEBUG, logger=trials.__name__):
         runs = [outputs_and_gradients(arguments) for _ in range(2)]
     assert len(caplog.records) == 1
     assert caplog.records[0].levelno == logging.WARNING
@@ -142,7 +143,7 @@ def test_kernel_that_fails_leads_to_one_warning_and_the_loop(stand_in, broken, r
 def test_package_works_without_triton():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert boundary.__name__ not in done.stderr
+    assert trials.__name__ not in done.stderr
     assert "diagonal scans" not in done.stderr
     assert float(done.stdout) == pytest.approx(2.0)  # 1 + 1/2 + 1/4 + ...
 
@@ -150,14 +151,14 @@ def test_package_works_without_triton():
 def test_triton_that_is_not_there_is_nothing_to_warn_of(stand_in, monkeypatch, caplog):
     stand_in(raises, raises)
     monkeypatch.setitem(sys.modules, TRITON, None)
-    with caplog.at_level(logging.DEBUG, logger=boundary.__name__):
+    with caplog.at_level(logging.DEBUG, logger=trials.__name__):
         assert not boundary.has_kernel(CPU, torch.complex64)
     assert not caplog.records
 
 
 def test_cpu_tensors_run_the_loop(stand_in, monkeypatch):
     monkeypatch.undo()  # the true device types
-    boundary._find_kernel.cache_clear()
+    trials.working_kernel.cache_clear()
     monkeypatch.setitem(sys.modules, KERNELS, SimpleNamespace(boundary_states=raises, boundary_adjoint=raises))
     assert not boundary.has_kernel(CPU, torch.complex64)
     outputs_and_gradients(scan_arguments())

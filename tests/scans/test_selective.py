@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hf_compressm.scans.selective as selective
+import hf_compressm.scans.selective_chunks as selective_chunks
 from hf_compressm.scans import selective_scan, selective_scan_reference, selective_states
 
 
@@ -78,7 +79,7 @@ def poisoned_empty(monkeypatch):
 @pytest.mark.parametrize("block_entries", [1, 65536])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_reference(case, block_entries, poisoned_empty, monkeypatch):
-    monkeypatch.setattr(selective, "BLOCK_ENTRIES", block_entries)
+    monkeypatch.setattr(selective_chunks, "BLOCK_ENTRIES", block_entries)
     arguments = make(*CASES[case])
     actual = outputs_and_gradients(selective_scan, arguments)
     assert_all_close(actual, outputs_and_gradients(selective_scan_reference, arguments))
