@@ -76,7 +76,7 @@ def _run_back(grad_states: Tensor | None, decay: Tensor, states: Tensor) -> tupl
 
 
 def _kernel_for(inputs: Tensor) -> ModuleType | None:
-    """The kernels, if they work and save something: the loop takes one operation for a chunk, and none if it is empty."""
+    """The kernels, if they work and save anything: the loop has one operation per chunk, none for an empty tensor."""
     is_long = inputs.shape[1] > 1 and inputs.numel() > 0
     return working_kernel(TRIAL, inputs.device, inputs.dtype) if is_long else None
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .delta_chunks import DeltaScan, Options
+from .delta_chunks import delta_recurrence
 from .ssd import text_starts
 from .transforms import is_transformed
 
@@ -97,7 +97,7 @@ def delta_scan(
         epsilon = NORM_EPSILON if use_qk_l2norm_in_kernel else None
         scale = key.shape[-1] ** -0.5 if scale is None else scale
         T = chunk_size or _choose_chunk_size(value.shape[1])
-        out, last = DeltaScan.apply(query, key, value, *given[:3], Options(T, scale, epsilon, given.state.dtype))
+        out, last, *_ = delta_recurrence(query, key, value, *given, T, scale, epsilon)
     return out.to(query.dtype), last if output_final_state else None
 
 

@@ -28,14 +28,16 @@ with the Delta Rule* (arXiv 2406.06484), section 3: the errors of a chunk solve 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .delta_decays import Decays, chunk_decays
+from .operators import Recurrence, like, register, zeros_if_missing
 
 
 BLOCK_ENTRIES = 1 << 20  # entries of q, k and v worked on at once: they hide the cost of a call, and stay in the cache
@@ -85,87 +87,162 @@ class _Gradients(NamedTuple):
     whole: Tensor
 
 
-class DeltaScan(torch.autograd.Function):
-    """The recurrence on chunks; keeps a state per chunk, the errors and the inverses, and computes the rest again.
+class _Kept(NamedTuple):
+    """What the backward pass needs of the forward pass; see the glossary of this file."""
 
-    Heads and sequences are processed in blocks, which fit into the cache.
+    states: Tensor
+    errors: Tensor
+    inverses: Tensor
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    chunk_size: int,
+    scale: float,
+    epsilon: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments of `delta_scan` and the state before the first step -> o, as v, the last state, and what is kept.
+
+    A state per chunk, the errors and the inverses are kept, the rest is computed again in the backward pass. Heads and
+    sequences are processed in blocks, which fit into the cache.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, options: Options
-    ) -> tuple[Tensor, Tensor]:
-        """Arguments of `delta_scan` and the state before the first step -> o, as v, and the state after the last."""
-        out, last, kept = v.new_empty(v.shape, dtype=options.dtype), torch.empty_like(state), []
-        for block in _blocks(k, v):
-            chunks = _load(block, options, q, k, v, g, beta)
-            products = chunks.decays.products(chunks.qk)
-            inverses = _unit_inverse(products[:, :, 1] * chunks.beta.mT)
-            o, states, errors = _run(chunks, inverses, state[block.of_state].flatten(0, 1))
-            _flat(o).baddbmm_(_flat(products[:, :, 0]), _flat(errors * chunks.beta))
-            _store(o, out[block.of_value])
-            last[block.of_state] = states[-1].view(last[block.of_state].shape)
-            kept += [states, errors, inverses]
-        ctx.save_for_backward(q, k, v, g, beta, *kept)
-        ctx.options = options
-        return out, last
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-        """Run from the last chunk to the first, then compute the gradients inside the chunks."""
-        options, inputs, kept = ctx.options, ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        grad_q, grad_k, grad_v, grad_g, grad_beta = grads = [torch.empty_like(tensor) for tensor in inputs]
-        grad_state = torch.empty_like(grad_last)
-        repeats = grad_v.shape[2] // grad_k.shape[2]
-        for i, block in enumerate(_blocks(grad_k, grad_v)):
-            states, errors, inverses = kept[3 * i : 3 * i + 3]
-            chunks = _load(block, options, *inputs)
-            written = errors * chunks.beta
-            products = chunks.decays.products(chunks.qk)
-            grad_o = _into_rows(_into_chunks(grad_out[block.of_value], options.chunk_size), options)
-            grad_written = torch.bmm(_flat(products[:, :, 0]).mT, _flat(grad_o)).view_as(grad_o)
-            back, first = _run_back(
-                chunks,
-                inverses,
-                states,
-                written,
-                _Signals(grad_o, grad_written, grad_last[block.of_state].flatten(0, 1)),
-            )
-            grad_state[block.of_state] = first.view(grad_state[block.of_state].shape)
-            grad_products = torch.bmm(_flat(back.read).flatten(1, 2), _flat(written).mT).view_as(products)
-            _flat(grad_written).baddbmm_(_flat(products[:, :, 1]).mT, _flat(back.read[:, :, 1]))
-            grad_qk, of_g = chunks.decays.gradients(
-                chunks.qk, products, grad_products, back.reads, back.writes, back.whole
-            )
-            _undo_factors(grad_qk, chunks.qk, chunks.factors, options)
-            by_key_head = grad_qk if repeats == 1 else grad_qk.unflatten(1, (-1, repeats)).sum(2)
-            _store(by_key_head[:, :, 0], grad_q[block.of_key])
-            _store(by_key_head[:, :, 1], grad_k[block.of_key])
-            _store(back.read[:, :, 1].neg(), grad_v[block.of_value])
-            _store(of_g, grad_g[block.of_value])
-            _store(torch.linalg.vecdot(grad_written, errors), grad_beta[block.of_value])
-        return *grads, grad_state, None
+    options = Options(chunk_size, scale, epsilon, state.dtype)
+    out, last, *buffers = _forward_shapes(q, k, v, g, beta, state, chunk_size, scale, epsilon)
+    for block, kept in _kept_by_block(k, v, chunk_size, _Kept(*buffers)):
+        chunks = _load(block, options, q, k, v, g, beta)
+        products = chunks.decays.products(chunks.qk)
+        kept.inverses.copy_(_unit_inverse(products[:, :, 1] * chunks.beta.mT))
+        kept.states[0] = state[block.of_state].flatten(0, 1)
+        o = _run(chunks, kept)
+        _flat(o).baddbmm_(_flat(products[:, :, 0]), _flat(kept.errors * chunks.beta))
+        _store(o, out[block.of_value])
+        last[block.of_state] = kept.states[-1].view(last[block.of_state].shape)
+    return out, last, *buffers
 
 
-def _run(chunks: _Chunks, inverses: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From the first chunk to the last: reads_q S, states and errors."""
+def _backward(
+    grad_out: Tensor | None,
+    grad_last: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    states: Tensor,
+    errors: Tensor,
+    inverses: Tensor,
+    chunk_size: int,
+    scale: float,
+    epsilon: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run from the last chunk to the first, then compute the gradients inside the chunks."""
+    options, inputs = Options(chunk_size, scale, epsilon, states.dtype), (q, k, v, g, beta)
+    *grads, grad_state = _backward_shapes(grad_out, grad_last, *inputs, states)
+    grad_q, grad_k, grad_v, grad_g, grad_beta = grads
+    grad_out = zeros_if_missing(grad_out, states, v.shape)
+    grad_last = zeros_if_missing(grad_last, states, grad_state.shape)
+    repeats = v.shape[2] // k.shape[2]
+    for block, kept in _kept_by_block(k, v, chunk_size, _Kept(states, errors, inverses)):
+        chunks = _load(block, options, *inputs)
+        written = kept.errors * chunks.beta
+        products = chunks.decays.products(chunks.qk)
+        grad_o = _into_rows(_into_chunks(grad_out[block.of_value], chunk_size), options)
+        grad_written = torch.bmm(_flat(products[:, :, 0]).mT, _flat(grad_o)).view_as(grad_o)
+        signals = _Signals(grad_o, grad_written, grad_last[block.of_state].flatten(0, 1))
+        back, first = _run_back(chunks, kept, written, signals)
+        grad_state[block.of_state] = first.view(grad_state[block.of_state].shape)
+        grad_products = torch.bmm(_flat(back.read).flatten(1, 2), _flat(written).mT).view_as(products)
+        _flat(grad_written).baddbmm_(_flat(products[:, :, 1]).mT, _flat(back.read[:, :, 1]))
+        grad_qk, of_g = chunks.decays.gradients(
+            chunks.qk, products, grad_products, back.reads, back.writes, back.whole
+        )
+        _undo_factors(grad_qk, chunks.qk, chunks.factors, options)
+        by_key_head = grad_qk if repeats == 1 else grad_qk.unflatten(1, (-1, repeats)).sum(2)
+        _store(by_key_head[:, :, 0], grad_q[block.of_key])
+        _store(by_key_head[:, :, 1], grad_k[block.of_key])
+        _store(back.read[:, :, 1].neg(), grad_v[block.of_value])
+        _store(of_g, grad_g[block.of_value])
+        _store(torch.linalg.vecdot(grad_written, kept.errors), grad_beta[block.of_value])
+    return *grads, grad_state
+
+
+def _forward_shapes(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunk_size: int, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of `_forward`, not filled. What is kept is flat: the parts of all blocks, one after the other."""
+    batch, length, heads, dv = v.shape
+    rows, dk = batch * heads, k.shape[3]
+    chunks = (length + chunk_size - 1) // chunk_size
+    new = state.new_empty
+    kept = (chunks + 1) * rows * dk * dv, chunks * rows * chunk_size * dv, chunks * rows * chunk_size**2
+    return new(v.shape), new(state.shape), *(new(entries) for entries in kept)
+
+
+def _backward_shapes(
+    grad_out: Tensor | None,
+    grad_last: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    states: Tensor,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    """The outputs of `_backward`, not filled."""
+    batch, _, heads, dv = v.shape
+    return *like(q, k, v, g, beta), states.new_empty((batch, heads, k.shape[3], dv))
+
+
+delta_recurrence = register(
+    "delta_recurrence",
+    Recurrence(
+        _forward,
+        _backward,
+        shapes=_forward_shapes,
+        backward_shapes=_backward_shapes,
+        tensors=6,
+        results=2,
+        saved=lambda inputs, results, kept: (*inputs[:5], *kept),
+    ),
+)
+
+
+def _kept_by_block(k: Tensor, v: Tensor, T: int, kept: _Kept) -> Iterator[tuple[_Block, _Kept]]:
+    """The blocks, each with its part of what is kept, in the shapes of the glossary."""
+    dk, dv, chunks = k.shape[3], v.shape[3], -(-v.shape[1] // T)
+    shapes = ((chunks + 1, dk, dv), (chunks, T, dv), (chunks, T, T))  # but for the rows
+    starts = [0, 0, 0]
+    for block in _blocks(k, v):
+        rows = v[block.of_value][:, 0, :, 0].numel()
+        parts = []
+        for i, (flat, (count, *entries)) in enumerate(zip(kept, shapes, strict=True)):
+            stop = starts[i] + count * rows * math.prod(entries)
+            parts.append(flat[starts[i] : stop].view(count, rows, *entries))
+            starts[i] = stop
+        yield block, _Kept(*parts)
+
+
+def _run(chunks: _Chunks, kept: _Kept) -> Tensor:
+    """From the first chunk to the last: fill errors, and states after the first one, and return reads_q S."""
     v, whole = chunks.v, chunks.decays.whole
     reads, writes = chunks.decays.reads(chunks.qk), chunks.decays.writes(chunks.qk)
-    errors, written = torch.empty_like(v), torch.empty_like(v[0])
-    states = v.new_empty(v.shape[0] + 1, *first.shape)
-    states[0] = first
+    states, errors, inverses = kept
+    written = torch.empty_like(v[0])
     for j in range(v.shape[0]):
         torch.bmm(inverses[j], torch.baddbmm(v[j], reads[j, :, 1], states[j], alpha=-1), out=errors[j])
         torch.mul(errors[j], chunks.beta[j], out=written)
         torch.mul(whole[j], states[j], out=states[j + 1])
         states[j + 1].baddbmm_(writes[j].mT, written)
-    return torch.bmm(_flat(reads[:, :, 0]), _flat(states[:-1])).view_as(v), states, errors
+    return torch.bmm(_flat(reads[:, :, 0]), _flat(states[:-1])).view_as(v)
 
 
-def _run_back(
-    chunks: _Chunks, inverses: Tensor, states: Tensor, written: Tensor, signals: _Signals
-) -> tuple[_Gradients, Tensor]:
+def _run_back(chunks: _Chunks, kept: _Kept, written: Tensor, signals: _Signals) -> tuple[_Gradients, Tensor]:
     """From the last chunk to the first: the gradients that need adjoint states, and the adjoint of the first state."""
     grad_o, grad_written, adjoint = signals
     reads, writes, decays = chunks.decays.reads(chunks.qk), chunks.decays.writes(chunks.qk), chunks.decays
@@ -175,11 +252,11 @@ def _run_back(
     for j in range(grad_o.shape[0] - 1, -1, -1):
         grad_written[j].baddbmm_(writes[j], adjoint)
         torch.bmm(written[j], adjoint.mT, out=grad_writes[j])
-        grad_whole[j] = decays.gradient_of_whole(states[j], adjoint)
-        torch.neg(torch.bmm(inverses[j].mT, grad_written[j] * chunks.beta[j]), out=grad_read[j, :, 1])
+        grad_whole[j] = decays.gradient_of_whole(kept.states[j], adjoint)
+        torch.neg(torch.bmm(kept.inverses[j].mT, grad_written[j] * chunks.beta[j]), out=grad_read[j, :, 1])
         adjoint = decays.whole[j] * adjoint
         adjoint.baddbmm_(reads[j].flatten(1, 2).mT, grad_read[j].flatten(1, 2))
-    grad_reads = torch.bmm(_flat(grad_read).flatten(1, 2), _flat(states[:-1]).mT).view_as(reads)
+    grad_reads = torch.bmm(_flat(grad_read).flatten(1, 2), _flat(kept.states[:-1]).mT).view_as(reads)
     return _Gradients(grad_read, grad_reads, grad_writes, grad_whole), adjoint
 
 
