@@ -1,9 +1,11 @@
 """One cut of a live model: everything is prepared first, and then put in place at once."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_compressm.families import AttributeChange, LayerCut, SSMLayer
@@ -88,3 +90,14 @@ class Operation:
             commit_optimizer(self.optimizer)
         for layer in self.layers:
             refuse_stale_caches(layer)
+        if self.layers:
+            _forget_compiled_graphs()
+
+
+def _forget_compiled_graphs() -> None:
+    """Let compiled graphs go: those of the model hold the old parameters, and on a GPU a pool of memory of that size.
+
+    The next step compiles anew, which it has to anyway, and starts counting recompilations from zero.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
