@@ -21,7 +21,7 @@ from hf_compressm.scans import delta_states, diagonal_scan, selective_scan, sele
 from hf_compressm.scans.kernels import torch_path
 from hf_compressm.scans.linear_attention import linear_states
 from hf_compressm.scans.mlstm import mlstm_states
-from hf_compressm.scans.selective import step_sizes
+from hf_compressm.scans.selective_chunks import step_sizes
 from hf_compressm.scans.trapezoidal import rotated, trapezoidal_states
 
 

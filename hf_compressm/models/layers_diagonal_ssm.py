@@ -24,7 +24,7 @@ try:
 except ImportError:  # loaded as custom code, in a process without the package
     exported = None  # type: ignore[assignment]
 
-    def diagonal_scan(  # type: ignore[no-untyped-def]
+    def diagonal_scan(  # type: ignore[misc, no-untyped-def]
         u, eigenvalues, B, C, initial_state=None, return_last_state=False, reverse=False
     ):
         """Run the plain recurrence, with the signature and results of `hf_compressm.scans.diagonal_scan`."""

@@ -112,8 +112,8 @@ def _forward(
     sequences are processed in blocks, which fit into the cache.
     """
     options = Options(chunk_size, scale, epsilon, state.dtype)
-    out, last, *buffers = _forward_shapes(q, k, v, g, beta, state, chunk_size, scale, epsilon)
-    for block, kept in _kept_by_block(k, v, chunk_size, _Kept(*buffers)):
+    out, last, states, errors, inverses = _forward_shapes(q, k, v, g, beta, state, chunk_size, scale, epsilon)
+    for block, kept in _kept_by_block(k, v, chunk_size, _Kept(states, errors, inverses)):
         chunks = _load(block, options, q, k, v, g, beta)
         products = chunks.decays.products(chunks.qk)
         kept.inverses.copy_(_unit_inverse(products[:, :, 1] * chunks.beta.mT))
@@ -122,7 +122,7 @@ def _forward(
         _flat(o).baddbmm_(_flat(products[:, :, 0]), _flat(kept.errors * chunks.beta))
         _store(o, out[block.of_value])
         last[block.of_state] = kept.states[-1].view(last[block.of_state].shape)
-    return out, last, *buffers
+    return out, last, states, errors, inverses
 
 
 def _backward(
@@ -142,8 +142,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run from the last chunk to the first, then compute the gradients inside the chunks."""
     options, inputs = Options(chunk_size, scale, epsilon, states.dtype), (q, k, v, g, beta)
-    *grads, grad_state = _backward_shapes(grad_out, grad_last, *inputs, states)
-    grad_q, grad_k, grad_v, grad_g, grad_beta = grads
+    shapes = _backward_shapes(grad_out, grad_last, *inputs, states)
+    grad_q, grad_k, grad_v, grad_g, grad_beta, grad_state = shapes
     grad_out = zeros_if_missing(grad_out, states, v.shape)
     grad_last = zeros_if_missing(grad_last, states, grad_state.shape)
     repeats = v.shape[2] // k.shape[2]
@@ -168,7 +168,7 @@ def _backward(
         _store(back.read[:, :, 1].neg(), grad_v[block.of_value])
         _store(of_g, grad_g[block.of_value])
         _store(torch.linalg.vecdot(grad_written, kept.errors), grad_beta[block.of_value])
-    return *grads, grad_state
+    return grad_q, grad_k, grad_v, grad_g, grad_beta, grad_state
 
 
 def _forward_shapes(
@@ -179,8 +179,8 @@ def _forward_shapes(
     rows, dk = batch * heads, k.shape[3]
     chunks = (length + chunk_size - 1) // chunk_size
     new = state.new_empty
-    kept = (chunks + 1) * rows * dk * dv, chunks * rows * chunk_size * dv, chunks * rows * chunk_size**2
-    return new(v.shape), new(state.shape), *(new(entries) for entries in kept)
+    states, errors = new((chunks + 1) * rows * dk * dv), new(chunks * rows * chunk_size * dv)
+    return new(v.shape), new(state.shape), states, errors, new(chunks * rows * chunk_size**2)
 
 
 def _backward_shapes(

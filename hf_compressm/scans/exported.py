@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .diagonal import loop_chunk_size
-from .selective import compute_dtype, feed_through_and_gate, step_sizes
+from .selective_chunks import compute_dtype, feed_through_and_gate, step_sizes
 
 
 ROUNDS = 20  # of doubling: chunks that are more than 2^20 back, at least 4 million steps, are forgotten

@@ -17,7 +17,7 @@ from torch import Tensor
 
 NAMESPACE = "hf_compressm"
 
-Tensors = tuple[Tensor, ...]
+Tensors = tuple[Any, ...]  # tensors or None, as many as an operator has
 
 
 def inputs_and_kept(inputs: Tensors, results: Tensors, kept: Tensors) -> Tensors:
@@ -77,7 +77,7 @@ def register(name: str, recurrence: Recurrence) -> Callable[..., Any]:
     return forward
 
 
-def like(*tensors: Tensor | None) -> Tensors:
+def like(*tensors: Tensor | None) -> Any:
     """A contiguous tensor for each, not filled, and for None one without entries beside the first."""
     first = next(tensor for tensor in tensors if tensor is not None)
     return tuple(first.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in tensors)

@@ -17,7 +17,7 @@ Glossary (A in continuous time, discretised by delta):
 | decay     | exp(delta_t A)                                                              | (batch, channels, N)     |
 | adjoint   | derivative of the loss with respect to h_t                                  | (batch, channels, N)     |
 
-The fast scan is in `selective_chunks.py`: it keeps one state per chunk of a few steps.
+The fast scan is in `selective_chunks.py`; on a GPU it is in `selective_kernel.py`, if the kernels work there.
 """
 
 from __future__ import annotations
@@ -25,10 +25,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .selective_chunks import CHUNK_SIZE, chunk_buffers, chunked_recurrence, chunks, fill_chunk
+from .selective_chunks import (
+    CHUNK_SIZE,
+    chunk_buffers,
+    chunked_selective_scan,
+    chunks,
+    compute_dtype,
+    feed_through_and_gate,
+    fill_chunk,
+    step_sizes,
+    time_major,
+)
+from .selective_kernel import fused_selective_scan, has_kernel
 from .transforms import is_transformed
 from .vectors import by_channel, expected_shape, groups, is_constant
 
@@ -83,20 +93,10 @@ def selective_scan(
         return selective_scan_reference(*arguments)
     if B.dim() == 4 or C.dim() == 4:
         return _scan_by_group(*arguments)
-    dtype = compute_dtype(u, delta, A, B, C)
+    fits = compute_dtype(u, delta, A, B, C) == torch.float32 and u.numel() > 0 and A.numel() > 0
+    scan = fused_selective_scan if fits and has_kernel(u.device, u.dtype) else chunked_selective_scan
     with torch.autocast(device_type=u.device.type, enabled=False):
-        steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
-        inputs = u.to(dtype)
-        y, last_state, _ = chunked_recurrence(
-            _time_major(steps),
-            _time_major(inputs * steps),
-            A.to(dtype).T.contiguous(),
-            _time_major(B.to(dtype)),
-            _time_major(C.to(dtype)),
-        )
-        last_state = last_state.transpose(1, 2)  # (batch, channels, N)
-        out = y.permute(1, 2, 0)  # (batch, channels, length)
-        out = feed_through_and_gate(out, inputs, D, z).to(u.dtype)
+        out, last_state = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return (out, last_state) if return_last_state else out
 
 
@@ -188,7 +188,7 @@ def selective_states(
     dtype = compute_dtype(u, delta, A, B)
     A = A.to(dtype).T.contiguous()  # (N, channels)
     steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
-    drive, steps, B = _time_major(u.to(dtype) * steps), _time_major(steps), _time_major(B.to(dtype))
+    drive, steps, B = time_major(u.to(dtype) * steps), time_major(steps), time_major(B.to(dtype))
     decay, states = chunk_buffers(steps, A, chunk_size)
     states[0].zero_()
     for chunk in chunks(steps.shape[0], chunk_size):
@@ -221,30 +221,6 @@ def _scan_by_group(
         last_states.append(last_state)
     out = torch.cat(outputs, dim=1)
     return (out, torch.cat(last_states, dim=1)) if return_last_state else out
-
-
-def _time_major(tensor: Tensor) -> Tensor:
-    """(batch, rows, length) -> contiguous (length, batch, rows)."""
-    return tensor.permute(2, 0, 1).contiguous()
-
-
-def step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
-    """Delta with its bias added, passed through softplus if asked, (batch, channels, length)."""
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(delta.dtype)[:, None]
-    return F.softplus(delta) if delta_softplus else delta
-
-
-def feed_through_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    """(y + D u) * silu(z), in the dtype of y, (batch, channels, length)."""
-    if D is not None:
-        y = y + u * D.to(y.dtype)[:, None]
-    return y if z is None else y * F.silu(z.to(y.dtype))
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is float64, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _check_tensors(u: Tensor, A: Tensor, **others: Tensor | None) -> None:

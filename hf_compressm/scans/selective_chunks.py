@@ -1,4 +1,4 @@
-"""The bare recurrence of `selective_scan` over chunks of a few steps, with its own backward.
+"""The selective scan in plain PyTorch, over chunks of a few steps, with its own backward.
 
     h_t = exp(delta_t A) * h_{t-1} + drive_t B_t        y_t = C_t . h_t
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .operators import Recurrence, like, register, zeros_if_missing
@@ -31,6 +32,32 @@ from .operators import Recurrence, like, register, zeros_if_missing
 CHUNK_SIZE = 16  # steps between two stored states
 BLOCK_ENTRIES = 65536  # state entries worked on at once: enough to hide the cost of a call, few enough for the cache
 LOG2_E = math.log2(math.e)
+
+
+def chunked_selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` of B and C that all channels share: out, and the last state (batch, channels, N)."""
+    dtype = compute_dtype(u, delta, A, B, C)
+    steps = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
+    inputs = u.to(dtype)
+    y, last_state, _ = _recurrence(
+        time_major(steps),
+        time_major(inputs * steps),
+        A.to(dtype).T.contiguous(),
+        time_major(B.to(dtype)),
+        time_major(C.to(dtype)),
+    )
+    out = feed_through_and_gate(y.permute(1, 2, 0), inputs, D, z)
+    return out.to(u.dtype), last_state.transpose(1, 2)
 
 
 def _run(delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +177,31 @@ def _over_channels(weights: Tensor, states: Tensor) -> Tensor:
     return torch.matmul(weights[..., None, :], states.transpose(-1, -2)).squeeze(-2)
 
 
-chunked_recurrence = register(
+def time_major(tensor: Tensor) -> Tensor:
+    """(batch, rows, length) -> contiguous (length, batch, rows)."""
+    return tensor.permute(2, 0, 1).contiguous()
+
+
+def step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
+    """Delta with its bias added, passed through softplus if asked, (batch, channels, length)."""
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(delta.dtype)[:, None]
+    return F.softplus(delta) if delta_softplus else delta
+
+
+def feed_through_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """(y + D u) * silu(z), in the dtype of y, (batch, channels, length)."""
+    if D is not None:
+        y = y + u * D.to(y.dtype)[:, None]
+    return y if z is None else y * F.silu(z.to(y.dtype))
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+_recurrence = register(
     "selective_recurrence",
     Recurrence(
         _run,

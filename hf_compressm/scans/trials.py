@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 KERNEL_DEVICES = frozenset({"cuda"})  # device types on which Triton is tried; ROCm has this name too
 ROUND_OFF = 1000  # units in the last place of the largest entry: a short trial leaves a few, a mistake millions
+HALF_ROUND_OFF = 8  # the same for 16 bits, in which the result itself is rounded, and where 1000 would hide a mistake
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def working_kernel(trial: Trial, device: torch.device, dtype: torch.dtype) -> Mo
     except Exception as exception:  # no C compiler, a GPU too old, a driver that does not fit: each raises its own
         reason = f"{type(exception).__name__}: {exception}"
     else:
-        if error <= ROUND_OFF:  # in this form a NaN fails
+        if error <= (HALF_ROUND_OFF if dtype.itemsize == 2 else ROUND_OFF):  # in this form a NaN fails
             return kernel
         reason = f"its results are off by {error:.0f} units in the last place"
     logger.warning(
