@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from gpu_session.scale import Scale
 from gpu_session.scans import inputs
-from gpu_session.ways import force
 
 from hf_compressm.scans import boundary, selective_scan
 
 
 Variant = tuple[str, int, tuple[str, ...]]
 BOUNDARY = "boundary"
-SHAPE = (2, 256, 512)
-"""Several segments, and a number of channels that 16 divides, as in models: Triton compiles for both."""
 OPTIONAL = ("z", "D", "delta_bias")
 
 
@@ -28,7 +25,7 @@ def variants(scale: Scale) -> list[Variant]:
     return [*scans[:4], *((BOUNDARY, size, ()) for size in scale.lru_states), *scans[4:]]
 
 
-def call(variant: Variant, device: str) -> str:
+def call(variant: Variant, scale: Scale) -> str:
     """Forward and backward once.
 
     Returns:
@@ -37,10 +34,12 @@ def call(variant: Variant, device: str) -> str:
     dtype, size, left = variant
     try:
         if dtype == BOUNDARY:
-            arguments = [torch.randn(shape, dtype=torch.complex64, device=device) for shape in _boundary(size)]
-            out = boundary.boundary_scan(*(tensor.requires_grad_() for tensor in arguments)).real
+            shapes = (size,), (2, 8, size), (2, size)  # of decay, inputs and initial state
+            drawn = [torch.randn(shape, dtype=torch.complex64, device=scale.device) for shape in shapes]
+            out = boundary.boundary_scan(*(tensor.requires_grad_() for tensor in drawn)).real
         else:
-            out = selective_scan(**inputs(SHAPE, size, getattr(torch, dtype), device, left), delta_softplus=True)
+            arguments = inputs(scale.compiled, size, getattr(torch, dtype), scale.device, left)
+            out = selective_scan(**arguments, delta_softplus=True)
         out.float().sum().backward()
     except Exception as error:  # other variants may work
         return f"{variant}: {type(error).__name__}: {str(error)[:200]}"
@@ -54,9 +53,10 @@ def build(scale: Scale, limit: float) -> dict[str, Any]:
         scale: which device, and which sizes.
         limit: seconds, after which the rest is left to be compiled when it is needed.
     """
-    start, jobs = time.perf_counter(), [(variant, scale.device) for variant in variants(scale)]
+    start, jobs = time.perf_counter(), [(variant, scale) for variant in variants(scale)]
     failed = []
-    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, len(jobs)), _prepare) as pool:
+    processes = min(os.cpu_count() or 1, len(jobs))
+    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
         answers = [pool.apply_async(call, job) for job in jobs]
         for (variant, _), answer in zip(jobs, answers, strict=True):
             left = limit - (time.perf_counter() - start)
@@ -66,14 +66,3 @@ def build(scale: Scale, limit: float) -> dict[str, Any]:
                 failed.append(f"{variant}: not compiled after {limit:.0f} s")
     seconds = time.perf_counter() - start
     return {"milliseconds": 1000 * seconds, "variants": len(jobs), "failures": [text for text in failed if text]}
-
-
-def _prepare() -> None:
-    """One thread for every process, and no kernels but ours."""
-    torch.set_num_threads(1)
-    force("triton")
-
-
-def _boundary(size: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of decay, inputs and initial state."""
-    return (size,), (2, 8, size), (2, size)

@@ -10,6 +10,8 @@ class Scale:
     Attributes:
         name: tells the figures of one scale from those of another.
         device: type of the device that everything runs on.
+        compiled: shape (batch, channels, length) at which Triton's cache is built: several segments, and a number of
+            channels that 16 divides, as in models, since Triton compiles for both.
         checked: shapes (batch, channels, length) of the scan that is compared with float64, by state size.
         scanned: shape (batch, channels, length) of the scan that is timed.
         states: sizes of a Mamba-1, the largest first.
@@ -30,6 +32,7 @@ class Scale:
 
     name: str
     device: str
+    compiled: tuple[int, int, int]
     checked: dict[int, tuple[int, int, int]]
     scanned: tuple[int, int, int]
     states: tuple[int, ...]
@@ -53,6 +56,7 @@ def full(device: str) -> Scale:
     return Scale(
         name="full",
         device=device,
+        compiled=(2, 256, 512),
         checked={13: (2, 200, 131), 128: (1, 1536, 300), 12: (3, 65, 7)},
         scanned=(8, 1536, 2048),
         states=(128, 12, 64, 32, 16),
@@ -76,6 +80,7 @@ def toy(device: str) -> Scale:
     return Scale(
         name="toy",
         device=device,
+        compiled=(2, 16, 32),
         checked={3: (2, 5, 19), 8: (1, 8, 33), 2: (3, 3, 7)},
         scanned=(2, 16, 32),
         states=(8, 2),

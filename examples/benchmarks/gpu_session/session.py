@@ -82,9 +82,6 @@ class Session:
                 print(f"{figure.name}: skipped, needs {figure.needs:.0f} s of the {self.left:.0f} left", flush=True)
                 continue
             self.take(figure.name, lambda figure=figure: self._measure(figure))
-        for worker in self._workers.values():
-            worker.end()
-        self._workers.clear()
 
     def take(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Measure, or note what failed; write it down and tell it."""
@@ -103,6 +100,12 @@ class Session:
         for way in ways:
             if way not in self._workers or not self._workers[way].is_alive:
                 self._workers[way] = Worker(way)
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._workers.values():
+            worker.end(patience=5)
+        self._workers.clear()
 
     def _measure(self, figure: Figure) -> dict[str, Any]:
         """One figure, in its process."""

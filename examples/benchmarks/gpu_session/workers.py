@@ -12,6 +12,8 @@ from gpu_session.ways import force
 
 
 READY = "ready"
+BROKEN = ("CUDA error", "Triton Error [CUDA]")
+"""In messages after which a process can no longer use its GPU."""
 
 
 class Worker:
@@ -24,7 +26,7 @@ class Worker:
     def __init__(self, way: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, way), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, way))
         self._process.start()
         theirs.close()  # so that its end is seen here
         self._is_ready = False
@@ -61,15 +63,18 @@ class Worker:
         self.wait(limit)
         self._connection.send((work, arguments))
         value, error = self._receive(max(0.0, limit - (time.perf_counter() - start)))
+        if any(text in error for text in BROKEN):
+            self.end()
         if error:
             raise RuntimeError(error)
         return value
 
-    def end(self) -> None:
-        """End the process."""
+    def end(self, patience: float = 0.0) -> None:
+        """End the process; with some seconds of patience it may do so by itself."""
+        self._connection.close()
+        self._process.join(patience)
         self._process.kill()
         self._process.join()
-        self._connection.close()
 
     def _receive(self, limit: float) -> Any:
         """The next message."""
@@ -77,7 +82,7 @@ class Worker:
             if self._connection.poll(limit):
                 return self._connection.recv()
         except EOFError:
-            self._process.join()
+            self.end(patience=5)
             raise RuntimeError(f"the process ended with exit code {self._process.exitcode}") from None
         self.end()
         raise TimeoutError(f"no answer after {limit:.0f} s")
