@@ -71,7 +71,7 @@ def figures(scale: Scale) -> Iterator[Figure]:
     yield from lines("step of a Mamba-1", "mamba-ssm", scale.states, mamba, 15)
     yield from lines(trainer, trainers.WITHOUT, scale.ends[:1], trainers.run_times, 30)
     yield from lines(trainer, trainers.WITH, scale.ends[:1], trainers.run_times, 40)
-    yield from lines("scan", "torch", scale.ends, scans.times, 8)
+    yield from lines("scan", "torch", scale.states, scans.times, 8)
     yield from lines("step of a Mamba-1", "torch", scale.ends, mamba, 25)
     yield from lines("step of a Mamba-2", "torch", scale.mamba2_states, mamba2, 12)
     yield from lines("step of a Mamba-2", "mamba-ssm", scale.mamba2_states, mamba2, 40)  # its kernels tune themselves

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from hf_compressm.scans import selective_scan
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "benchmarks" / "gpu.py"
@@ -145,6 +148,32 @@ def test_a_wrong_scan_has_an_error_and_other_bits(part: Any, monkeypatch: pytest
     assert wrong["errors"]["out"] > 1e-3
     assert wrong["errors"]["last state"] < 1e-5
     assert not wrong["same bits"]
+
+
+@pytest.fixture
+def ways(part: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The ways, with stand-ins for the kernels of both that work on the CPU."""
+    module = part("gpu_session.ways")
+    kernel = SimpleNamespace(has_kernel=lambda device: device.type == "cpu")
+    monkeypatch.setattr(module, "selective_kernel", kernel)
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.selective_scan_interface"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["mamba_ssm.ops.selective_scan_interface"].selective_scan_fn = selective_scan
+    module.reason_against.cache_clear()
+    yield module
+    module.reason_against.cache_clear()
+
+
+def test_a_way_is_measured_where_its_kernels_work(part: Any, ways: Any) -> None:
+    scans, steps, scale = part("gpu_session.scans"), part("gpu_session.steps"), part("gpu_session.scale").toy("cpu")
+    for way in WAYS:
+        found = scans.times(way, 2, scale)
+        assert found["milliseconds"] > 0
+        assert "share" not in found  # of a GPU alone
+        assert max(scans.errors(way, 2, scale, dtype="float32")["errors"].values()) < 1e-5
+    assert steps.step_times("triton", 2, scale, "mamba")["tokens"] > 0
+    assert steps.step_times("triton", 2, scale, "lru") == {"absent": "the Triton kernels do not work on cpu"}
+    assert steps.step_times("mamba-ssm", 2, scale, "mamba") == {"absent": "mamba_inner_fn does not work on cpu"}
 
 
 def test_a_compiled_step_is_timed(part: Any) -> None:

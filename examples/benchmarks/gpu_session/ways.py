@@ -8,10 +8,7 @@
 """
 
 import functools
-import importlib
-import importlib.util
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -19,12 +16,10 @@ from hf_compressm import enable_fast_selective_scan
 from hf_compressm.scans import boundary, kernels
 
 
-_NONE = SimpleNamespace(KERNEL_DEVICES=frozenset(), has_kernel=lambda device: False)
-selective_kernel: Any = (
-    importlib.import_module("hf_compressm.scans.selective_kernel")
-    if importlib.util.find_spec("hf_compressm.scans.selective_kernel")
-    else _NONE
-)
+try:
+    from hf_compressm.scans import selective_kernel
+except ImportError:  # a version without these kernels
+    selective_kernel = SimpleNamespace(KERNEL_DEVICES=frozenset(), has_kernel=lambda device: False)
 
 MAMBA_SSM = {"scan": kernels.SELECTIVE_SCAN, "mamba": kernels.INNER, "mamba2": kernels.SPLIT_SCAN}
 
