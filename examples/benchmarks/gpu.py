@@ -118,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.device != "cuda" and not args.smoke:
         sys.exit("This benchmark needs a CUDA device and found none; --smoke runs toy sizes on the CPU.")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of the processes: a Trainer would spread over all GPUs
     scale = (toy if args.smoke else full)(args.device)
     results = Results(args.results.parent, args.results.name)
     session = Session(results, hardware(args.device), scale, args.budget)

@@ -15,7 +15,8 @@ class Scale:
         checked: shapes (batch, channels, length) of the scan that is compared with float64, by state size.
         scanned: shape (batch, channels, length) of the scan that is timed.
         states: sizes of a Mamba-1, the largest first.
-        ends: the two of them at which steps of slow ways are measured; a run of a Trainer is cut from one to the other.
+        ends: the two of them at which steps of slow ways are timed, and from and to which the run of a Trainer is
+            cut.
         mamba2_states: sizes of a Mamba-2.
         lru_states: sizes of an LRU.
         layers: of the language models.
