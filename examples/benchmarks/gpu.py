@@ -1,124 +1,131 @@
-"""Training on a GPU before and after cuts: Mamba with mamba-ssm's kernels and ours, LRU with and without Triton.
+"""One session on a GPU, ten minutes at most: are the Triton kernels right, how fast is training, and what stalls?
 
-Tokens per second of whole training steps (forward, backward, AdamW), best of several, each in a process of its own:
+In this order, what matters most first:
 
-- Mamba-1 in the shape of mamba-130m (24 layers, 1536 channels), batch 8, length 1024, at N = 128, 64, 32, 16 and 12,
-  in bfloat16 autocast: as `transformers` runs it where mamba-ssm's kernels work, and with the scan of this package;
-- LRU in the shape of the paper's sCIFAR (6 layers, N=384, H=512, length 1024, batch 50) and cut to 96 states, in
-  float32, with the Triton kernels and with the loop. The paper's own speed-up from this cut on is 1.5.
+- Triton's cache is built by one process per core;
+- the selective scan against float64: output, last state and every gradient, at three odd shapes in float32 and
+  bfloat16, relative to the largest entry; and whether three runs give the same bits;
+- the selective scan alone (batch 8, 1536 channels, length 2048, bfloat16) at N = 128 to 12, forward, and forward with
+  backward: mamba-ssm's `selective_scan_fn`, our Triton kernels with the share of their roofline, our PyTorch scan;
+- whole training steps (forward, backward, fused AdamW, bfloat16 autocast, batch 8, length 2048) in the shape of
+  mamba-130m, with the same three, and compiled; and of mamba2-130m;
+- a run of a `Trainer` without the callback and with it: seconds, how often the host waited for the GPU, the cut;
+- LRU in the shape of the paper's sCIFAR (6 layers, N=384, H=512, length 1024, batch 50, float32) and cut to 96
+  states, with the Triton boundary kernels and with the loop. The paper's own speed-up from this cut on is 1.5.
 
-Needs a CUDA device; `--smoke` runs toy sizes on whatever there is.
+Times are medians, between two events of the GPU. A figure is a line of `--results` as soon as it is there. The same
+command passes over it on the same card with the same versions, and tries again what failed or was skipped; after a
+change of the kernels, take another file. The table is printed last and written beside the results.
 
     python examples/benchmarks/gpu.py
+    python examples/benchmarks/gpu.py --budget 0    # the table of what is there
+    python examples/benchmarks/gpu.py --only "scan, *" "step of a Mamba-1, triton*"
+    python examples/benchmarks/gpu.py --smoke       # toy sizes, on the CPU too
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "comparison"))
+
 import torch
-from measuring import best_seconds, in_own_process, machine
-from transformers import MambaConfig, MambaForCausalLM
-
-from hf_compressm import LRUConfig, LRUForSequenceClassification, enable_fast_selective_scan
-from hf_compressm.scans import boundary, kernels
-
-
-Shape = dict[str, int]
-MAMBA = {"layers": 24, "hidden": 768, "vocabulary": 50280, "batch": 8, "length": 1024}
-LRU = {"layers": 6, "hidden": 512, "batch": 50, "length": 1024}
-TOY = {"layers": 1, "hidden": 8, "vocabulary": 16, "batch": 2, "length": 32}
-MAMBA_SIZES, LRU_SIZES = [128, 64, 32, 16, 12], [384, 96]
+from gpu_session import cache, scans, steps, trainers
+from gpu_session.hardware import hardware
+from gpu_session.scale import Scale, full, toy
+from gpu_session.session import Figure, Session
+from gpu_session.tables import table
+from rows import Results
 
 
-def without(way: str) -> None:
-    """Leave out what the other way uses: a process has one way only."""
-    if way == "ours":  # as if mamba-ssm were not there
-        kernels.working_devices = lambda kernel: frozenset()  # type: ignore[assignment]
-    if way == "loop":
-        boundary.KERNEL_DEVICES = frozenset()  # type: ignore[misc]
+CACHE, SECONDS_OF_CACHE = "Triton's cache", 150
 
 
-def mamba(state_size: int, device: str, shape: Shape) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A language model and its batch."""
-    sizes = {"hidden_size": shape["hidden"], "num_hidden_layers": shape["layers"], "vocab_size": shape["vocabulary"]}
-    model = MambaForCausalLM(MambaConfig(state_size=state_size, **sizes))
-    tokens = torch.randint(0, shape["vocabulary"], (shape["batch"], shape["length"]), device=device)
-    return model, {"input_ids": tokens, "labels": tokens}
+def figures(scale: Scale) -> Iterator[Figure]:
+    """All of a session, what matters most first; seconds that a figure needs are guesses for an H100."""
+
+    def lines(
+        section: str, way: str, sizes: tuple[int, ...], measure: Callable[..., dict[str, Any]], needs: float
+    ) -> Iterator[Figure]:
+        worker = way.removesuffix(steps.COMPILED) if section != trainer else "triton"
+        yield from (Figure(section, way, size, measure, needs, worker) for size in sizes)
+
+    def checks(way: str) -> Iterator[Figure]:
+        for dtype in ("float32", "bfloat16"):
+            measure = partial(scans.errors, dtype=dtype)
+            yield from lines(f"scan against float64, {dtype}", way, tuple(scale.checked), measure, 8)
+
+    trainer = f"Trainer, {scale.trainer_steps} steps, a cut to {scale.ends[1]}"
+    mamba, mamba2, lru = (partial(steps.step_times, family=family) for family in ("mamba", "mamba2", "lru"))
+    yield from checks("triton")
+    yield from lines("scan", "triton", scale.states, scans.times, 4)
+    yield from lines("step of a Mamba-1", "triton", scale.states, mamba, 15)
+    yield from lines("scan", "mamba-ssm", scale.states, scans.times, 5)
+    yield from lines("step of a Mamba-1", "mamba-ssm", scale.states, mamba, 15)
+    yield from lines(trainer, trainers.WITHOUT, scale.ends[:1], trainers.run_times, 30)
+    yield from lines(trainer, trainers.WITH, scale.ends[:1], trainers.run_times, 40)
+    yield from lines("scan", "torch", scale.states, scans.times, 8)
+    yield from lines("step of a Mamba-1", "torch", scale.ends, mamba, 25)
+    yield from lines("step of a Mamba-2", "torch", scale.mamba2_states, mamba2, 12)
+    yield from lines("step of a Mamba-2", "mamba-ssm", scale.mamba2_states, mamba2, 40)  # its kernels tune themselves
+    yield from lines("step of an LRU", "triton", scale.lru_states, lru, 8)
+    yield from lines("step of an LRU", "torch", scale.lru_states, lru, 12)
+    yield from lines("step of a Mamba-1", f"triton{steps.COMPILED}", scale.ends, mamba, 60)
+    yield from checks("mamba-ssm")
+    yield from checks("torch")
 
 
-def lru(state_size: int, device: str, shape: Shape) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A classifier of images read pixel by pixel, and its batch."""
-    sizes = {"hidden_size": shape["hidden"], "num_hidden_layers": shape["layers"], "state_size": state_size}
-    model = LRUForSequenceClassification(LRUConfig(input_size=3, num_labels=10, norm="batch", dropout=0.1, **sizes))
-    pixels = torch.randn(shape["batch"], shape["length"], 3, device=device)
-    return model, {"input_values": pixels, "labels": torch.randint(0, 10, (shape["batch"],), device=device)}
+def run(session: Session, wanted: list[Figure]) -> str:
+    """Measure what is missing and fits into the time.
+
+    Returns:
+        The table, under card and versions.
+    """
+    workers = {figure.worker for figure in session.missing(wanted) if figure.needs <= session.left}
+    try:
+        session.start(sorted(workers))
+        if "triton" in workers:
+            limit = min(SECONDS_OF_CACHE, session.left / 2)
+            session.take(CACHE, lambda: cache.build(session.scale, limit))
+        session.run(wanted)
+    finally:
+        session.close()
+    versions = ", ".join(f"{kind} {text}" for kind, text in session.machine.items())
+    return f"{versions}\n\n{table(CACHE, wanted, session.found())}\n"
 
 
-def measure(
-    family: str, way: str, state_size: int, device: str, shape: Shape, repeats: int, trial: bool = False
-) -> dict[str, Any]:
-    """Tokens per second and peak memory of a training step, or only whether the kernels of that way work."""
-    works = {
-        "kernels": lambda: device in kernels.working_devices(kernels.INNER),
-        "triton": lambda: boundary.has_kernel(torch.device(device), torch.complex64),
-    }
-    if trial:
-        return {"works": works.get(way, lambda: True)()}
-    without(way)
-    enable_fast_selective_scan()
-    torch.manual_seed(0)
-    model, batch = (mamba if family == "mamba" else lru)(state_size, device, shape)
-    optimizer = torch.optim.AdamW(model.to(device).train().parameters())
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=family == "mamba"):
-            loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        loss.item()  # waits for the device
-
-    seconds = best_seconds(step, repeats, warm_up=3)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")
-    return {"tokens": shape["batch"] * shape["length"] / seconds, "memory": peak}
-
-
-def report(family: str, way: str, sizes: list[int], options: argparse.Namespace) -> None:
-    """A row per size, with the speed-up over the largest."""
-    shape = TOY if options.smoke else {"mamba": MAMBA, "lru": LRU}[family]
-
-    def run(size: int, trial: bool = False) -> dict[str, Any]:
-        return in_own_process(measure, family, way, size, options.device, shape, options.repeats, trial)
-
-    if not run(sizes[0], trial=True)["works"]:
-        print(f"| {family}, {way} | does not work here | | | |", flush=True)
-        return
-    first = 0.0
-    for size in sizes:
-        found = run(size)
-        first = first or found["tokens"]
-        cells = f"{found['tokens']:,.0f} | {found['tokens'] / first:.2f} | {found['memory']:,.0f} MiB"
-        print(f"| {family}, {way} | {size} | {cells} |", flush=True)
-
-
-def main() -> None:
-    """Measure and print."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=10)
+    default = Path(os.environ.get("OUT", "runs")) / "gpu.jsonl"
+    parser.add_argument("--results", type=Path, default=default, help="file of JSON lines (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=560, help="seconds for all of it (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", help="figures by the names that are printed, with * and ?")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--families", nargs="+", default=["mamba", "lru"], choices=["mamba", "lru"])
     parser.add_argument("--smoke", action="store_true", help="toy sizes, on the CPU too")
-    options = parser.parse_args()
-    if options.device != "cuda" and not options.smoke:
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print; a figure that failed is a line of the table."""
+    args = parse(arguments)
+    if args.device != "cuda" and not args.smoke:
         sys.exit("This benchmark needs a CUDA device and found none; --smoke runs toy sizes on the CPU.")
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "no GPU"
-    print(f"{name}; {machine()}\n\n| work | N | tokens/s | speed-up over the first N | peak of memory |")
-    print("|---|---|---|---|---|")
-    for way in ("kernels", "ours") if "mamba" in options.families else ():
-        report("mamba", way, MAMBA_SIZES[-2:] if options.smoke else MAMBA_SIZES, options)
-    for way in ("triton", "loop") if "lru" in options.families else ():
-        report("lru", way, [8, 4] if options.smoke else LRU_SIZES, options)
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of the processes: a Trainer would spread over all GPUs
+    scale = (toy if args.smoke else full)(args.device)
+    results = Results(args.results.parent, args.results.name)
+    session = Session(results, hardware(args.device), scale, args.budget)
+    wanted = [f for f in figures(scale) if not args.only or any(fnmatch(f.name, text) for text in args.only)]
+    text = run(session, wanted)
+    args.results.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(f"\n{text}", end="")
 
 
 if __name__ == "__main__":

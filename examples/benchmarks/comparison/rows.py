@@ -123,10 +123,11 @@ class Results:
 
     Args:
         folder: of the output.
+        name: of the file in it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / RESULTS_FILE
+    def __init__(self, folder: Path, name: str = RESULTS_FILE) -> None:
+        self.path = folder / name
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> dict[str, dict[str, Any]]:
