@@ -30,22 +30,32 @@ from .ssd import ssd_scan
 from .transforms import is_transformed
 
 
+Works = Callable[[str], bool]  # whether the kernel for a job works on a device type
+Beats = Callable[..., bool]  # whether the fast scan takes less time than that kernel, from the arguments of the job
+
+
+def never(*args: Any, **kwargs: Any) -> bool:
+    """A kernel that works is not compared with the fast scan."""
+    return False
+
+
 @dataclass(frozen=True)
 class Job:
     """A function of a modeling file by its name, the kernel for it if any, and what makes its dispatcher."""
 
     name: str
     kernel: kernels.Kernel | None
-    dispatcher: Callable[[Callable, frozenset[str]], Callable]
+    dispatcher: Callable[[Callable, Works], Callable]
 
 
 def scan_dispatcher(
     stock: Callable,
-    kernel_devices: frozenset[str],
+    works: Works,
     fast: Callable,
     can_be_exported: bool,
     keeps_apart: bool,
     package: str = "mamba_ssm",
+    beats: Beats = never,
 ) -> Callable:
     """The scan of a modeling file, with a fast one in place of its PyTorch code, which may keep packed texts apart."""
     torch_path = kernels.torch_path(stock)
@@ -55,7 +65,8 @@ def scan_dispatcher(
     def dispatched_scan(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         function = fast
         is_packed = kwargs.get("seq_idx") is not None
-        if hidden_states.device.type in kernel_devices or kernels.is_kernelized(stock):
+        has_kernel = works(hidden_states.device.type) and not beats(hidden_states, *args, **kwargs)
+        if has_kernel or kernels.is_kernelized(stock):
             function = stock
         elif is_packed and keeps_apart and not _records_stock(can_be_exported):
             pass
@@ -72,19 +83,20 @@ def scan_dispatcher(
     return dispatched_scan
 
 
-def fused_dispatcher(stock: Callable, kernel_devices: frozenset[str]) -> Callable:
-    """The fused training layer; without a working kernel it returns None: "not available, take the unfused path"."""
+def fused_dispatcher(stock: Callable, works: Works, beats: Beats = never) -> Callable:
+    """The fused training layer; without a kernel to prefer it returns None: "not available, take the unfused path"."""
 
     @functools.wraps(kernels.torch_path(stock))
     def dispatched_fused(projected_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        if projected_states.device.type in kernel_devices or kernels.is_kernelized(stock):
+        has_kernel = works(projected_states.device.type) and not beats(projected_states, *args, **kwargs)
+        if has_kernel or kernels.is_kernelized(stock):
             return stock(projected_states, *args, **kwargs)
         return None
 
     return dispatched_fused
 
 
-def update_dispatcher(stock: Callable, kernel_devices: frozenset[str], package: str = "mamba_ssm") -> Callable:
+def update_dispatcher(stock: Callable, works: Works, package: str = "mamba_ssm") -> Callable:
     """The single-step update of generation, with the torch path if an installed kernel does not work."""
     if not kernels.is_installed(package):
         return stock
@@ -92,13 +104,13 @@ def update_dispatcher(stock: Callable, kernel_devices: frozenset[str], package: 
 
     @functools.wraps(torch_path)
     def dispatched_update(state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        works = state.device.type in kernel_devices or kernels.is_kernelized(stock)
-        return (stock if works else torch_path)(state, *args, **kwargs)
+        has_kernel = kernels.is_kernelized(stock) or works(state.device.type)
+        return (stock if has_kernel else torch_path)(state, *args, **kwargs)
 
     return dispatched_update
 
 
-def convolution_dispatcher(stock: Callable, kernel_devices: frozenset[str]) -> Callable:
+def convolution_dispatcher(stock: Callable, works: Works) -> Callable:
     """The convolution before the scan: a fast one on the CPU, and without a kernel one that keeps packed texts apart.
 
     A kernel is expected to work on every device but the CPU, where transformers would run it too.

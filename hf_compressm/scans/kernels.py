@@ -9,6 +9,7 @@ the smallest that Triton's matrix products allow; 2 heads of 16 channels and 16 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 
 logger = logging.getLogger(__name__)
@@ -33,31 +35,42 @@ class Kernel:
     package: str = "mamba_ssm"
 
 
-def working_devices(kernel: Kernel) -> frozenset[str]:
-    """The device types on which a tiny call of a kernel succeeds."""
+def tester(kernel: Kernel | None) -> Callable[[str], bool]:
+    """A function that tells whether a kernel works on a device type; it is tried when that is first asked."""
+
+    @torch.compiler.assume_constant_result
+    def works(device: str) -> bool:
+        return kernel is not None and _works(kernel, device)
+
+    return works
+
+
+def forget_trials() -> None:
+    """Try every kernel anew when it is next asked for: packages may have been installed."""
+    _works.cache_clear()
+
+
+@functools.cache
+def _works(kernel: Kernel, device: str) -> bool:
+    """Whether a tiny call of a kernel succeeds on a device type."""
     if not is_installed(kernel.package):
-        return frozenset()
+        return False
     try:
-        function = getattr(importlib.import_module(f"{kernel.package}.{kernel.module}"), kernel.function)
+        function = load(kernel)
     except Exception:  # a half-installed package fails in many ways; transformers treats them all alike
-        return frozenset()
-    working = set()
-    for device in device_types():
-        try:
-            with torch.no_grad():
-                kernel.probe(function, device)
-            working.add(device)
-        except Exception as error:  # a kernel may raise anything, assertions included
-            logger.info(
-                f"{kernel.package}'s {kernel.function} does not work on {device}: {type(error).__name__}: {error}"
-            )
-    return frozenset(working)
+        return False
+    try:
+        with torch.no_grad(), maybe_autocast(device_type=device, enabled=False):
+            kernel.probe(function, device)
+    except Exception as error:  # a kernel may raise anything, assertions included
+        logger.info(f"{kernel.package}'s {kernel.function} does not work on {device}: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
-def device_types() -> list[str]:
-    """The device types to try kernels on: the CPU, then the accelerator if there is one."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+def load(kernel: Kernel) -> Callable[..., Any]:
+    """The function of a kernel; raises whatever its package raises when it is imported."""
+    return getattr(importlib.import_module(f"{kernel.package}.{kernel.module}"), kernel.function)
 
 
 def is_installed(package: str) -> bool:

@@ -78,6 +78,7 @@ def carry_kernel(
     sequence = tl.program_id(1).to(tl.int64)
     size = state_size * channels
     exists = entry < size
+    c = entry % channels
     rate = tl.load(rates + entry, mask=exists, other=0.0)
     value = tl.zeros_like(rate)
     if HAS_INITIAL:
@@ -88,7 +89,7 @@ def carry_kernel(
         if REVERSED:
             place = sequence * segments + segments - 1 - number
         added = tl.load(parts + place * size + entry, mask=exists, other=0.0)
-        span = tl.load(spans + place * channels + entry % channels, mask=exists, other=0.0)
+        span = tl.load(spans + place * channels + c, mask=exists, other=0.0)
         tl.store(parts + place * size + entry, value, mask=exists)
         value = tl.exp2(span * rate) * value + added
         number += 1

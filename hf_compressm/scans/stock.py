@@ -32,6 +32,7 @@ from .dispatchers import (
     scan_dispatcher,
     update_dispatcher,
 )
+from .preference import beats_layer, beats_scan
 
 
 logger = logging.get_logger(__name__)
@@ -48,25 +49,28 @@ def enable_fast_selective_scan() -> bool:
     transformers does not have is passed over.
 
     The choice is made per call. A working kernel (mamba-ssm or fla on this device, or one from the Hub that
-    `use_kernels=True` put in place) runs untouched, and `use_mambapy=True` is obeyed. Under `torch.compile`,
-    `torch.jit.trace` and `torch.export` the stock PyTorch code runs, except for Mamba-1 layouts under `torch.export`:
-    they run a scan that leaves the length open, which the stock code cannot. Inside a transform of `torch.func` the
-    stock PyTorch code runs too. In all other cases the fast scan runs.
+    `use_kernels=True` put in place) runs untouched, and `use_mambapy=True` is obeyed. The one exception is mamba-ssm's
+    kernel for Mamba-1, in place of which the Triton kernels of this package run where they are measured faster. A
+    kernel is tried when a layer first needs it, so that those of other families cost nothing.
+
+    Under `torch.compile` the fast scan is an operator of the graph. Under `torch.jit.trace` and `torch.export` the
+    stock PyTorch code runs, except for Mamba-1 layouts under `torch.export`: they run a scan that leaves the length
+    open, which the stock code cannot. Inside a transform of `torch.func` the stock PyTorch code runs too. In all other
+    cases the fast scan runs.
     Packed texts (`seq_idx`) are kept apart in all layouts but those of Mamba-1, where the stock code decides.
-    Results, dtypes and caches are those of the stock code. This may be called any number of times, and looks for
-    kernels each time; `disable_fast_selective_scan` undoes it.
+    Results, dtypes and caches are those of the stock code. This may be called any number of times, and tries kernels
+    anew each time; `disable_fast_selective_scan` undoes it.
 
     Returns:
-        Whether stock models of any of these families now run a fast scan on the current accelerator (on the CPU if
-        there is none): True without a working kernel, False with kernels for all of them, or if this version of
-        transformers is not recognised.
+        Whether the functions of any modeling file are replaced now; False if this version of transformers is not
+        recognised.
     """
     with _LOCK:
         disable_fast_selective_scan()
-        jobs = {job for family_jobs in _FAMILIES.values() for job in family_jobs}
-        devices = {job: frozenset() if job.kernel is None else kernels.working_devices(job.kernel) for job in jobs}
-        in_use = [_enable_family(name, family_jobs, devices) for name, family_jobs in _FAMILIES.items()]
-    return any(in_use)
+        kernels.forget_trials()
+        for name, jobs in _FAMILIES.items():
+            _enable_family(name, jobs)
+    return bool(_PATCHES)
 
 
 def disable_fast_selective_scan() -> bool:
@@ -103,9 +107,11 @@ def fast_scans() -> Iterator[None]:
 _SELECTIVE = Job(
     "mamba_selective_scan",
     kernels.SELECTIVE_SCAN,
-    functools.partial(scan_dispatcher, fast=fast_selective_scan, can_be_exported=True, keeps_apart=False),
+    functools.partial(
+        scan_dispatcher, fast=fast_selective_scan, can_be_exported=True, keeps_apart=False, beats=beats_scan
+    ),
 )
-_SELECTIVE_FUSED = Job("mamba_inner_fn", kernels.INNER, fused_dispatcher)
+_SELECTIVE_FUSED = Job("mamba_inner_fn", kernels.INNER, functools.partial(fused_dispatcher, beats=beats_layer))
 _SELECTIVE_UPDATE = Job("mamba_selective_state_update", kernels.CHANNEL_UPDATE, update_dispatcher)
 _CONVOLUTION = Job("causal_conv1d_fn", None, convolution_dispatcher)
 _MAMBA = (_SELECTIVE, _SELECTIVE_FUSED, _SELECTIVE_UPDATE)
@@ -170,27 +176,26 @@ _PATCHES: dict[str, _Patch] = {}
 _LOCK = threading.RLock()
 
 
-def _enable_family(name: str, jobs: tuple[Job, ...], devices: dict[Job, frozenset[str]]) -> bool:
-    """Replace the functions of one modeling file; return whether the fast scan runs on the current device type."""
+def _enable_family(name: str, jobs: tuple[Job, ...]) -> None:
+    """Replace the functions of one modeling file."""
     path = f"transformers.models.{name}.modeling_{name}"
     try:
         module = importlib.import_module(path)
     except ImportError as error:
         logger.info(f"{path} cannot be imported, so there is no scan to replace in it: {error}")
-        return False
+        return
     missing = [job.name for job in jobs if not callable(getattr(module, job.name, None))]
     if missing:
         logger.warning(
             f"{path} has no {', '.join(missing)}: the fast scan is not enabled for it. This version of transformers "
             "is not known to hf_compressm; models run as they would without it."
         )
-        return False
+        return
     patch = _Patch(module)
     for job in jobs:
         stock = getattr(module, job.name)
-        replacement = job.dispatcher(stock, devices[job])
+        replacement = job.dispatcher(stock, kernels.tester(job.kernel))
         if replacement is not stock:
             patch.originals[job.name], patch.replacements[job.name] = stock, replacement
             setattr(module, job.name, replacement)
     _PATCHES[path] = patch
-    return kernels.device_types()[-1] not in devices[jobs[0]]

@@ -1,0 +1,37 @@
+"""The Triton kernels of the selective scan: their laws in Triton's interpreter and on a GPU, and machine code."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+LAWS = Path(__file__).with_name("selective_laws.py")
+
+
+@pytest.mark.parametrize(
+    ("device", "interpreted"),
+    [
+        pytest.param("cpu", "1", id="interpreter", marks=pytest.mark.slow),
+        pytest.param(
+            "cuda", "0", id="gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+        ),
+    ],
+)
+def test_laws(device, interpreted, tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(LAWS)]
+    environment = {
+        **os.environ,
+        "KERNEL_DEVICE": device,
+        "TRITON_INTERPRET": interpreted,
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
