@@ -23,6 +23,7 @@ class Made(NamedTuple):
     registers: int
     local: int  # bytes of memory for what fits into no register, and for stacks
     shared: int  # bytes
+    accesses: set[str]  # to memory, in PTX
     loops: list[Counter[str]]  # instructions of each innermost loop, by name
 
 
@@ -45,8 +46,9 @@ def compiled(kernel: Any, sm: int, constants: dict[str, Any], types: dict[str, s
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
+    accesses = set(re.findall(r"(?:ld|st)\.(?:global|shared|local)[.\w]*", made.asm["ptx"]))
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
-    return Made(found["REG"], found["STACK"] + found["LOCAL"], made.metadata.shared, inner_loops(code))
+    return Made(found["REG"], found["STACK"] + found["LOCAL"], made.metadata.shared, accesses, inner_loops(code))
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -98,5 +98,6 @@ def test_boundary_kernels(name, dtype, gpu, compiler):
     constants = {"TILE": boundary.TILE, "BLOCK": boundary.BLOCK}
     options = {"num_warps": 1, "enable_fp_fusion": True}
     made = compiler.compiled(kernel, gpu, constants, dict.fromkeys(kernel.arg_names, f"*{dtype}"), **options)
+    assert made.accesses == {f"{kind}.global.v2.b{dtype[2:]}" for kind in ("ld", "st")}  # both parts at once
     assert (made.local, made.shared) == (0, 0)
     assert not any(loop["BAR"] for loop in made.loops)
