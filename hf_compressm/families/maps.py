@@ -43,11 +43,6 @@ def float64(parameter: Tensor) -> Tensor:
     return parameter.detach().to("cpu", torch.float64)
 
 
-def summing_dtype(device: torch.device) -> torch.dtype:
-    """Float64 where the device has it."""
-    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
-
-
 def _blocks(value: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
     """Axis 0 in as many equal blocks as there are maps."""
     return value.chunk(matrix.shape[0])

@@ -13,9 +13,9 @@ from transformers.utils.generic import maybe_autocast
 
 from hf_compressm.families.calls import DELTA, SELECTIVE, Call, Seen, selective_inputs, signals, unrepeated
 from hf_compressm.families.layout import Layout
-from hf_compressm.families.maps import summing_dtype
 from hf_compressm.families.running import example_of, room_for
 from hf_compressm.families.sums import Statistics
+from hf_compressm.utils.dtypes import summing_dtype
 
 
 class Selective(Protocol):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_compressm.families.calls import Example, Seen
-from hf_compressm.families.maps import summing_dtype
+from hf_compressm.utils.dtypes import summing_dtype
 
 
 class Statistics(ABC):

@@ -21,6 +21,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from hf_compressm.utils.dtypes import summing_dtype
+
 from .ssd_chunks import smallest_exponent
 
 
@@ -72,7 +74,7 @@ class _DecayOfHeads(Decays):
     def __init__(self, g: Tensor) -> None:
         """Take g of shape (chunks, rows, T)."""
         # Exponents are differences of sums, in which small terms get lost beside large ones: the sums are in float64.
-        sums = torch.cumsum(g.double(), dim=-1)
+        sums = torch.cumsum(g.to(summing_dtype(g.device)), dim=-1)
 
         def factors(exponents: Tensor) -> Tensor:
             return exponents.to(g.dtype).clamp(min=smallest_exponent(g.dtype)).exp_()
@@ -121,7 +123,8 @@ class _DecayOfHeads(Decays):
         scores = grad_products.flatten(0, 1).flatten(1, 2)  # (chunks * rows, 2 T, T)
         flat.flatten(1, 2).baddbmm_(scores, both[:, 1])
         flat[:, 1] += torch.bmm(scores.mT, both.flatten(1, 2))
-        difference = inside.sum(-1, dtype=torch.float64) - inside.sum(-2, dtype=torch.float64)
+        wide = summing_dtype(inside.device)
+        difference = inside.sum(-1, dtype=wide) - inside.sum(-2, dtype=wide)
         later = (from_start + difference).flip(2).cumsum(2).flip(2)
         earlier = to_end.cumsum(2) - to_end
         whole = (grad_whole * self.whole)[..., 0]

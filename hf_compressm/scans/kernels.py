@@ -14,12 +14,12 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.generic import maybe_autocast
 
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,9 @@ def _works(kernel: Kernel, device: str) -> bool:
         function = load(kernel)
     except Exception:  # a half-installed package fails in many ways; transformers treats them all alike
         return False
+    autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     try:
-        with torch.no_grad(), maybe_autocast(device_type=device, enabled=False):
+        with torch.no_grad(), autocast:
             kernel.probe(function, device)
     except Exception as error:  # a kernel may raise anything, assertions included
         logger.info(f"{kernel.package}'s {kernel.function} does not work on {device}: {type(error).__name__}: {error}")

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .selective_triton_steps import gated, is_inside, row, sigmoid, step_size, vector
+from .selective_triton_steps import gate_slope, is_inside, row, sigmoid, step_size, tile, vector
 
 
 @triton.jit(do_not_specialize=["length", "state_size"])
@@ -60,15 +60,11 @@ def retrace_kernel(
     first = 0
     while first < SEGMENT:
         before = span
-        sizes = ()
+        sizes, values, grads = tile(u, delta, z, grad_out, shift, first, c, steps, channels, TILE, SOFTPLUS, HAS_Z)
         drives = ()
-        grads = ()
         for k in tl.static_range(TILE):
-            step, _ = step_size(delta, shift, first + k, c, steps, channels, SOFTPLUS)
-            sizes += (step,)
-            drives += (step * row(u, first + k, c, steps, channels),)
-            grads += (gated(row(grad_out, first + k, c, steps, channels), z, first + k, c, steps, channels, HAS_Z),)
-            span += step
+            drives += (sizes[k] * values[k],)
+            span += sizes[k]
         n = 0
         while n < state_size:
             rate = tl.load(rates + n * channels + c, mask=exists, other=0.0)
@@ -86,6 +82,54 @@ def retrace_kernel(
         states += size
         first += TILE
     tl.store(spans + place * channels + c, span, mask=exists)
+
+
+@triton.jit
+def _back_through_state(
+    h,
+    coming,
+    sum_A,
+    rate,
+    chunk,
+    sums,
+    columns,
+    at,
+    TILE: tl.constexpr,
+    HAS_Z: tl.constexpr,
+):
+    """One state through the steps of a chunk: forward again from `h`, then back, to what is `coming` before them.
+
+    `chunk` holds step sizes, drives and gradients. The `sums` and `sum_A` are returned with this state's terms added.
+    `columns` are the pointers of B, C and their gradients, which hold at `at` what belongs to this state and steps.
+    """
+    sizes, drives, grads = chunk
+    ys, by_drive, by_size = sums
+    B, C, grad_B, grad_C = columns[0] + at, columns[1] + at, columns[2] + at, columns[3] + at
+    decays = ()
+    pasts = ()
+    new_ys = ()
+    for k in tl.static_range(TILE):
+        decay = tl.exp2(sizes[k] * rate)
+        past = decay * h
+        h = past + drives[k] * tl.load(B + k)
+        decays += (decay,)
+        pasts += (past,)
+        if HAS_Z:
+            new_ys += (ys[k] + tl.load(C + k) * h,)
+        tl.store(grad_C + k, tl.sum(grads[k] * h, axis=0))
+    if HAS_Z:
+        ys = new_ys
+    new_drive = ()
+    new_size = ()
+    for k in tl.static_range(TILE - 1, -1, -1):
+        g = grads[k] * tl.load(C + k) + coming
+        tl.store(grad_B + k, tl.sum(drives[k] * g, axis=0))
+        slope = pasts[k] * g  # derivative with respect to step size times A
+        new_drive = (by_drive[k] + tl.load(B + k) * g,) + new_drive
+        new_size = (by_size[k] + rate * slope,) + new_size
+        sum_A += sizes[k] * slope
+        coming = decays[k] * g
+    return coming, sum_A, ys, new_drive, new_size
 
 
 @triton.jit(do_not_specialize=["length", "state_size"])
@@ -131,88 +175,47 @@ def backward_kernel(
     size = state_size * channels
     steps = length - segment * SEGMENT
     first_row = (sequence * length + segment * SEGMENT) * channels
-    u += first_row
-    delta += first_row
+    u, delta, grad_out = u + first_row, delta + first_row, grad_out + first_row
+    grad_u, grad_delta = grad_u + first_row, grad_delta + first_row
     if HAS_Z:
-        z += first_row
-        grad_z += first_row
-    grad_out += first_row
-    grad_u += first_row
-    grad_delta += first_row
-    B += sequence * state_size * padded + segment * SEGMENT
-    C += sequence * state_size * padded + segment * SEGMENT
-    part = (tl.program_id(0).to(tl.int64) * tl.num_programs(2) + sequence) * state_size * padded + segment * SEGMENT
-    grad_B += part
-    grad_C += part
-    adjoints += place * size
-    grad_A += place * size
+        z, grad_z = z + first_row, grad_z + first_row
+    of_B = sequence * state_size * padded + segment * SEGMENT
+    part = of_B + tl.program_id(0).to(tl.int64) * tl.num_programs(2) * state_size * padded
+    columns = B + of_B, C + of_B, grad_B + part, grad_C + part
+    adjoints, grad_A = adjoints + place * size, grad_A + place * size
     states += (place + 1) * (SEGMENT // TILE) * size
     exists = c < channels
-    shift = vector(bias, c, channels, HAS_BIAS)
-    through = vector(D, c, channels, HAS_D)
-    sum_D = tl.zeros_like(shift)
-    sum_bias = tl.zeros_like(shift)
+    shift, through = vector(bias, c, channels, HAS_BIAS), vector(D, c, channels, HAS_D)
+    sum_D, sum_bias = tl.zeros_like(shift), tl.zeros_like(shift)
     first = SEGMENT - TILE
     while first >= 0:
         states -= size
-        sizes = ()
-        drives = ()
-        grads = ()
-        ys = ()
-        by_drive = ()
-        by_size = ()
+        sizes, values, grads = tile(u, delta, z, grad_out, shift, first, c, steps, channels, TILE, SOFTPLUS, HAS_Z)
+        drives, ys, by_drive = (), (), ()
         for k in tl.static_range(TILE):
-            step, _ = step_size(delta, shift, first + k, c, steps, channels, SOFTPLUS)
-            value = row(u, first + k, c, steps, channels)
-            grad = gated(row(grad_out, first + k, c, steps, channels), z, first + k, c, steps, channels, HAS_Z)
-            sizes += (step,)
-            drives += (step * value,)
-            grads += (grad,)
-            ys += (through * value,)
-            by_drive += (tl.zeros_like(step),)
-            by_size += (tl.zeros_like(step),)
-            sum_D += grad * value
+            drives += (sizes[k] * values[k],)
+            ys += (through * values[k],)
+            by_drive += (tl.zeros_like(shift),)
+            sum_D += grads[k] * values[k]
+        by_size = by_drive
+        chunk = sizes, drives, grads
         n = 0
         while n < state_size:
             rate = tl.load(rates + n * channels + c, mask=exists, other=0.0)
             h = tl.load(states + n * channels + c, mask=exists, other=0.0)
             coming = tl.load(adjoints + n * channels + c, mask=exists, other=0.0)
             sum_A = tl.load(grad_A + n * channels + c, mask=exists & (first + TILE < SEGMENT), other=0.0)
-            decays = ()
-            pasts = ()
-            new_ys = ()
-            for k in tl.static_range(TILE):
-                decay = tl.exp2(sizes[k] * rate)
-                past = decay * h
-                h = past + drives[k] * tl.load(B + n * padded + first + k)
-                decays += (decay,)
-                pasts += (past,)
-                if HAS_Z:
-                    new_ys += (ys[k] + tl.load(C + n * padded + first + k) * h,)
-                tl.store(grad_C + n * padded + first + k, tl.sum(grads[k] * h, axis=0))
-            if HAS_Z:
-                ys = new_ys
-            new_drive = ()
-            new_size = ()
-            for k in tl.static_range(TILE - 1, -1, -1):
-                g = grads[k] * tl.load(C + n * padded + first + k) + coming
-                tl.store(grad_B + n * padded + first + k, tl.sum(drives[k] * g, axis=0))
-                slope = pasts[k] * g  # derivative with respect to step size times A
-                new_drive = (by_drive[k] + tl.load(B + n * padded + first + k) * g,) + new_drive
-                new_size = (by_size[k] + rate * slope,) + new_size
-                sum_A += sizes[k] * slope
-                coming = decays[k] * g
-            by_drive = new_drive
-            by_size = new_size
+            coming, sum_A, ys, by_drive, by_size = _back_through_state(
+                h, coming, sum_A, rate, chunk, (ys, by_drive, by_size), columns, n * padded + first, TILE, HAS_Z
+            )
             tl.store(adjoints + n * channels + c, coming, mask=exists)
             tl.store(grad_A + n * channels + c, sum_A, mask=exists)
             n += 1
         for k in tl.static_range(TILE):
-            here = is_inside(first + k, c, steps, channels)
-            at = (first + k) * channels + c
-            step, raw = step_size(delta, shift, first + k, c, steps, channels, SOFTPLUS)
-            value = row(u, first + k, c, steps, channels)
-            slope = by_drive[k] * value + by_size[k] * 0.6931471805599453  # log 2: rates are A / log 2
+            t, at = first + k, (first + k) * channels + c
+            here = is_inside(t, c, steps, channels)
+            step, raw = step_size(delta, shift, t, c, steps, channels, SOFTPLUS)
+            slope = by_drive[k] * row(u, t, c, steps, channels) + by_size[k] * 0.6931471805599453  # rates: A / log 2
             if SOFTPLUS:
                 slope *= sigmoid(raw)
             slope = tl.where(here, slope, 0.0)
@@ -220,10 +223,8 @@ def backward_kernel(
             tl.store(grad_delta + at, slope, mask=here)
             tl.store(grad_u + at, by_drive[k] * step + grads[k] * through, mask=here)
             if HAS_Z:
-                gate = row(z, first + k, c, steps, channels)
-                share = sigmoid(gate)
-                grad = row(grad_out, first + k, c, steps, channels)
-                tl.store(grad_z + at, grad * ys[k] * share * (1.0 + gate * (1.0 - share)), mask=here)
+                grad = row(grad_out, t, c, steps, channels) * ys[k] * gate_slope(row(z, t, c, steps, channels))
+                tl.store(grad_z + at, grad, mask=here)
         first -= TILE
     tl.store(grad_D + place * channels + c, sum_D, mask=exists)
     tl.store(grad_bias + place * channels + c, sum_bias, mask=exists)

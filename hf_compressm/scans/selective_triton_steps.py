@@ -67,6 +67,40 @@ def gated(grad, z, t, c, steps, channels, HAS_Z: tl.constexpr):
 
 
 @triton.jit
+def tile(
+    u,
+    delta,
+    z,
+    grad_out,
+    bias,
+    first,
+    c,
+    steps,
+    channels,
+    TILE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+):
+    """Step sizes, inputs, and gradients before the gate, of TILE steps from the first one on."""
+    sizes = ()
+    values = ()
+    grads = ()
+    for k in tl.static_range(TILE):
+        size, _ = step_size(delta, bias, first + k, c, steps, channels, SOFTPLUS)
+        sizes += (size,)
+        values += (row(u, first + k, c, steps, channels),)
+        grads += (gated(row(grad_out, first + k, c, steps, channels), z, first + k, c, steps, channels, HAS_Z),)
+    return sizes, values, grads
+
+
+@triton.jit
+def gate_slope(gate):
+    """The derivative of silu."""
+    share = sigmoid(gate)
+    return share * (1.0 + gate * (1.0 - share))
+
+
+@triton.jit
 def vector(pointer, c, channels, HAS: tl.constexpr):
     """Entries c of a vector; 0 outside of it, and where there is none."""
     if HAS:

@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_compressm.utils.dtypes import summing_dtype
+
 from .operators import Recurrence, like, register, zeros_if_missing
 
 
@@ -212,10 +214,13 @@ def smallest_exponent(dtype: torch.dtype) -> float:
 def _decays(log_decay: Tensor, groups: int, head_dim: int) -> _Decays:
     """The factors of some chunks, from exponents that are never positive where log_decay is not.
 
-    Exponents are differences of sums, in which small terms get lost beside large ones: the sums are in float64.
+    Exponents are differences of sums, in which small terms get lost beside large ones: the sums are in float64, where
+    the device has it.
     """
     dtype = log_decay.dtype
-    sums = torch.cumsum(log_decay.transpose(2, 3).double(), dim=-1)  # (batch, chunks, heads, T)
+    sums = torch.cumsum(
+        log_decay.transpose(2, 3).to(summing_dtype(log_decay.device)), dim=-1
+    )  # (batch, chunks, heads, T)
 
     def factors(exponents: Tensor) -> Tensor:
         return exponents.to(dtype).clamp(min=smallest_exponent(dtype)).exp_()
@@ -241,7 +246,8 @@ def _grad_log_decay(inside: Tensor, from_start: Tensor, to_end: Tensor, whole: T
     if the decay is fast. The sums of `inside` are in float64, because they still form a difference.
     """
     inside = inside.tril_(-1)
-    difference = inside.sum(-1, dtype=torch.float64) - inside.sum(-2, dtype=torch.float64)
+    wide = summing_dtype(inside.device)
+    difference = inside.sum(-1, dtype=wide) - inside.sum(-2, dtype=wide)
     later = from_start + difference.transpose(2, 3)
     earlier = to_end.cumsum(2) - to_end
     return (later.flip(2).cumsum(2).flip(2) + earlier + whole[:, :, None]).to(to_end.dtype)

@@ -8,18 +8,12 @@
 """
 
 import functools
-from types import SimpleNamespace
 
 import torch
 
 from hf_compressm import enable_fast_selective_scan
-from hf_compressm.scans import boundary, kernels
+from hf_compressm.scans import boundary, kernels, selective_kernel, trials
 
-
-try:
-    from hf_compressm.scans import selective_kernel
-except ImportError:  # a version without these kernels
-    selective_kernel = SimpleNamespace(KERNEL_DEVICES=frozenset(), has_kernel=lambda device: False)
 
 MAMBA_SSM = {"scan": kernels.SELECTIVE_SCAN, "mamba": kernels.INNER, "mamba2": kernels.SPLIT_SCAN}
 
@@ -27,10 +21,9 @@ MAMBA_SSM = {"scan": kernels.SELECTIVE_SCAN, "mamba": kernels.INNER, "mamba2": k
 def force(way: str) -> None:
     """Leave this process with one way: stock models run their own code with mamba-ssm, and ours with the others."""
     if way != "triton":
-        selective_kernel.KERNEL_DEVICES = frozenset()
-        boundary.KERNEL_DEVICES = frozenset()  # type: ignore[misc]
+        trials.KERNEL_DEVICES = frozenset()  # type: ignore[misc]
     if way != "mamba-ssm":
-        kernels.working_devices = lambda kernel: frozenset()  # type: ignore[assignment]
+        kernels.tester = lambda kernel: lambda device: False  # type: ignore[assignment]
         enable_fast_selective_scan()
 
 
@@ -47,7 +40,7 @@ def reason_against(way: str, family: str, device: str) -> str:
         if not kernels.is_installed("mamba_ssm"):
             return "mamba-ssm is not installed"
         kernel = MAMBA_SSM[family]
-        works = device in kernels.working_devices(kernel)
+        works = kernels.tester(kernel)(device)
         return "" if works else f"{kernel.function} does not work on {device}"
     if way == "triton":
         place = torch.device(device)
