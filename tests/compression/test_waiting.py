@@ -14,6 +14,7 @@ from hf_compressm.families import CutMethod, collect_statistics, find_layers, ma
 from hf_compressm.families.sampling import sampled, spread
 from hf_compressm.surgery import moments
 from tests.family_table import (
+    BAMBA,
     FALCON_MAMBA,
     FAMILIES,
     LAYOUTS,
@@ -33,7 +34,7 @@ BATCHES = 2
 MOST = 3
 """Times that the host may wait for each layer and batch, in a measurement and the cut after it."""
 OF_EACH_KIND = (MAMBA, FALCON_MAMBA, MAMBA2, QWEN3_NEXT, S5)
-SCANNED_IN_FLOAT64 = (QWEN3_NEXT, QWEN3_5, XLSTM)
+SCANNED_IN_FLOAT64 = (MAMBA2, BAMBA, QWEN3_NEXT, QWEN3_5, XLSTM)
 """Families whose recurrence sums its decays in float64."""
 ROUND_OFF = {"rtol": 2e-3, "atol": 2e-4}
 """Of sums in float32, through the eigenvectors of covariances."""
@@ -69,7 +70,7 @@ def criteria(family: Family) -> tuple[str, ...]:
 
 def cases() -> list[Any]:
     return [
-        pytest.param(family, criterion, marks=() if family in LAYOUTS else pytest.mark.slow)
+        pytest.param(family, criterion, marks=() if family in (*OF_EACH_KIND, XLSTM) else pytest.mark.slow)
         for family in FAMILIES
         for criterion in criteria(family)
     ]
