@@ -20,11 +20,11 @@ import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainerState
 
+import hf_compressm.checkpoints.sealing
 import hf_compressm.compression.applying
 import hf_compressm.loops.decisions
 import hf_compressm.surgery.operation
 import hf_compressm.training.recovery
-import hf_compressm.training.run
 from hf_compressm import find_last_complete_checkpoint
 from hf_compressm.training.loading import CheckpointLoader
 from tests.family_table import LRU, MAMBA
@@ -161,11 +161,11 @@ def set_up() -> None:
     tear_writes()
     tear_moves()
     applying, operation = hf_compressm.compression.applying, hf_compressm.surgery.operation
-    recovery, run = hf_compressm.training.recovery, hf_compressm.training.run
+    recovery, sealing = hf_compressm.training.recovery, hf_compressm.checkpoints.sealing
     around(Trainer, "_save_checkpoint", "save: begins", "save: nothing of ours yet")
     around(Trainer, "_save_optimizer_and_scheduler", "save: weights without optimizer")
     around(transformers.trainer, "rotate_checkpoints", "save: before the rotation", "save: after the rotation")
-    around(run, "seal_checkpoint", "save: all without seal", "save: sealed")
+    around(sealing, "seal_checkpoint", "save: all without seal", "save: sealed")
     around(hf_compressm.loops.decisions, "guarded_cut", "cut: begins", "cut: done")
     around(applying, "plan_cut", after="cut: planned")
     around(operation, "commit_replacements", after="cut: parameters in, optimizer old")

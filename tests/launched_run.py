@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 from hf_compressm import find_last_complete_checkpoint
+from hf_compressm.checkpoints import sealing
 from hf_compressm.surgery import operation
 from hf_compressm.training import run as training_run
 from hf_compressm.utils.processes import checksum
@@ -168,13 +169,13 @@ def run_hurt(name: str, folder: Path, rank: int) -> dict[str, Any]:
 def run_resumed(folder: Path) -> dict[str, Any]:
     """A whole run, and one that goes on from a checkpoint between its cuts; and who sealed checkpoints."""
     sealed = []
-    seal = training_run.seal_checkpoint
+    seal = sealing.seal_checkpoint
 
     def noted(directory: Path) -> None:
         sealed.append(directory.name)
         seal(directory)
 
-    training_run.seal_checkpoint = noted
+    sealing.seal_checkpoint = noted
     whole = make("resume", folder)
     whole[0].train()
     resumed = make("resume", folder)

@@ -3,6 +3,9 @@
 Each model is trained in a process of its own, by a Trainer, with the fast scan and float32. The step is the median of
 those before the cut; the calibration is what a cut does to measure the layers, default settings.
 
+On a GPU the host waits at every copy from the device. How often it would, in a calibration and the cut after it, is
+counted for the shape of mamba-130m, on a device that only pretends to be one.
+
     python examples/benchmarks/cost_of_calibration.py [--threads 2]
 """
 
@@ -16,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 from measuring import in_own_process, machine
+from pretend_device import DEVICE, PretendDevice
 from transformers import (
     Mamba2Config,
     Mamba2ForCausalLM,
@@ -26,11 +30,21 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, LRUConfig, LRUForCausalLM, S5Config, S5ForCausalLM
+from hf_compressm import (
+    CompreSSMCallback,
+    CompreSSMConfig,
+    LRUConfig,
+    LRUForCausalLM,
+    S5Config,
+    S5ForCausalLM,
+    compress,
+)
 from hf_compressm.compression import measuring as compression_measuring
+from hf_compressm.utils import devices
 
 
 WIDTH, LENGTH, BATCH, VOCABULARY = 256, 256, 8, 256
+LAYERS, BATCHES, SHORT = 24, 4, 32
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2}
 MODELS: dict[str, Any] = {
     "mamba, N=16": lambda: MambaForCausalLM(MambaConfig(**COMMON, state_size=16)),
@@ -119,8 +133,19 @@ def measure(name: str, threads: int) -> dict[str, float]:
     return {**seen, "step": statistics.median(watch.steps[1:6]), "step_bytes": max(peaks[:6])}
 
 
+def waits(criterion: str) -> int:
+    """How often the host waits for the device in a calibration and cut of the shape of mamba-130m."""
+    devices.WITH_FLOAT64 = (*devices.WITH_FLOAT64, DEVICE.type)  # as a GPU has it
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=768, state_size=16, num_hidden_layers=LAYERS)
+    batches = [{"input_ids": row, "labels": row} for row in torch.randint(VOCABULARY, (BATCHES, 1, SHORT))]
+    with PretendDevice() as device:
+        model = device.place(MambaForCausalLM(config))
+        compress(model, CompreSSMConfig(fraction=0.5, criterion=criterion), device.on_device(batches))
+    return device.count
+
+
 def main() -> None:
-    """Print a table."""
+    """Print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     threads = parser.parse_args().threads
@@ -132,6 +157,12 @@ def main() -> None:
         row = in_own_process(measure, name, threads)
         ratio, memory = row["calibration"] / row["step"], row["calibration_bytes"] / row["step_bytes"]
         print(f"| {name} | {row['step']:.3f} | {row['calibration']:.3f} | {ratio:.2f} | {memory:.2f} |", flush=True)
+    print(
+        f"\nmamba-130m, {LAYERS} layers, {BATCHES} batches\n| criterion | waits | per layer and batch |\n|---|---|---|"
+    )
+    for criterion in ("interpolative", "surrogate", "fisher"):
+        count = in_own_process(waits, criterion)
+        print(f"| {criterion} | {count} | {count / (LAYERS * BATCHES):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ from hf_compressm.checkpoints.in_memory import fit_to_sizes, fit_to_weights, siz
 from hf_compressm.checkpoints.reading import find_last_complete_checkpoint, read_saved, verify_checkpoint
 from hf_compressm.checkpoints.saved_model import SavedModel
 from hf_compressm.checkpoints.seal import seal_checkpoint, unseal_checkpoint
+from hf_compressm.checkpoints.sealing import Sealing, wait_for_seal
 from hf_compressm.checkpoints.whole import read_whole, refuse_run_folder
 
 
 __all__ = [
     "SavedModel",
+    "Sealing",
     "check_resizable",
     "cut_checkpoint",
     "find_last_complete_checkpoint",
@@ -33,4 +35,5 @@ __all__ = [
     "sizes_of",
     "unseal_checkpoint",
     "verify_checkpoint",
+    "wait_for_seal",
 ]

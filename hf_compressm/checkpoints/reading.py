@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from hf_compressm.checkpoints.saved_model import SavedModel
 from hf_compressm.checkpoints.seal import compare_with_seal
+from hf_compressm.checkpoints.sealing import wait_for_seal
 from hf_compressm.files.atomic import read_json
 from hf_compressm.files.names import (
     ADAPTER_FILE,
@@ -44,6 +45,7 @@ def read_saved(directory: str | Path) -> SavedModel:
         ValueError: naming the file and what is wrong with it.
     """
     directory = Path(directory)
+    wait_for_seal(directory)
     if (known := _LAST.of(directory)) is not None:
         return known
     since, stamps = time.time_ns(), _stamps(directory)

@@ -17,6 +17,33 @@ from hf_compressm.utils.checks import quoted
 SEAL_VERSION = 1
 
 
+class _LinkedSums:
+    """Lengths and checksums of the files that were sealed last, for those that the next checkpoint has as hard links.
+
+    Such a file, the base of a PEFT model, is on the disk already, and need not be read again. A file is told by its
+    device and inode, its length, and when it was changed.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[int, ...], dict[str, int]] = {}
+        self._present: dict[tuple[int, ...], dict[str, int]] = {}
+
+    def of(self, path: Path) -> dict[str, int]:
+        """Length and checksum of a file, which is flushed to the disk."""
+        found = path.stat()
+        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        known = self._last.get(stamp) if found.st_nlink > 1 else None
+        self._present[stamp] = sync_and_sum(path) if known is None else known
+        return self._present[stamp]
+
+    def forget(self) -> None:
+        """Keep those of the checkpoint whose files were all asked for, and no others."""
+        self._last, self._present = self._present, {}
+
+
+_SUMS = _LinkedSums()
+
+
 def seal_checkpoint(directory: str | Path) -> None:
     """Flush all files of a checkpoint to the disk, then list them in `compressm.complete`.
 
@@ -27,7 +54,8 @@ def seal_checkpoint(directory: str | Path) -> None:
         OSError: from the file system; there is then no seal.
     """
     directory = Path(directory)
-    files = {path.relative_to(directory).as_posix(): sync_and_sum(path) for path in _files(directory)}
+    files = {path.relative_to(directory).as_posix(): _SUMS.of(path) for path in _files(directory)}
+    _SUMS.forget()
     for folder in {(directory / name).parent for name in files} | {directory}:
         sync_directory(folder)
     write_json(directory / SEAL, {"schema_version": SEAL_VERSION, "files": files})

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from hf_compressm.compression.comparing import count_state_bytes
 from hf_compressm.compression.plan import CompressionPlan, CompressionResult
-from hf_compressm.compression.planning import plan_compression, plan_cut
+from hf_compressm.compression.planning import fingerprints, plan_compression, plan_cut
 from hf_compressm.compression.record import record_cut
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import CompreSSMConfig, Settings, as_config
@@ -26,7 +26,7 @@ from hf_compressm.surgery import (
 )
 from hf_compressm.surgery.configuration import Copies, Fields
 from hf_compressm.utils.modes import plain_modes
-from hf_compressm.utils.processes import ALONE, Processes, checksum
+from hf_compressm.utils.processes import ALONE, Processes
 
 
 logger = logging.get_logger(__name__)
@@ -142,7 +142,7 @@ def compress(  # noqa: PLR0913 - public
 def cut(model: nn.Module, request: CutRequest) -> CompressionResult:
     """Plan and apply one cut as `compress` does, with the arguments in a request."""
     start = time.perf_counter()
-    plan = plan_cut(model, request)
+    plan = plan_cut(model, request, at_once=True)
     try:
         result = apply_cut(model, plan, request)
     except NonFiniteError as error:
@@ -207,7 +207,7 @@ def _fresh_cuts(plan: CompressionPlan) -> list[tuple[SSMLayer, LayerCut]]:
             continue
         if item.cut is None or item.layer is None:
             raise ValueError("This plan was applied before, or stripped of its tensors. Make a new plan.")
-        if tuple(checksum(change.parameter) for change in item.cut.changes) != item.fingerprints:
+        if item.fingerprints is not None and fingerprints(item.cut) != item.fingerprints:
             raise ValueError(
                 f"{item.name} was trained since the plan was made, or has other weights in another process. Make a "
                 "new plan and apply it at once."

@@ -9,7 +9,7 @@ from torch import nn
 from hf_compressm.compression.choices import LayerChoice
 from hf_compressm.compression.measuring import from_measurements, judged
 from hf_compressm.compression.plan import CompressionPlan
-from hf_compressm.compression.planning import loss_change, plan_sizes
+from hf_compressm.compression.planning import loss_change, marked, plan_sizes
 from hf_compressm.compression.rank_rules import choose_sizes
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.config import RANK_RULES, CompreSSMConfig, Settings, as_config
@@ -57,7 +57,7 @@ def compare_tolerances(
     def plan(choices: list[LayerChoice], measurements: list[Measurement]) -> list[CompressionPlan]:
         measurements = judged(choices, measurements, settings[0])
         plans = [
-            plan_sizes(choices, measurements, choose_sizes(choices, measurements, setting), setting)
+            marked(plan_sizes(choices, measurements, choose_sizes(choices, measurements, setting), setting))
             for setting in settings
         ]
         if not by_loss:

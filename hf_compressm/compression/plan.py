@@ -46,7 +46,7 @@ class LayerPlan:
     predicted_loss_change: float | None = None
     layer: SSMLayer | None = field(default=None, repr=False)
     cut: LayerCut | None = field(default=None, repr=False)
-    fingerprints: tuple[int, ...] = field(default=(), repr=False)
+    fingerprints: tuple[int, ...] | None = field(default=None, repr=False)
 
     def unchanged(self, **values: Any) -> "LayerPlan":
         """The plan of a layer that stays as large as it is, with other values."""
@@ -90,14 +90,14 @@ class CompressionPlan:
 
     def without_tensors(self) -> "CompressionPlan":
         """The same plan without the parameters it was made from, so that they can be freed."""
-        layers = tuple(replace(layer, layer=None, cut=None, fingerprints=()) for layer in self.layers)
+        layers = tuple(replace(layer, layer=None, cut=None, fingerprints=None) for layer in self.layers)
         return CompressionPlan(layers, self.predicted_loss_change)
 
     def skipped(self, reason: str) -> "CompressionPlan":
         """The same plan with no layer cut; those that would have been are skipped for `reason`."""
         nothing: dict[str, Any] = {"energy_kept": 1.0, "predicted_error": 0.0, "error_bound": None}
         nothing |= {"predicted_loss_change": None}
-        nothing |= {"status": "skipped", "reason": reason, "layer": None, "cut": None, "fingerprints": ()}
+        nothing |= {"status": "skipped", "reason": reason, "layer": None, "cut": None, "fingerprints": None}
         return CompressionPlan(
             tuple(layer.unchanged(**nothing) if layer.status == "cut" else layer for layer in self.layers)
         )

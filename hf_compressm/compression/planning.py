@@ -17,12 +17,13 @@ from hf_compressm.compression.rank_rules import choose_sizes
 from hf_compressm.compression.request import CutRequest
 from hf_compressm.compression.sizes import why_kept
 from hf_compressm.config import CompreSSMConfig, Settings, as_config
-from hf_compressm.families import Measurement, refuse_single_batch
+from hf_compressm.families import LayerCut, Measurement, refuse_single_batch
 from hf_compressm.families.gradients import loss_of
 from hf_compressm.families.refit import tried
 from hf_compressm.families.standing_in import standing_in
 from hf_compressm.scans.stock import fast_scans
 from hf_compressm.surgery.lora import follow
+from hf_compressm.utils.devices import on_host
 from hf_compressm.utils.modes import outside_inference
 from hf_compressm.utils.processes import ALONE, Processes, checksum
 from hf_compressm.utils.randomness import undisturbed
@@ -57,8 +58,15 @@ def plan_compression(
     return plan_cut(model, request)
 
 
-def plan_cut(model: nn.Module, request: CutRequest) -> CompressionPlan:
-    """Plan a cut as `plan_compression` does, with the arguments in a request."""
+def plan_cut(model: nn.Module, request: CutRequest, at_once: bool = False) -> CompressionPlan:
+    """Plan a cut as `plan_compression` does, with the arguments in a request.
+
+    Args:
+        model: any module with SSM layers of a known family.
+        request: settings, calibration and processes.
+        at_once: whether the plan is applied before anything else happens to the model. A single process then needs no
+            checksum of its weights.
+    """
     by_loss = request.config.criterion == "fisher"
     if request.config.sequential and request.processes.size > 1:
         raise ValueError(
@@ -73,8 +81,10 @@ def plan_cut(model: nn.Module, request: CutRequest) -> CompressionPlan:
         measurements = judged(choices, measurements, request.config)
         sizes = choose_sizes(choices, measurements, request.config, request.reduction_share)
         if request.config.sequential:
-            return _plan(choices, _one_after_another(model, request, choices, measurements, sizes))
-        return plan_sizes(choices, measurements, sizes, request.config)
+            made = _plan(choices, _one_after_another(model, request, choices, measurements, sizes))
+        else:
+            made = plan_sizes(choices, measurements, sizes, request.config)
+        return made if at_once and request.processes.size == 1 else marked(made)
 
     found = from_measurements(plan, model, request)
     return replace(found, predicted_loss_change=loss_change(model, request, found)) if by_loss else found
@@ -90,6 +100,21 @@ def plan_sizes(
     parts = zip(choices, measurements, sizes, strict=True)
     with fast_scans():  # a fit runs a layer many times
         return _plan(choices, for_each(lambda each: _plan_layer(*each, config), parts))
+
+
+def marked(plan: CompressionPlan) -> CompressionPlan:
+    """The plan with checksums of the parameters that it is for, by which it is refused where they have changed."""
+    return replace(plan, layers=tuple(_marked(layer) for layer in plan.layers))
+
+
+def fingerprints(cut: LayerCut) -> tuple[int, ...]:
+    """Checksums of the parameters that a cut replaces."""
+    present = on_host({number: change.parameter for number, change in enumerate(cut.changes)})
+    return tuple(checksum(present[number]) for number in range(len(present)))
+
+
+def _marked(layer: LayerPlan) -> LayerPlan:
+    return layer if layer.cut is None else replace(layer, fingerprints=fingerprints(layer.cut))
 
 
 def _plan(choices: Sequence[LayerChoice], plans: Sequence[LayerPlan]) -> CompressionPlan:
@@ -126,7 +151,8 @@ def loss_change(model: nn.Module, request: CutRequest, plan: CompressionPlan) ->
 
     def losses() -> list[float]:
         with request.processes.together(), outside_inference(), undisturbed(model), torch.no_grad():
-            return [float(loss_of(request.forward(model, batch))) for batch in batches]
+            found = [loss_of(request.forward(model, batch)) for batch in batches]
+            return torch.stack(found).tolist() if found else []
 
     before = losses() if plan.changes else []
     with ExitStack() as cut:
@@ -179,7 +205,6 @@ def _plan_layer(choice: LayerChoice, measurement: Measurement, size: int, config
         reason=cut.note,
         layer=replace(layer, owner=None),  # plans travel between processes, and each has the configuration
         cut=cut,
-        fingerprints=tuple(checksum(change.parameter) for change in cut.changes),
     )
 
 
@@ -205,5 +230,5 @@ def _kept(plan: LayerPlan, reason: str) -> LayerPlan:
         reason=reason,
         layer=None,
         cut=None,
-        fingerprints=(),
+        fingerprints=None,
     )

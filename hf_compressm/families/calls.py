@@ -156,13 +156,13 @@ def signals(call: Call, mask: Tensor | None) -> Signals:
     return of_kind.get(call.kind, _selective_signals)(call, mask)
 
 
-def tokens_of(call: Call, mask: Tensor | None) -> int:
-    """How many tokens `signals` counts in a call."""
+def tokens_of(call: Call, mask: Tensor | None) -> Tensor:
+    """How many tokens `signals` counts in a call, a number on its device."""
     gain, axis = call.gain, 2 if call.kind in (SELECTIVE, MLSTM) else 1
     assert gain is not None  # as below
     if mask is None:
-        return gain.shape[0] * gain.shape[axis]
-    return int((gain.movedim(axis, 1).flatten(2) != 0).any(dim=-1).sum())
+        return torch.full((), gain.shape[0] * gain.shape[axis], device=gain.device)
+    return (gain.movedim(axis, 1).flatten(2) != 0).any(dim=-1).sum()
 
 
 @dataclass(frozen=True, eq=False)

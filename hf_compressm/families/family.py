@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_compressm.families.calls import Example
 from hf_compressm.families.owners import Owner
 from hf_compressm.families.sums import Statistics
+from hf_compressm.utils.devices import first_not_finite
 
 
 @dataclass(frozen=True)
@@ -360,7 +361,7 @@ class Family(ABC):
 
 def has_finite_parameters(module: nn.Module) -> bool:
     """Whether no parameter of a layer holds NaN or infinity."""
-    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+    return first_not_finite(list(module.parameters())) is None
 
 
 def kept_order(count: int, method: CutMethod, layer: SSMLayer) -> Tensor:

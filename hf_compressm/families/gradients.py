@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from hf_compressm.families.calls import Seen, tokens_of
 from hf_compressm.families.sums import Statistics
+from hf_compressm.utils.devices import summing_dtype
 
 
 logger = logging.get_logger(__name__)
@@ -72,7 +73,8 @@ def tell(waiting: Sequence[Waiting], loss: Tensor, scored: int | None) -> None:
             for call in each.seen.calls:
                 gradient = gradients.get(id(call.output))
                 call.gain = torch.zeros_like(call.output) if gradient is None else gradient.abs()
-                call.gain = call.gain * (tokens_of(call, each.seen.mask) / count) ** 0.5
+                tokens = tokens_of(call, each.seen.mask)
+                call.gain = call.gain * (tokens.to(summing_dtype(tokens.device)) / count).sqrt()
             # the rows of a layer that runs twice in a batch belong together, and no example knows of the other
             gradient = gradients.get(id(each.output)) if times[id(each.statistics)] == 1 else None
             each.statistics.observe(replace(each.seen, gradient=gradient, scored=count))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hf_compressm.families.family import AttributeChange, MomentTerm, ParameterChange
 from hf_compressm.families.maps import apply_map, float64
+from hf_compressm.utils.devices import to_device
 
 
 STATE, B, C, REST = "state", "B", "C", "*"
@@ -218,7 +219,7 @@ class Layout:
                     continue
                 block = mask[group] if slot.part.by_group else mask
                 axis = slot.axis - 1 if slot.part.by_group else slot.axis
-                block.index_fill_(axis, places.flatten().to(mask.device), 1)
+                block.index_fill_(axis, to_device(places.flatten(), mask.device), 1)
             yield slot.tensor, mask
 
     def length(self, module: Any, slot: Slot, size: int) -> int:

@@ -10,6 +10,7 @@ Discrete time. The participation factors (Perez-Arriaga et al., IEEE TPAS 101, 1
 map of the eigenvalues, and carry over every parameter that is one number per state.
 """
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from hf_compressm.numerics import BalancedTruncation, Balancing, DiagonalSystem,
 from hf_compressm.numerics.balancing import NUMERICAL_RANK
 from hf_compressm.numerics.ranks import tail_sums
 from hf_compressm.scans import diagonal_states
+from hf_compressm.utils.devices import on_host
 
 
 FAILURES = (ValueError, torch.linalg.LinAlgError)
@@ -120,11 +122,17 @@ class LinearFamily(Family):
         return "mask"
 
     @abstractmethod
-    def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:
-        """The layer's own parameters for a reduced system, in double precision, except those of `read_out`."""
+    def parametrize(self, module: Any, reduction: Reduction, present: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The layer's own parameters for a reduced system, in double precision, except those of `read_out`.
+
+        Args:
+            module: the layer.
+            reduction: the system.
+            present: the layer's parameters, on the CPU.
+        """
 
     @abstractmethod
-    def input_gradient_scale(self, module: Any, system: DiagonalSystem, values: Mapping[str, Tensor]) -> Tensor:
+    def input_gradient_scale(self, module: Any, values: Mapping[str, Tensor]) -> Tensor:
         """Complex `(slots,)` factor f with `B of the system = f * stored B`, for the given parameter values."""
 
     def read_out(self, module: Any, C: Tensor) -> dict[str, Tensor]:
@@ -145,8 +153,10 @@ class LinearFamily(Family):
 
     def system(self, module: Any) -> DiagonalSystem:
         """The discrete-time system of a layer, on the CPU; C stacks both read-outs of a bidirectional layer."""
+        held = copy.copy(module)
+        vars(held)["_parameters"] = on_host(dict(module.named_parameters(recurse=False)))
         with torch.no_grad():
-            return DiagonalSystem(*(x.detach().cpu() for x in module.system(torch.float64)))
+            return DiagonalSystem(*held.system(torch.float64))
 
     def state_axes(self, module: Any) -> Mapping[str, int | None]:
         """Those of the declaration."""
@@ -256,10 +266,11 @@ class LinearFamily(Family):
     def _changes(self, layer: SSMLayer, reduction: Reduction) -> tuple[ParameterChange, ...]:
         """New parameters with their moment maps: participation, `T^H` for B, `W^H` for C."""
         module, system = layer.module, reduction.system
-        values = self.parametrize(module, reduction)
+        present = on_host(dict(module.named_parameters()))
+        values = self.parametrize(module, reduction, present)
         C = torch.cat(system.C.chunk(2), dim=1) if len(self.directions(module)) == 2 else system.C
         values |= self.read_out(module, C)
-        terms = self._moment_terms(module, reduction, values)
+        terms = self._moment_terms(module, reduction, present, values)
         prefix = f"{layer.name}." if layer.name else ""
         return tuple(
             ParameterChange(f"{prefix}{name}", getattr(module, name), value, terms[name])
@@ -267,12 +278,11 @@ class LinearFamily(Family):
         )
 
     def _moment_terms(
-        self, module: Any, reduction: Reduction, values: Mapping[str, Tensor]
+        self, module: Any, reduction: Reduction, present: Mapping[str, Tensor], values: Mapping[str, Tensor]
     ) -> dict[str, tuple[MomentTerm, ...]]:
-        """The moment terms of each parameter."""
+        """The moment terms of each parameter, for its present values and the new ones."""
         participation = reduction.participation
-        old_scale = self.input_gradient_scale(module, self.system(module), dict(module.named_parameters()))
-        new_scale = self.input_gradient_scale(module, reduction.system, values)
+        old_scale, new_scale = (self.input_gradient_scale(module, each) for each in (present, values))
         B_map = _scale_real(new_scale.conj()) @ reduction.from_reduced.mT @ _scale_real(1 / old_scale.conj())
         sign = torch.ones(reduction.to_reduced.shape[0]), torch.ones(reduction.to_reduced.shape[1])
         for part in sign:

@@ -9,7 +9,6 @@ from torch import Tensor
 from hf_compressm.families.linear import LinearFamily, Reduction
 from hf_compressm.families.registry import register
 from hf_compressm.models.modeling_lru import LRULayer
-from hf_compressm.numerics import DiagonalSystem
 
 
 SMALLEST_MODULUS = 1e-30
@@ -19,7 +18,7 @@ SMALLEST_MODULUS = 1e-30
 class LRUFamily(LinearFamily):
     """Family of `hf_compressm.models.LRULayer`."""
 
-    def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:
+    def parametrize(self, module: Any, reduction: Reduction, present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters for a reduced system; gamma is set to `sqrt(1 - |lambda|^2)` as at initialisation."""
         system = reduction.system
         modulus = system.eigenvalues.abs().clamp_min(SMALLEST_MODULUS)
@@ -33,9 +32,9 @@ class LRUFamily(LinearFamily):
             "B_im": B.imag,
         }
 
-    def input_gradient_scale(self, module: Any, system: DiagonalSystem, values: Mapping[str, Tensor]) -> Tensor:
+    def input_gradient_scale(self, module: Any, values: Mapping[str, Tensor]) -> Tensor:
         """The factor `exp(gamma_log)`."""
-        return values["gamma_log"].detach().to("cpu", torch.float64).exp().to(torch.complex128)
+        return values["gamma_log"].double().exp().to(torch.complex128)
 
 
 register(

@@ -48,7 +48,7 @@ class Mamba3Statistics(CovarianceStatistics):
         for name in ("B", "C"):
             vectors = call.arguments[name].detach().flatten(0, -2)
             step = max(1, vectors.shape[0] // SAMPLED_VECTORS)
-            self.samples.setdefault(name, []).append(vectors[::step].to("cpu", torch.float64))
+            self.keep_rows(name, vectors[::step])
         return super().sums_of(call, mask)
 
 

@@ -7,14 +7,20 @@
 | float64 `(new, old)` | a matrix |
 | float64 `(groups, new, old)` | one matrix for each of as many equal blocks of axis 0 |
 | float64, no axis | a factor |
+
+Not every kind of device has float64. What is computed in float64 is computed on the CPU where the device lacks it.
 """
 
 import torch
 from torch import Tensor
 
+from hf_compressm.utils.devices import lacks_float64, to_device
+
 
 def apply_map(value: Tensor, matrix: Tensor, dim: int, squared: bool = False) -> Tensor:
     """A tensor mapped along an axis: in its own dtype where entries are only selected, else in float64.
+
+    The result is on the tensor's device, or on the CPU where that device would need float64 and has none.
 
     Args:
         value: any tensor.
@@ -22,7 +28,9 @@ def apply_map(value: Tensor, matrix: Tensor, dim: int, squared: bool = False) ->
         dim: the axis; not 0 for a map with groups.
         squared: whether to square the entries of a matrix, as for second moments.
     """
-    matrix = matrix.to(value.device)
+    if matrix.is_floating_point() and lacks_float64(value.device):
+        value = value.cpu()
+    matrix = to_device(matrix, value.device)
     if not matrix.is_floating_point():
         if matrix.dim() == 1:
             return value.index_select(dim, matrix)
@@ -40,7 +48,7 @@ def apply_map(value: Tensor, matrix: Tensor, dim: int, squared: bool = False) ->
 
 def float64(parameter: Tensor) -> Tensor:
     """The parameter in float64 on the CPU, without gradients."""
-    return parameter.detach().to("cpu", torch.float64)
+    return parameter.detach().cpu().double()
 
 
 def _blocks(value: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:

@@ -73,19 +73,19 @@ class MLSTMStatistics(CovarianceStatistics):
         real = share if mask is None else share * mask
         sums = {**super().sums_of(call, mask), "eps": real.flatten(1).sum(dim=1)}
         reads, self._reads = torch.cat(self._reads), []
-        self.samples.setdefault("reads", []).append(reads.to("cpu", torch.float32))
+        self.keep_rows("reads", reads)
         return sums
 
     def sample(self, weighted: Tensor, reads: Tensor, first: int, count: int) -> None:
         """Keep the steps of a chunk that are due, of `count` in all."""
-        steps, batch, _, channels, _ = weighted.shape
+        _, batch, _, channels, _ = weighted.shape
         every = min(max(1, count * batch // SAMPLED_READS), count)
-        due = [step for step in range(steps) if (first + step + 1) % every == 0]
-        if not due:
-            return
+        due = slice(-(first + 1) % every, None, every)
         C, q = weighted[due], reads[due]
+        if not len(C):
+            return
         h = torch.einsum("sbhdn,sbhn->sbhd", C, q)
-        signs = _signs(C.shape[:2].numel() * channels, first).to(C).view(*C.shape[:2], 1, channels)
+        signs = _signs(C.shape[:2].numel() * channels, first, C.device).to(C).view(*C.shape[:2], 1, channels)
         square = h.square().sum(dim=-1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny)
         across = signs - h * (h * signs).sum(dim=-1, keepdim=True) / square
         along, beside = (torch.einsum("sbhdn,sbhd->sbhn", C, mixture) for mixture in (h, across))
@@ -126,7 +126,7 @@ class MLSTMFamily(SelectiveFamily):
         measured = super().measure(layer, method, statistics)
         if measured.problem or statistics is None:
             return measured
-        reads = measured.detail.samples["reads"].double()
+        reads = measured.detail.samples["reads"]
         balanced = in_balanced_states(measured, statistics.mean("P"), statistics.mean("Q"), layer, method)
         return replace(balanced, errors=_errors(balanced.detail, reads, statistics.mean("eps")))
 
@@ -186,10 +186,15 @@ def _hidden(module: Any) -> int:
     return int(getattr(module.config, "hidden_size", None) or module.config.embedding_dim)
 
 
-def _signs(count: int, seed: int) -> Tensor:
-    """Signs that look random, the same ones in every run, `(count,)`."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randint(2, (count,), generator=generator, device="cpu") * 2 - 1
+def _signs(count: int, seed: int, device: torch.device) -> Tensor:
+    """Signs that look random, the same ones in every run, `(count,)`, made on the device.
+
+    The last bit of a hash of their number, by multiplying and shifting (splitmix32).
+    """
+    number = torch.arange(count, device=device) + (seed * 0x9E3779B9 & 0xFFFFFFFF)
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        number = (number ^ (number >> shift)) * factor & 0xFFFFFFFF
+    return 1 - 2 * ((number ^ (number >> 15)) & 1)
 
 
 def _errors(selection: Selection, reads: Tensor, eps: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from transformers.utils.generic import maybe_autocast
 from hf_compressm.families.calls import DELTA, SELECTIVE, Call, Seen, selective_inputs, signals, unrepeated
 from hf_compressm.families.layout import Layout
 from hf_compressm.families.running import example_of, room_for
+from hf_compressm.families.sampling import spread
 from hf_compressm.families.sums import Statistics
-from hf_compressm.utils.dtypes import summing_dtype
+from hf_compressm.utils.devices import summing_dtype
 
 
 class Selective(Protocol):
@@ -111,10 +112,9 @@ class CovarianceStatistics(RecurrenceStatistics):
         if call.kind == DELTA:
             sums["K"] = _second_moment((seen.B * seen.mask[..., None, None]).movedim(2, 0))
         if self.family.sampled_tokens:
+            places, real = spread(seen.mask.flatten(), self.family.sampled_tokens)
             for name, signal in (("B", seen.B), ("C", seen.C)):
-                rows = signal.detach()[seen.mask > 0]
-                step = max(1, rows.shape[0] // self.family.sampled_tokens)
-                self.samples.setdefault(name, []).append(rows[::step].to("cpu", torch.float64))
+                self.keep_rows(name, signal.flatten(0, 1)[places], real)
         return sums
 
     def sample(self, weighted: Tensor, reads: Tensor, first: int, count: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_compressm.families.calls import Example
 from hf_compressm.families.family import LayerCut, MomentTerm, ParameterChange, SSMLayer
+from hf_compressm.families.maps import float64
 from hf_compressm.families.running import (
     Trial,
     measured,
@@ -83,7 +84,7 @@ def _refitted(
 
 def _with_values(layer: SSMLayer, cut: LayerCut, trial: Trial, free: Iterable[nn.Parameter]) -> LayerCut:
     """A cut that writes what was fitted, also to parameters that it left alone; their moments stay."""
-    values = {parameter: parameter.detach().to("cpu", torch.float64) for parameter in free}
+    values = {parameter: float64(parameter) for parameter in free}
     changes = [
         replace(change, value=values.pop(parameter, change.value))
         for change, parameter in zip(cut.changes, trial.parameters, strict=True)
@@ -114,7 +115,8 @@ def fit(
     """
     for parameter in module.parameters():
         parameter.requires_grad_(parameter in free)
-    scales = {parameter: float(parameter.detach().square().mean().sqrt()) for parameter in free}
+    squares = torch.stack([parameter.detach().square().mean() for parameter in free])
+    scales = dict(zip(free, squares.sqrt().tolist(), strict=True))
     adam = torch.optim.Adam([{"params": [parameter], "lr": rate * scale} for parameter, scale in scales.items()])
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _share(step, steps))
     with torch.enable_grad():

@@ -17,6 +17,7 @@ from hf_compressm.families.calls import Example, Seen, first_tensor
 from hf_compressm.families.family import LayerCut, SSMLayer
 from hf_compressm.families.gradients import second_order
 from hf_compressm.models import own_class
+from hf_compressm.utils.devices import summing_dtype, to_device
 
 
 LONGEST = 2048
@@ -103,11 +104,12 @@ def with_cut(layer: SSMLayer, cut: LayerCut) -> Trial:
     written = []
     for change in cut.changes:
         old, (owner, name) = change.parameter, owners[id(change.parameter)]
-        written.append(nn.Parameter(change.value.to(old.device, old.dtype, copy=True)))
+        value = to_device(change.value.to(old.dtype, copy=True), old.device)
+        written.append(nn.Parameter(value))
         setattr(owner, name, written[-1])
     added = []
     for addition in cut.additions:
-        value = addition.value.to(addition.beside.device, addition.beside.dtype, copy=True)
+        value = to_device(addition.value.to(addition.beside.dtype, copy=True), addition.beside.device)
         added.append(nn.Parameter(value))
         parts[id(addition.module)].register_parameter(addition.name.rpartition(".")[2], added[-1])
     for attribute in cut.attributes:
@@ -142,28 +144,30 @@ def measured(layer: SSMLayer, cut: LayerCut, examples: Sequence[Example]) -> tup
     """
     before, after = copy.deepcopy(layer.module).eval(), with_cut(layer, cut).module
     pairs = [(run(after, example), run(before, example)) for example in examples]
-    terms = [_first_order(example, new - old) for example, (new, old) in zip(examples, pairs, strict=True)]
-    known = [(term, example.scored) for term, example in zip(terms, examples, strict=True) if term is not None]
-    if len(known) < len(terms):
-        return relative_error(pairs), None
-    scored = [torch.full_like(term, count) for term, count in known]
-    return relative_error(pairs), second_order(torch.cat([term for term, _ in known]), torch.cat(scored))
+    return relative_error(pairs), _loss_change(examples, [new - old for new, old in pairs])
 
 
-def _first_order(example: Example, change: Tensor) -> Tensor | None:
-    """What a change of the output adds to the mean loss of every row, `(rows,)`; None where that is not known."""
-    if example.gradient is None:
-        return None
-    term = (example.gradient * change).flatten(1).sum(dim=1).double().cpu() / example.scored
-    return term if bool(torch.isfinite(term).all()) else None
+def _loss_change(examples: Sequence[Example], changes: Sequence[Tensor]) -> float | None:
+    """What changes of a layer's output add to the mean loss; None where its gradient is unknown or not finite."""
+    sums, scored = [], []
+    for example, change in zip(examples, changes, strict=True):
+        if example.gradient is None:
+            return None
+        sums.append((example.gradient * change).flatten(1).sum(dim=1))
+        scored.append(torch.full(sums[-1].shape, example.scored, dtype=torch.float64))
+    terms = torch.cat(sums).cpu().double() / torch.cat(scored)
+    return second_order(terms, torch.cat(scored)) if bool(torch.isfinite(terms).all()) else None
 
 
 def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """`|y - y_r| / |y|` over all pairs of `y_r` and `y`."""
-    lost = total = 0.0
+    squares = []
     for given, wanted in pairs:
-        lost += float((given.double() - wanted.double()).square().sum())
-        total += float(wanted.double().square().sum())
+        dtype = summing_dtype(wanted.device)
+        given, wanted = given.to(dtype), wanted.to(dtype)
+        squares.append(torch.stack([(given - wanted).square().sum(), wanted.square().sum()]))
+    rows = torch.stack(squares).tolist() if squares else []
+    lost, total = sum(row[0] for row in rows), sum(row[1] for row in rows)
     return (lost / total) ** 0.5 if total > 0 else 0.0
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from hf_compressm.families.linear import LinearFamily, Reduction
 from hf_compressm.families.registry import register
 from hf_compressm.models.modeling_s5 import S5Layer
-from hf_compressm.numerics import DiagonalSystem
 
 
 SMALLEST_MODULUS = 1e-30
@@ -37,27 +36,25 @@ class S5Family(LinearFamily):
         """2 with conjugate symmetry, where states come in pairs, else 1."""
         return 2 if module.conj_sym else 1
 
-    def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:
+    def parametrize(self, module: Any, reduction: Reduction, present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters for a reduced system.
 
         The discrete eigenvalue fixes only `Lambda Delta`. The step size of a new state is the geometric mean of the
         old ones, weighted by their participation, and smaller if `clip_eigs` demands it.
         """
         system = reduction.system
-        log_step = mean_log_step(module.log_step, reduction)
+        log_step = mean_log_step(present["log_step"], reduction)
         product = step_product(system.eigenvalues, module.discretization)
         if module.clip_eigs:
             log_step = torch.minimum(log_step, (product.real / (1.001 * LARGEST_REAL_PART)).clamp_min(1e-30).log())
         Lambda = product / log_step.exp()
         values = {"Lambda_re": Lambda.real, "Lambda_im": Lambda.imag, "log_step": log_step}
-        B = system.B / self.input_gradient_scale(module, system, values)[:, None]
+        B = system.B / self.input_gradient_scale(module, values)[:, None]
         return values | {"B_re": B.real, "B_im": B.imag}
 
-    def input_gradient_scale(self, module: Any, system: DiagonalSystem, values: Mapping[str, Tensor]) -> Tensor:
+    def input_gradient_scale(self, module: Any, values: Mapping[str, Tensor]) -> Tensor:
         """The discretisation's factor f."""
-        real, imaginary, log_step = (
-            values[name].detach().to("cpu", torch.float64) for name in ("Lambda_re", "Lambda_im", "log_step")
-        )
+        real, imaginary, log_step = (values[name].double() for name in ("Lambda_re", "Lambda_im", "log_step"))
         real = real.clamp(max=LARGEST_REAL_PART) if module.clip_eigs else real
         return input_factor(torch.complex(real, imaginary), log_step.exp(), module.discretization)
 
@@ -65,7 +62,7 @@ class S5Family(LinearFamily):
 def mean_log_step(log_step: Tensor, reduction: Reduction) -> Tensor:
     """The logarithm of each new state's step size: the mean of the old ones, weighted by their participation."""
     weight = reduction.participation.abs()
-    return weight @ log_step.detach().to("cpu", torch.float64) / weight.sum(dim=1)
+    return weight @ log_step.double() / weight.sum(dim=1)
 
 
 def step_product(eigenvalues: Tensor, discretization: str) -> Tensor:

@@ -24,6 +24,7 @@ from hf_compressm.families.linear import LinearFamily, Reduction
 from hf_compressm.families.registry import register
 from hf_compressm.families.s5 import input_factor, mean_log_step, step_product
 from hf_compressm.numerics import DiagonalSystem
+from hf_compressm.utils.devices import on_host
 
 
 DISCRETIZATIONS = {"discretize_zoh": "zoh", "discretize_bilinear": "bilinear"}
@@ -35,7 +36,7 @@ class S5PytorchFamily(LinearFamily):
 
     def system(self, module: Any) -> DiagonalSystem:
         """The discrete-time system of a layer, on the CPU; C stacks both read-outs of a bidirectional layer."""
-        values = {name: _double(parameter) for name, parameter in module.named_parameters()}
+        values = {name: _double(value) for name, value in on_host(dict(module.named_parameters())).items()}
         product = values["Lambda"] * values["log_step"].exp()
         bilinear = _discretization(module) == "bilinear"
         eigenvalues = (2 + product) / (2 - product) if bilinear else product.exp()
@@ -68,10 +69,10 @@ class S5PytorchFamily(LinearFamily):
         _check_linear(layer)
         return ()
 
-    def parametrize(self, module: Any, reduction: Reduction) -> dict[str, Tensor]:
+    def parametrize(self, module: Any, reduction: Reduction, present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters for a reduced system; step sizes as for `S5Layer`."""
         system = reduction.system
-        log_step = mean_log_step(module.log_step, reduction)
+        log_step = mean_log_step(present["log_step"], reduction)
         Lambda = step_product(system.eigenvalues, _discretization(module)) / log_step.exp()
         values = {"Lambda": Lambda, "log_step": log_step}
         B = system.B / self._factor(module, values)[:, None]
@@ -85,7 +86,7 @@ class S5PytorchFamily(LinearFamily):
         """One term for each of B and C."""
         return {"B": (ComplexTerm(module.B, B_map, 0),), "C": (ComplexTerm(module.C, C_map, 1),)}
 
-    def input_gradient_scale(self, module: Any, system: DiagonalSystem, values: Mapping[str, Tensor]) -> Tensor:
+    def input_gradient_scale(self, module: Any, values: Mapping[str, Tensor]) -> Tensor:
         """The discretisation's factor f."""
         return self._factor(module, {name: _double(values[name]) for name in ("Lambda", "log_step")})
 
@@ -94,8 +95,8 @@ class S5PytorchFamily(LinearFamily):
 
 
 def _double(parameter: Tensor) -> Tensor:
-    """A parameter in double precision on the CPU, without gradients."""
-    return parameter.detach().to("cpu", torch.complex128 if parameter.is_complex() else torch.float64)
+    """A parameter in double precision."""
+    return parameter.to(torch.complex128 if parameter.is_complex() else torch.float64)
 
 
 def _discretization(module: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 
@@ -48,18 +49,29 @@ def sample(shape: tuple[int, int], mask: Tensor | None, size: int, costly: bool 
         Every other row of a batch with many tokens, every fourth one where rows are costly, otherwise all; and a power
         of two: the states after every so many steps suffice for their covariance.
     """
-    samples = _samples(shape, mask, size)
+    if not _SAMPLED.get():
+        return slice(None, None, 1), 1
+    # of every row, for padding must not matter; the one time that the host waits for them
+    tokens = [shape[1]] * shape[0] if mask is None else [round(row) for row in mask.flatten(1).sum(dim=1).tolist()]
+    samples = sum(tokens) // (SAMPLES_PER_STATE * size)
     quarter = costly and samples >= 2 and shape[0] >= ROWS_OF_A_QUARTER and size >= STATES_OF_A_QUARTER
     rows = slice(None, None, 4 if quarter else 2 if samples >= 1 else 1)
-    rest = None if mask is None else mask[rows]
-    count = len(range(*rows.indices(shape[0])))
-    enough = min(_samples((count, shape[1]), rest, size), shape[1] // STEPS_OF_A_ROW, LARGEST_STRIDE)
+    enough = min(sum(tokens[rows]) // (SAMPLES_PER_STATE * size), shape[1] // STEPS_OF_A_ROW, LARGEST_STRIDE)
     return rows, 1 << max(enough.bit_length() - 1, 0)
 
 
-def _samples(shape: tuple[int, int], mask: Tensor | None, size: int) -> int:
-    """How many samples of sufficient size the real tokens make; 0 where all tokens count."""
-    if not _SAMPLED.get():
-        return 0
-    tokens = shape[0] * shape[1] if mask is None else int(mask.sum())  # padding must not matter
-    return tokens // (SAMPLES_PER_STATE * size)
+def spread(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Places of about `count` real tokens, evenly spaced, all of them if there are fewer; nothing waits for a GPU.
+
+    Args:
+        mask: `(tokens,)`, above 0 for real tokens.
+        count: how many at least, where there are as many; never twice as many.
+
+    Returns:
+        The places, and for each of them whether it is one: the number of the real tokens is known to the device alone.
+    """
+    upto = (mask > 0).cumsum(0)
+    step = (upto[-1] // count).clamp_min(1)
+    ranks = torch.arange(min(2 * count, len(mask)), device=mask.device) * step
+    places = torch.searchsorted(upto, ranks + 1).clamp_max(len(mask) - 1)
+    return places, ranks < upto[-1]

@@ -197,7 +197,7 @@ class SelectiveFamily(Family):
         ways = kept_order(ranked[0][0].numel(), method, layer)
         orders = torch.stack([order[ways] for order, _ in ranked])
         errors = interpolation.relative_errors(losses.sum(dim=0))
-        samples = {name: torch.cat(parts) for name, parts in statistics.samples.items()}
+        samples = {name: torch.cat(parts).double() for name, parts in statistics.samples.items()}
         scores = P.diagonal(dim1=1, dim2=2) * Q.diagonal(dim1=1, dim2=2)
         for_fit = None
         if self.fits_other_states and method.refit_steps:

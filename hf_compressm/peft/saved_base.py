@@ -22,6 +22,7 @@ from hf_compressm.files.atomic import link_or_copy, read_json, replace, write_js
 from hf_compressm.files.names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_FOLDER
 from hf_compressm.files.weights import Headers, read_tensors
 from hf_compressm.peft.wrapping import is_wrapped, plain_modules, underlying
+from hf_compressm.utils.devices import on_host
 from hf_compressm.utils.processes import checksum
 
 
@@ -29,6 +30,8 @@ logger = logging.get_logger(__name__)
 
 _NAMES = "_compressm_base_names"
 _WRITTEN = "_compressm_base_written"
+_SAMPLED = 64
+"""Entries of each frozen tensor, evenly spaced, that are looked at when a base is saved again."""
 _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that subtract something from the base; from a saved base it is subtracted already."""
 
@@ -54,7 +57,8 @@ def save_base(model: Any, directory: str | Path) -> None:
     """Save a `PeftModel`'s base in the folder `base_model` of a directory, for `from_pretrained`.
 
     If the base has not changed since it was saved last, the files are hard links to the earlier ones, where the file
-    system has hard links: the checkpoints of a run hold one base per cut.
+    system has hard links: the checkpoints of a run hold one base per cut. Whether it has changed is known without
+    reading it: a frozen tensor that was not replaced or written into is taken to be the same.
 
     Args:
         model: a `PeftModel` around a transformers model.
@@ -66,7 +70,7 @@ def save_base(model: Any, directory: str | Path) -> None:
     base, state = underlying(model), plain_state(model)
     folder = Path(directory) / BASE_FOLDER
     then, written = vars(model).get(_WRITTEN, (None, folder))
-    now = _checksum(base, state)
+    now = _checksum(model, state)
     is_same = then == now and written.is_dir()
     if is_same and written.resolve() == folder.resolve():
         return
@@ -78,7 +82,7 @@ def save_base(model: Any, directory: str | Path) -> None:
             shutil.copytree(written, fresh, copy_function=link_or_copy)
         else:
             base.save_pretrained(fresh, state_dict=dict(state))  # which saves tied weights once
-            now = _checksum(base, state)  # saving enters class and dtype into the configuration
+            now = _checksum(model, state)  # saving enters class and dtype into the configuration
         if folder.exists():
             shutil.rmtree(folder)
         replace(fresh, folder)
@@ -182,7 +186,19 @@ def _name_base(model: Any, adapter: str, directory: Path) -> None:
     write_json(path, values)
 
 
-def _checksum(base: PreTrainedModel, state: dict[str, Tensor]) -> int:
-    """CRC-32 of all tensors, their names and the configuration."""
-    words = base.config.to_json_string() + " ".join(state)
-    return zlib.crc32(words.encode(), checksum(*state.values()))
+def _checksum(model: Any, state: dict[str, Tensor]) -> int:
+    """CRC-32 of a base's configuration and of what tells whether its tensors are the same.
+
+    Of a frozen tensor that is its place in memory, how often it was written into, and some of its entries, since
+    torch does not count what is written through `.data`; of one that is trained, or that does not count, all of it.
+    """
+    trained = {parameter.data_ptr() for parameter in model.parameters() if parameter.requires_grad}
+    read, samples, marks = [], {}, []
+    for name, value in state.items():
+        if value.data_ptr() in trained or value.is_inference():
+            read.append(value)
+        else:
+            samples[name] = value.flatten()[:: max(1, value.numel() // _SAMPLED)]
+            marks.append((name, value.data_ptr(), value._version))
+    words = f"{underlying(model).config.to_json_string()} {list(state)} {marks}"
+    return zlib.crc32(words.encode(), checksum(*read, *on_host(samples).values()))

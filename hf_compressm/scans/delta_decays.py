@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from hf_compressm.utils.dtypes import summing_dtype
+from hf_compressm.utils.devices import summing_dtype
 
 from .ssd_chunks import smallest_exponent
 

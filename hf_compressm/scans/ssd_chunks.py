@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_compressm.utils.dtypes import summing_dtype
+from hf_compressm.utils.devices import summing_dtype
 
 from .operators import Recurrence, like, register, zeros_if_missing
 

@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from hf_compressm.families.family import AttributeChange, CutMethod, LayerCut, MomentTerm, ParameterChange, SSMLayer
+from hf_compressm.families.maps import float64
 from hf_compressm.peft import innermost_module, plain_modules, underlying, wrapped_module
+from hf_compressm.utils.devices import to_device
 
 
 def check_adapters(model: nn.Module, layers: Sequence[tuple[SSMLayer, CutMethod]]) -> None:
@@ -112,9 +114,9 @@ def _followed(name: str, B: nn.Parameter, change: ParameterChange) -> ParameterC
     row_map = change.row_map
     assert row_map is not None  # the caller has checked
     if not row_map.is_floating_point():
-        value = B.detach()[row_map.to(B.device)]
+        value = B.detach()[to_device(row_map, B.device)]
     else:
-        exact = B.detach().to("cpu", torch.float64)
+        exact = float64(B)
         value = row_map * exact if row_map.dim() == 0 else row_map @ exact
     return ParameterChange(name, B, value, tuple(MomentTerm(B, term.matrix, term.dim) for term in change.moments))
 

@@ -10,6 +10,7 @@ from hf_compressm.families.complex_terms import ComplexTerm
 from hf_compressm.families.family import MomentTerm
 from hf_compressm.families.maps import apply_map
 from hf_compressm.surgery.parameters import Replacement
+from hf_compressm.utils.devices import lacks_float64, on_host, to_device
 
 
 def mapped(terms: Sequence[MomentTerm], value_of: Callable[[nn.Parameter], Tensor], squared: bool = False) -> Tensor:
@@ -21,9 +22,12 @@ def mapped(terms: Sequence[MomentTerm], value_of: Callable[[nn.Parameter], Tenso
         squared: whether the values are second moments, which take the squared entries of the maps. Those of a complex
             parameter hold the squares of the real and of the imaginary part, as torch's optimizers keep them.
     """
-    values = [value_of(term.source) for term in terms]
-    parts = [_apply(term, value, squared) for term, value in zip(terms, values, strict=True)]
-    return torch.stack(parts).sum(dim=0).to(device=values[0].device, dtype=values[0].dtype).contiguous()
+    values = dict(enumerate(value_of(term.source) for term in terms))
+    device, dtype = values[0].device, values[0].dtype
+    if lacks_float64(device) and any(term.matrix.is_floating_point() for term in terms):
+        values = on_host(values)
+    parts = [_apply(term, values[place], squared) for place, term in enumerate(terms)]
+    return to_device(torch.stack(parts).sum(dim=0).to(dtype), device).contiguous()
 
 
 def carry_gradients(replacements: Sequence[Replacement]) -> None:
@@ -43,7 +47,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _apply(term: MomentTerm, value: Tensor, squared: bool) -> Tensor:
-    """Apply the term's map along its axis, in float64 unless it only selects."""
+    """Apply the term's map along its axis, as `apply_map` does."""
     if isinstance(term, ComplexTerm):
         return _apply_to_pairs(term, value, squared)
     if value.is_complex():

@@ -13,6 +13,7 @@ from hf_compressm.surgery.mapping import mapped
 from hf_compressm.surgery.moments import FACTORS, Role, fresh_state, misshapen_entry, roles_of, unknown_entry
 from hf_compressm.surgery.parameters import Addition, NonFiniteError, Replacement, parameter_order
 from hf_compressm.surgery.stores import Store, check_optimizer, optimizers_in, parameters_of, state_of, stores_in
+from hf_compressm.utils.devices import first_not_finite
 
 
 logger = logging.get_logger(__name__)
@@ -145,7 +146,7 @@ def _carried(store: Store, replacements: Sequence[Replacement]) -> dict[nn.Param
             unknown[item.change.name] = problem
         else:
             states[item.new] = {key: _carry(key, value, item, store, roles) for key, value in old_state.items()}
-            _check_finite(states[item.new], item, store.optimizer)
+    _check_finite(states, replacements, store.optimizer)
     if unknown:
         name, key = next(iter(unknown.items()))
         logger.warning(
@@ -231,14 +232,24 @@ def _unknown_entry(item: Replacement, store: Store, roles: Mapping[str, Role]) -
     return None
 
 
-def _check_finite(state: dict[str, Any], item: Replacement, optimizer: torch.optim.Optimizer) -> None:
+def _check_finite(
+    states: Mapping[nn.Parameter, dict[str, Any]], replacements: Sequence[Replacement], optimizer: Any
+) -> None:
     """Refuse a moment with NaN or infinity, which a change of basis would have spread over all states."""
-    for key, value in state.items():
-        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-            raise NonFiniteError(
-                f"{key!r} of {item.change.name} in {type(optimizer).__name__} is not finite. Go back to an earlier "
-                "checkpoint, or pass optimizer_state='reset'."
-            )
+    names = {id(item.new): item.change.name for item in replacements}
+    moments = [
+        (key, names[id(parameter)], value)
+        for parameter, state in states.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    ]
+    place = first_not_finite([value for *_, value in moments])
+    if place is not None:
+        key, name, _ = moments[place]
+        raise NonFiniteError(
+            f"{key!r} of {name} in {type(optimizer).__name__} is not finite. Go back to an earlier "
+            "checkpoint, or pass optimizer_state='reset'."
+        )
 
 
 def _carry(key: str, value: Any, item: Replacement, store: Store, roles: Mapping[str, Role]) -> Any:

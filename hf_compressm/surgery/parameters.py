@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_compressm.families.family import AttributeChange, ParameterAddition, ParameterChange
+from hf_compressm.utils.devices import first_not_finite, to_device
 
 
 _HOOK_FIELDS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -72,9 +73,8 @@ def prepare_replacements(model: nn.Module, changes: Sequence[ParameterChange]) -
             )
         if id(change.parameter) not in owners:
             raise ValueError(f"{change.name} is no longer the parameter that was planned for. Make a new plan.")
-        new = _new_parameter(change)
-        _check_finite(change.name, new)
-        replacements.append(Replacement(change, new, tuple(owners[id(change.parameter)])))
+        replacements.append(Replacement(change, _new_parameter(change), tuple(owners[id(change.parameter)])))
+    _check_finite([(item.change.name, item.new) for item in replacements])
     return replacements
 
 
@@ -87,9 +87,9 @@ def prepare_additions(additions: Sequence[ParameterAddition]) -> list[Addition]:
     prepared = []
     for wanted in additions:
         beside = wanted.beside
-        value = wanted.value.to(device=beside.device, dtype=beside.dtype).contiguous()
-        _check_finite(wanted.name, value)
+        value = to_device(wanted.value.to(beside.dtype), beside.device).contiguous()
         prepared.append(Addition(wanted, nn.Parameter(value, requires_grad=beside.requires_grad)))
+    _check_finite([(item.wanted.name, item.new) for item in prepared])
     return prepared
 
 
@@ -119,8 +119,11 @@ def commit_replacements(
         setattr(attribute.module, attribute.name, attribute.value)
 
 
-def _check_finite(name: str, value: torch.Tensor) -> None:
-    if not bool(torch.isfinite(value).all()):
+def _check_finite(new: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Refuse NaN and infinity in new parameters, each with its name."""
+    place = first_not_finite([value for _, value in new])
+    if place is not None:
+        name, value = new[place]
         raise NonFiniteError(
             f"The new {name} is not finite in {value.dtype}. Cut less, or keep this layer in float32."
         )
@@ -128,7 +131,7 @@ def _check_finite(name: str, value: torch.Tensor) -> None:
 
 def _new_parameter(change: ParameterChange) -> nn.Parameter:
     old = change.parameter
-    value = change.value.to(device=old.device, dtype=old.dtype)
+    value = to_device(change.value.to(old.dtype), old.device)
     value = value.clone(memory_format=torch.contiguous_format)  # strides too: DDP compares them with its buckets
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)

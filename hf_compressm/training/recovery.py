@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from hf_compressm.checkpoints import wait_for_seal
 from hf_compressm.compression.history import CutEvent
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.files.atomic import link_or_copy
@@ -116,14 +117,18 @@ class RecoveryGuard:
         """Note that the pending cut was rolled back."""
         self.pending = None
 
+    def left_over(self, run_folder: Path) -> list[Path]:
+        """The kept checkpoints that no rollback needs."""
+        kept = run_folder.glob(f"{KEPT_PREFIX}checkpoint-*")
+        return [folder for folder in kept if self.pending is None or folder.name != self.pending.folder]
+
     def clean(self, run_folder: Path) -> None:
         """Remove kept checkpoints that no rollback needs, now that another checkpoint is complete.
 
         This includes those of a run that was interrupted.
         """
-        for kept in run_folder.glob(f"{KEPT_PREFIX}checkpoint-*"):
-            if self.pending is None or kept.name != self.pending.folder:
-                shutil.rmtree(kept, ignore_errors=True)
+        for kept in self.left_over(run_folder):
+            shutil.rmtree(kept, ignore_errors=True)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-ready."""
@@ -175,6 +180,7 @@ def keep_checkpoint(checkpoint: Path) -> str:
     Raises:
         ValueError: if there is no such checkpoint.
     """
+    wait_for_seal(checkpoint)
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is missing: the checkpoint from before a cut was not saved, or was removed.")
     kept = checkpoint.with_name(KEPT_PREFIX + checkpoint.name)

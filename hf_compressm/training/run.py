@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainerControl
 from transformers.utils import logging
 
-from hf_compressm.checkpoints import check_resizable, seal_checkpoint
+from hf_compressm.checkpoints import Sealing, check_resizable
 from hf_compressm.compression.history import CALLBACK, CutEvent, read_history
 from hf_compressm.config import CompreSSMConfig
 from hf_compressm.files.atomic import write_json
@@ -35,6 +35,9 @@ from hf_compressm.utils.processes import ALONE, Processes
 
 logger = logging.get_logger(__name__)
 
+LAST_LINE = "train_loss"
+"""What only the last line of a Trainer's log has."""
+
 
 class CompressedRun:
     """The cuts of one training run, inside the Trainer that makes it.
@@ -59,6 +62,7 @@ class CompressedRun:
         self._processes = ALONE
         self._batches: TrainerBatches | None = None
         self._calibration: Calibration | None = None
+        self._sealing = Sealing()
         self._begun = False  # whether steps were done in this call of `train`
         self._recovery = RecoveryGuard(config)
         self._model_step: int | None = None  # the step of the model, where the Trainer has loaded its best one
@@ -171,10 +175,11 @@ class CompressedRun:
             self._recovery.see(self.trainer.args, step, seen, self.cut_follows(step))
 
     def saved(self) -> None:
-        """Remove kept checkpoints that no rollback needs any more, now that another one is sealed."""
+        """Remove kept checkpoints that no rollback needs any more, once another one is sealed."""
         self.clock.interrupt()
-        if self.trainer.args.should_save:
-            self._recovery.clean(run_folder(self.trainer))
+        folder = run_folder(self.trainer)
+        if self.trainer.args.should_save and self._recovery.left_over(folder) and self._sealing.has_sealed():
+            self._recovery.clean(folder)
 
     def complete_push(self, model: Any) -> None:
         """Complete the directory that is about to be pushed, since the Trainer pushes only files that it knows."""
@@ -186,6 +191,7 @@ class CompressedRun:
 
     def end(self, model: Any) -> None:
         """Warn if nothing was cut, and write the history of the run."""
+        self._wait_for_seal()
         trainer, state = self.trainer, self.trainer.state
         self.decisions.tell_outcome(model, state.global_step)
         folder = run_folder(trainer)
@@ -210,21 +216,36 @@ class CompressedRun:
         return {"args": {"config": self.config.to_dict()}, "attributes": {}}
 
     def _log(self, method: Callable[..., None], logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the pace to the lines that hold a training loss, before history and trackers get them."""
+        """Add the pace to the lines that hold a training loss, before history and trackers get them.
+
+        After its last line a Trainer loads its best checkpoint and removes others, so all are sealed before.
+        """
+        if LAST_LINE in logs:
+            self._wait_for_seal()
         if "loss" in logs:
             logs.update(self.clock.take())
         method(logs, *args, **kwargs)
 
     def _begin_checkpoint(self, folder: Path) -> None:
-        """Write the history before the Trainer writes, so that a checkpoint with its last file has the history too."""
+        """Write the history before the Trainer writes, so that a checkpoint with its last file has the history too.
+
+        Raises:
+            OSError: from the file system, also from sealing the checkpoint before this one.
+        """
+        self._sealing.wait()
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / HISTORY_FILE, self._record())
 
     def _finish_checkpoint(self, folder: Path) -> None:
-        """Write the base beside adapters, and seal the checkpoint."""
+        """Write the base beside adapters, and begin to seal the checkpoint."""
         if is_wrapped(model := self.trainer.model):
             save_base(model, folder)
-        seal_checkpoint(folder)
+        self._sealing.start(folder)
+
+    def _wait_for_seal(self) -> None:
+        """Wait until the last checkpoint is sealed; an error of that is one in all processes."""
+        with self._processes.together():
+            self._sealing.wait()
 
     def _finish_push(self) -> None:
         """Wait for a push in progress: it reads the directory that is about to be overwritten.

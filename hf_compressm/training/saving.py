@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_compressm.checkpoints import unseal_checkpoint
+from hf_compressm.checkpoints import unseal_checkpoint, wait_for_seal
 from hf_compressm.training.trainer import wrap_methods
 from hf_compressm.utils.processes import Processes
 
@@ -32,7 +32,7 @@ class CheckpointSaver:
         begin: called in the process that writes, with the checkpoint's directory, before the Trainer writes to it.
         add: called in every process, with the directory, likewise before the Trainer writes: a checkpoint that a crash
             leaves whole, but without a seal, must have these files.
-        finish: called in the process that writes, when all files are written.
+        finish: called in the process that writes, when all files are written; it may go on in the background.
     """
 
     def __init__(
@@ -55,13 +55,14 @@ class CheckpointSaver:
         """Write a checkpoint that is complete only once it is sealed.
 
         Raises:
-            OSError: from the file system; the checkpoint then has no seal.
+            OSError: from the file system; the checkpoint, or the one before it, then has no seal.
         """
         self._prepare()
         trainer, processes = self._trainer, Processes.current()
         folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
         with processes.together():
             if trainer.args.should_save:
+                wait_for_seal(folder)
                 unseal_checkpoint(folder)
                 self._begin(folder)
         self._held = []
@@ -82,8 +83,9 @@ class CheckpointSaver:
             trainer._push_from_checkpoint(pushed)
 
     def _push(self, method: Callable[[str], None], folder: str) -> None:
-        """Push a checkpoint once it has all its files."""
+        """Push a checkpoint once it has all its files, and its seal."""
         if self._held is None:
+            wait_for_seal(Path(folder))
             method(folder)
         else:
             self._held.append(folder)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import BatchEncoding
 
 from hf_compressm import CompreSSMConfig, S5Config, S5ForSequenceClassification, analyze
@@ -22,7 +21,6 @@ from tests.family_table import (
     MAMBA2,
     S5,
     Family,
-    each,
     family_id,
 )
 
@@ -154,40 +152,6 @@ def test_a_size_that_is_named_is_reached_with_few_tokens_too_and_a_warning(
     assert {layer.new_state_size for layer in plan.layers} == {4}
     assert all("is cut to the size that the settings name, but 6 calibration token(s)" in text for text in told)
     assert len(told) == len(plan.layers)
-
-
-class CountingCopies(TorchFunctionMode):
-    """Counts the copies to the CPU, each of which waits for a GPU."""
-
-    copies = 0
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.to and "cpu" in map(str, args[1:]):
-            self.copies += 1
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("family", each(), ids=family_id)
-def test_sums_are_moved_once_per_layer_and_batch(family: Family) -> None:
-    model = family.build().eval()
-    for criterion in family.criteria:
-        layers = find_layers(model)[:1]
-        statistics = layers[0].family.statistics(layers[0].module, criterion)
-        if statistics is None:
-            continue
-        counting = CountingCopies()
-        observe = statistics.observe
-        statistics.observe = lambda *args, observe=observe, counting=counting: _within(counting, observe, *args)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(layers[0].family), "statistics", lambda *_, found=statistics: found)
-            collect_statistics(model, layers, [CutMethod(criterion)], [family.batch(2, 40)])
-        samples = 2 if getattr(layers[0].family, "sampled_tokens", 0) else family.family == "xlstm"
-        assert counting.copies == 1 + samples
-
-
-def _within(mode: TorchFunctionMode, function: Any, *args: Any) -> None:
-    with mode:
-        function(*args)
 
 
 class Taking(nn.Module):
