@@ -3,7 +3,8 @@
 P1 and P2 need mambapy for that peer, P3 and P4 s5-pytorch, P3 to P5 a clone of github.com/camail-official/compressm
 and a Python with jax, equinox and optax, this one or another; without mambapy or the clone those peers are left out,
 and P5 with them. P8 comes with P1, which runs the stock loop once, in minutes: its ratio per round is then the spread
-of ours. `--smoke` takes toy sizes where there are such, and leaves the slow peers out, to see that all of it runs.
+of ours. P10, compiled models, comes with P1 and P2. `--smoke` takes toy sizes where there are such, and leaves the slow
+peers out, to see that all of it runs.
 
     python examples/benchmarks/goals.py
     python examples/benchmarks/goals.py --goals P3 P4 P5 --reference ~/compressm --reference_python ~/jax/bin/python
@@ -25,7 +26,7 @@ from measuring import HEADER, Row, machine
 from plots import draw_goals
 
 
-GOALS = [f"P{number}" for number in range(1, 10)]  # P8 comes with P1
+GOALS = [f"P{number}" for number in range(1, 10)]  # P8 and P10 come with P1
 
 
 def rows_of(goal: str, options: argparse.Namespace, directory: str) -> list[Row]:

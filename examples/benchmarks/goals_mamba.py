@@ -40,9 +40,10 @@ def training_step(made: torch.nn.Module, parameters: Any, batch: int, length: in
 def measure_step(peer: str, state_size: int, repeats: int, batch: int, length: int) -> dict[str, float]:
     """Seconds of a training step, and the memory that it takes beyond the model's."""
     made = model(state_size, mambapy=peer == "mambapy").train()
-    if peer == "ours":
+    if peer.startswith("ours"):
         enable_fast_selective_scan()
-    step = training_step(torch.compile(made) if peer == "compile" else made, made.parameters(), batch, length)
+    is_compiled = peer.endswith("compile")
+    step = training_step(torch.compile(made) if is_compiled else made, made.parameters(), batch, length)
     before = memory()
     start = time.perf_counter()
     step()
@@ -55,20 +56,27 @@ def measure_step(peer: str, state_size: int, repeats: int, batch: int, length: i
 
 
 def steps(state_size: int, peers: list[str], rounds: int, batch: int = 8, length: int = 256) -> list[Row]:
-    """P1 or P2, and P8 at 128 states: every peer in a process of its own, ours again in every round."""
-    runs: dict[str, list[dict[str, float]]] = {peer: [] for peer in ("ours", *peers)}
+    """P1 or P2, P10, and P8 at 128 states: every peer in a process of its own, ours again in every round."""
+    compiled = ["ours+compile"] if "compile" in peers else []
+    runs: dict[str, list[dict[str, float]]] = {peer: [] for peer in ("ours", *compiled, *peers)}
     for number in range(rounds):
         for peer in runs:
-            if number == 0 or peer in ("ours", "mambapy"):  # the others take minutes
+            if number == 0 or peer in ("ours", *compiled, "mambapy"):  # the others take minutes
                 runs[peer].append(in_own_process(measure_step, peer, state_size, 5, batch, length))
                 print(f"  {state_size} states, {peer}: {runs[peer][-1]}", flush=True)
     seconds = {peer: [run["seconds"] for run in kept] for peer, kept in runs.items()}
     mebibytes = {peer: [run["memory"] for run in kept] for peer, kept in runs.items()}
+    rows = []
+    for peer in compiled:
+        for what, kept, unit in (("time", seconds, "s"), ("memory", mebibytes, "MiB")):
+            wanted = {"compile": 5.0} if unit == "MiB" and state_size == SLOW else {}
+            work = f"{what} of that step under torch.compile, N={state_size}"
+            rows.append(Row("P10", work, kept.pop(peer), {"compile": kept["compile"]}, wanted, unit))
     goal = "P1" if state_size == SLOW else "P2"
     work = f"Mamba-1 step, 256 channels, batch {batch}, length {length}, N={state_size}"
-    compiled = runs.get("compile")
-    note = f"torch.compile took {compiled[0]['first']:.0f} s before its first step." if compiled else ""
-    rows = [Row(goal, work, seconds.pop("ours"), seconds, WANTED.get(state_size, {}), note=note)]
+    first = {peer: runs[peer][0]["first"] for peer in (*compiled, "compile") if peer in runs}
+    note = "; ".join(f"{peer} took {took:.0f} s before its first step" for peer, took in first.items())
+    rows.insert(0, Row(goal, work, seconds.pop("ours"), seconds, WANTED.get(state_size, {}), note=note))
     if state_size == SLOW:
         ours = mebibytes.pop("ours")
         rows.append(Row("P8", f"memory of that step, N={state_size}", ours, mebibytes, {"stock": 10}, "MiB"))
