@@ -3,7 +3,7 @@
 P1 and P2 need mambapy for that peer, P3 and P4 s5-pytorch, P3 to P5 a clone of github.com/camail-official/compressm
 and a Python with jax, equinox and optax, this one or another; without mambapy or the clone those peers are left out,
 and P5 with them. P8 comes with P1, which runs the stock loop once, in minutes: its ratio per round is then the spread
-of ours. P10, compiled models, comes with P1 and P2. `--smoke` takes toy sizes where there are such, and leaves the slow
+of ours. P10, compiled models, comes with P1 and P2. `--smoke` takes toy sizes where there are such, and leaves slow
 peers out, to see that all of it runs.
 
     python examples/benchmarks/goals.py

@@ -44,7 +44,7 @@ CARDS = {
 LANES, SPECIAL_LANES = 128, 16
 """Of an SM, per cycle."""
 
-LOCAL, FORWARD, RETRACE = (4.9, 1.0), (6.8, 1.0), (9.6, 1.25)
+LOCAL, FORWARD, RETRACE = (4.8, 1.0), (6.8, 1.0), (9.8, 1.25)
 """Instructions and special functions per state and step."""
 LONG_STATES = 32
 """Above so many states the backward pass holds more steps and fewer channels, for its scratch goes as 1 / steps."""
@@ -55,8 +55,8 @@ SEGMENT = 128
 def backward(size: int, capability: int) -> tuple[float, float, int]:
     """Instructions and special functions of the backward pass, and the steps that it holds at once."""
     if capability < 9:
-        return 29.4, 1.0, 4
-    return (21.9, 1.0, 4) if size <= LONG_STATES else (27.7, 1.0, 8)
+        return 30.1, 1.0, 4
+    return (22.1, 1.0, 4) if size <= LONG_STATES else (27.9, 1.0, 8)
 
 
 def least_milliseconds(shape: tuple[int, int, int], size: int, device: Any) -> tuple[float, float] | None:
