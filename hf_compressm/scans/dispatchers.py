@@ -65,10 +65,10 @@ def scan_dispatcher(
     def dispatched_scan(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         function = fast
         is_packed = kwargs.get("seq_idx") is not None
-        has_kernel = works(hidden_states.device.type) and not beats(hidden_states, *args, **kwargs)
-        if has_kernel or kernels.is_kernelized(stock):
+        device = hidden_states.device.type
+        if kernels.is_kernelized(stock) or (works(device) and not beats(hidden_states, *args, **kwargs)):
             function = stock
-        elif is_packed and keeps_apart and not _records_stock(can_be_exported):
+        elif is_packed and keeps_apart and not _needs_plain_operators(can_be_exported):
             pass
         elif is_packed or kwargs.get("cu_seqlens") is not None:
             function = stock  # these packed sequences need a kernel: the stock code says so
@@ -76,7 +76,7 @@ def scan_dispatcher(
             function = plain
         elif kwargs.get("use_mambapy") and is_mambapy_available():
             function = plain
-        elif _records_stock(can_be_exported):
+        elif _needs_plain_operators(can_be_exported):
             function = plain
         return function(hidden_states, *args, **kwargs)
 
@@ -88,8 +88,8 @@ def fused_dispatcher(stock: Callable, works: Works, beats: Beats = never) -> Cal
 
     @functools.wraps(kernels.torch_path(stock))
     def dispatched_fused(projected_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        has_kernel = works(projected_states.device.type) and not beats(projected_states, *args, **kwargs)
-        if has_kernel or kernels.is_kernelized(stock):
+        device = projected_states.device.type
+        if kernels.is_kernelized(stock) or (works(device) and not beats(projected_states, *args, **kwargs)):
             return stock(projected_states, *args, **kwargs)
         return None
 
@@ -213,7 +213,7 @@ def fast_delta_scan(
     return out, None if state is None else state.float()
 
 
-def _records_stock(can_be_exported: bool) -> bool:
+def _needs_plain_operators(can_be_exported: bool) -> bool:
     """Whether a program is recorded that must have operators of torch alone, which the fast scan has not."""
     return torch.jit.is_tracing() or (torch.compiler.is_exporting() and not can_be_exported)
 
