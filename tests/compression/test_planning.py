@@ -125,14 +125,14 @@ def test_every_rule_shrinks_to_a_size_that_the_family_allows(family: Family, rul
 
 @pytest.mark.parametrize("family", LAYOUTS, ids=family_id)
 @every_rule
-@pytest.mark.parametrize("round_to", [4, 3, 100])
+@pytest.mark.parametrize("round_to", [3, 100])
 def test_sizes_are_rounded_up_to_the_multiple_or_stay(family: Family, rule: dict, round_to: int) -> None:
     found = sizes(family, **rule, round_to=round_to)
     assert all(size == STATE_SIZE or size % round_to == 0 for size in found)
     assert all(rounded >= exact for rounded, exact in zip(found, sizes(family, **rule), strict=True))
 
 
-@every_family
+@pytest.mark.parametrize("family", LAYOUTS, ids=family_id)
 @every_rule
 @pytest.mark.parametrize("minimum", [6, 50])
 def test_no_layer_gets_smaller_than_the_minimum(family: Family, rule: dict, minimum: int) -> None:

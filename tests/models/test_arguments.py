@@ -133,7 +133,9 @@ def causal_models():
     }
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "LoRA"])
+@pytest.mark.parametrize(
+    "wrapped", [pytest.param(False, id="plain"), pytest.param(True, id="LoRA", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", causal_models())
 def test_gradient_accumulation_counts_the_tokens_of_the_whole_step(name, wrapped, tmp_path):
     """Half batches with accumulation take the step of the whole batch, though they have other numbers of labels."""
