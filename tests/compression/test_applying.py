@@ -198,7 +198,10 @@ def test_padding_slots_have_the_size_asked_for_and_learn(family: Family) -> None
 @every_family
 @pytest.mark.parametrize(
     "dtype",
-    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float64))],
+    [
+        torch.bfloat16,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (torch.float16, torch.float32, torch.float64)),
+    ],
 )
 def test_parameters_keep_their_dtype_and_the_model_runs(family: Family, dtype: torch.dtype) -> None:
     if torch.promote_types(dtype, family.widest) != family.widest:
