@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
 from hf_compressm import find_last_complete_checkpoint
-from hf_compressm.checkpoints import read_saved
+from hf_compressm.checkpoints import read_saved, wait_for_seal
 from hf_compressm.files.atomic import sync_and_sum
 from hf_compressm.files.names import HISTORY_FILE, SEAL
 from tests.family_table import LRU, same
@@ -42,13 +42,14 @@ WRITES = {
 
 
 class At(TrainerCallback):
-    """Does something at the start of the step after the cut."""
+    """Does something at the start of the step after the cut, once the checkpoint before it is sealed."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
         self.action = action
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == CUT:
+            wait_for_seal(Path(args.output_dir) / f"checkpoint-{CUT}")
             self.action()
 
 
