@@ -171,9 +171,9 @@ def run_resumed(folder: Path) -> dict[str, Any]:
     sealed = []
     seal = sealing.seal_checkpoint
 
-    def noted(directory: Path) -> None:
+    def noted(directory: Path, files: list[Path]) -> None:
         sealed.append(directory.name)
-        seal(directory)
+        seal(directory, files)
 
     sealing.seal_checkpoint = noted
     whole = make("resume", folder)

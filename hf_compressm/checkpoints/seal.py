@@ -5,7 +5,7 @@ into the final directory, so that a crash leaves a directory that looks like a c
 all of them and lists every file with its length and checksum.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from hf_compressm.files.atomic import read_json, sum_of, sync_and_sum, sync_directory, write_json
@@ -44,17 +44,19 @@ class _LinkedSums:
 _SUMS = _LinkedSums()
 
 
-def seal_checkpoint(directory: str | Path) -> None:
+def seal_checkpoint(directory: str | Path, paths: Iterable[Path] | None = None) -> None:
     """Flush all files of a checkpoint to the disk, then list them in `compressm.complete`.
 
     Args:
         directory: a checkpoint to which nothing more will be written.
+        paths: its files, from `files_to_seal`; those that it has now if None.
 
     Raises:
         OSError: from the file system; there is then no seal.
     """
     directory = Path(directory)
-    files = {path.relative_to(directory).as_posix(): _SUMS.of(path) for path in _files(directory)}
+    paths = files_to_seal(directory) if paths is None else paths
+    files = {path.relative_to(directory).as_posix(): _SUMS.of(path) for path in paths}
     _SUMS.forget()
     for folder in {(directory / name).parent for name in files} | {directory}:
         sync_directory(folder)
@@ -80,7 +82,7 @@ def unseal_checkpoint(directory: str | Path) -> None:
     for path in (directory / SEAL, directory / TRAINER_STATE_FILE):
         path.unlink(missing_ok=True)
     sync_directory(directory)
-    for path in list(_files(directory)):
+    for path in files_to_seal(directory):
         if path.relative_to(directory).as_posix() in sealed:
             path.unlink()
 
@@ -124,8 +126,10 @@ def _sealed_names(directory: Path) -> set[str]:
         return set()
 
 
-def _files(directory: Path) -> Iterator[Path]:
+def files_to_seal(directory: Path) -> list[Path]:
     """Every file below a directory, except the seal, what an interrupted write left, and transformers' marker."""
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name not in (SEAL, UNFINISHED_FILE) and not path.name.startswith(f".{SEAL}"):
-            yield path
+    return [
+        path
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in (SEAL, UNFINISHED_FILE) and not path.name.startswith(f".{SEAL}")
+    ]

@@ -11,7 +11,7 @@ from threading import Thread, current_thread
 
 from transformers.utils import logging
 
-from hf_compressm.checkpoints.seal import seal_checkpoint
+from hf_compressm.checkpoints.seal import files_to_seal, seal_checkpoint
 
 
 logger = logging.get_logger(__name__)
@@ -29,14 +29,17 @@ class Sealing:
         self._error: Exception | None = None
 
     def start(self, directory: Path) -> None:
-        """Begin to seal a checkpoint to which nothing more will be written, once the one before it is sealed.
+        """Begin to seal the files that a checkpoint has now, once the one before it is sealed.
+
+        What other callbacks write into it from now on is not part of the seal, and may be only half written.
 
         Raises:
             Exception: of the checkpoint before it.
         """
         self.wait()
         self._directory = directory.resolve()
-        thread = Thread(target=self._seal, args=(self._directory,), name=f"seal {directory.name}")
+        files = files_to_seal(self._directory)
+        thread = Thread(target=self._seal, args=(self._directory, files), name=f"seal {directory.name}")
         _UNDER_WAY[self._directory] = thread
         thread.start()
 
@@ -57,13 +60,14 @@ class Sealing:
             wait_for_seal(self._directory)
         return self._error is None
 
-    def _seal(self, directory: Path) -> None:
+    def _seal(self, directory: Path, files: list[Path]) -> None:
         try:
-            seal_checkpoint(directory)
+            seal_checkpoint(directory, files)
+        except FileNotFoundError as error:  # somebody has removed a file, or all of them, and training goes on
+            logger.warning(f"{directory} has no seal: {error}")
         except Exception as error:
-            if directory.is_dir():  # otherwise somebody has removed what was to be sealed
-                logger.error(f"{directory} has no seal: {error}")
-                self._error = error
+            logger.error(f"{directory} has no seal: {error}")
+            self._error = error
         finally:
             _UNDER_WAY.pop(directory, None)
 

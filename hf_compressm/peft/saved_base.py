@@ -69,9 +69,9 @@ def save_base(model: Any, directory: str | Path) -> None:
     """
     base, state = underlying(model), plain_state(model)
     folder = Path(directory) / BASE_FOLDER
-    then, written = vars(model).get(_WRITTEN, (None, folder))
+    then, written, files = vars(model).get(_WRITTEN, (None, folder, {}))
     now = _checksum(model, state)
-    is_same = then == now and written.is_dir()
+    is_same = then == now and _lengths(written) == files  # a checkpoint that is overwritten loses its files first
     if is_same and written.resolve() == folder.resolve():
         return
     for left_over in folder.parent.glob(f".{BASE_FOLDER}.*"):  # from a process that was killed here
@@ -89,7 +89,7 @@ def save_base(model: Any, directory: str | Path) -> None:
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    vars(model)[_WRITTEN] = (now, folder.resolve())
+    vars(model)[_WRITTEN] = (now, folder.resolve(), _lengths(folder))
 
 
 def load_base(model: Any, directory: Path, headers: Headers) -> None:
@@ -184,6 +184,11 @@ def _name_base(model: Any, adapter: str, directory: Path) -> None:
     if isinstance(initialisation, str) and initialisation.startswith(_CHANGING):
         values["init_lora_weights"] = True
     write_json(path, values)
+
+
+def _lengths(folder: Path) -> dict[str, int]:
+    """The lengths of the files in a folder, by name; empty if there is no folder."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def _checksum(model: Any, state: dict[str, Tensor]) -> int:

@@ -262,9 +262,9 @@ def _run_back(chunks: _Chunks, kept: _Kept, written: Tensor, signals: _Signals) 
 
 def _blocks(k: Tensor, v: Tensor) -> list[_Block]:
     """Heads and sequences in blocks of about BLOCK_ENTRIES entries of q, k and v: of whole sequences, or of one."""
-    batch, _, key_heads, _ = k.shape
+    batch, length, key_heads, dk = k.shape
     repeats = v.shape[2] // key_heads
-    per_key_head = max(1, 2 * repeats * k[0, :, 0].numel() + v[0, :, :repeats].numel())
+    per_key_head = max(1, repeats * length * (2 * dk + v.shape[3]))
     some_heads = min(key_heads, max(1, BLOCK_ENTRIES // per_key_head))
     sequences = max(1, BLOCK_ENTRIES // (per_key_head * key_heads)) if some_heads == key_heads else 1
     blocks = []

@@ -7,6 +7,7 @@ shapes. Inputs may have any strides; all outputs are contiguous tensors of their
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,9 @@ def register(name: str, recurrence: Recurrence) -> Callable[..., Any]:
     """
     tensors, results = recurrence.tensors, recurrence.results
     forward = torch.library.custom_op(f"{NAMESPACE}::{name}", recurrence.forward, mutates_args=())
-    backward = torch.library.custom_op(f"{NAMESPACE}::{name}_backward", recurrence.backward, mutates_args=())
+    backward = torch.library.custom_op(
+        f"{NAMESPACE}::{name}_backward", without_autocast(recurrence.backward), mutates_args=()
+    )
     forward.register_fake(recurrence.shapes)
     backward.register_fake(recurrence.backward_shapes)
 
@@ -75,6 +78,18 @@ def register(name: str, recurrence: Recurrence) -> Callable[..., Any]:
 
     forward.register_autograd(differentiate, setup_context=keep)
     return forward
+
+
+def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same backward pass in the dtypes of its tensors, also where it is run inside of autocast."""
+
+    @functools.wraps(run)
+    def in_own_dtypes(*arguments: Any) -> Any:
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return run(*arguments)
+
+    return in_own_dtypes
 
 
 def like(*tensors: Tensor | None) -> Any:

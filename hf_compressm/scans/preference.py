@@ -82,9 +82,9 @@ def _seconds(scan: Callable[..., Tensor], device: torch.device, dtype: torch.dty
         grad = torch.ones_like(u)
         times = []
         for _ in range(1 + REPEATS):  # the first compiles
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(device)
             start = time.perf_counter()
             torch.autograd.grad(scan(*tensors), tensors, grad)
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(device)
             times.append(time.perf_counter() - start)
     return min(times[1:])

@@ -108,7 +108,10 @@ def _kernels() -> ModuleType:
 
 
 def _trial_results(kernel: ModuleType | None, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Output, last state and gradients of a small scan, by the kernels or by plain PyTorch."""
+    """Output, last state and gradients of a small scan, by the kernels, or by plain PyTorch in float64.
+
+    Float64, since TF32 and autocast, where they are on, would take more from a product in float32 than a trial allows.
+    """
     batch, channels, N = 2, 16, 3
 
     def wave(*shape: int) -> Tensor:
@@ -124,12 +127,12 @@ def _trial_results(kernel: ModuleType | None, device: torch.device, dtype: torch
         out, last, starts = kernel.selective_forward(*tensors, True)
         return [out, last, *kernel.selective_backward(*grads, *tensors, starts, True)]
     with torch.inference_mode(False), torch.enable_grad():
-        tensors = [tensor.clone().requires_grad_() for tensor in tensors]
+        tensors = [tensor.double().requires_grad_() for tensor in tensors]
         u, delta, A, B, C, D, z, bias = tensors
         u, delta, z = (tensor.transpose(1, 2) for tensor in (u, delta, z))
         out, last = chunked_selective_scan(u, delta, A, B, C, D, z, bias, True)
         out, last = out.transpose(1, 2), last.transpose(1, 2)
-        return [out, last, *torch.autograd.grad((out, last), tensors, grads)]
+        return [out, last, *torch.autograd.grad((out, last), tensors, [grad.double() for grad in grads])]
 
 
 TRIAL = Trial("selective_triton", "selective scans (Mamba-1 layers)", _trial_results)

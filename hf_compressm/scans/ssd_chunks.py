@@ -194,7 +194,7 @@ def _blocks(drive: Tensor) -> list[slice]:
     """The batch in slices of about BLOCK_ENTRIES entries of drive each, on a GPU GPU_BLOCK_ENTRIES."""
     batch = drive.shape[0]
     entries = BLOCK_ENTRIES if drive.device.type == "cpu" else GPU_BLOCK_ENTRIES
-    rows = max(1, entries // max(1, drive[0].numel()))
+    rows = max(1, entries // max(1, math.prod(drive.shape[1:])))
     return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
 

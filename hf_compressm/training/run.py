@@ -35,8 +35,8 @@ from hf_compressm.utils.processes import ALONE, Processes
 
 logger = logging.get_logger(__name__)
 
-LAST_LINE = "train_loss"
-"""What only the last line of a Trainer's log has."""
+LAST_LINE = "train_runtime"
+"""What only the last line of a Trainer's log has; a user may log a `train_loss`, perhaps in one process alone."""
 
 
 class CompressedRun:

@@ -41,9 +41,10 @@ def on_host(tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device, without waiting for what the device has still to do.
 
-    A GPU takes a copy of ordinary memory before the call returns. An MPS device reads the memory itself, later.
+    A GPU takes a copy of ordinary memory before the call returns. An MPS device reads the memory itself, later, and
+    what comes to the CPU without a wait is not there yet.
     """
-    return tensor.to(device, non_blocking=device.type != "mps")
+    return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
 
 
 def first_not_finite(tensors: Sequence[Tensor]) -> int | None:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_compressm.checkpoints import read_saved, seal_checkpoint
+from hf_compressm.checkpoints import read_saved, seal_checkpoint, unseal_checkpoint
 from hf_compressm.files import atomic
 from hf_compressm.peft import saved_base
 from hf_compressm.utils import processes
@@ -87,6 +87,18 @@ def test_a_second_save_reads_hardly_anything(counting: Counting, tmp_path: Path)
     weights_of(folders[1]).write_bytes(damaged)
     with pytest.raises(ValueError, match="damaged"):
         read_saved(folders[1])
+
+
+@pytest.mark.parametrize("later", ["checkpoint-1", "checkpoint-2"])
+def test_a_base_whose_checkpoint_is_overwritten_is_written_again(later: str, tmp_path: Path) -> None:
+    model = large()
+    cut(model.eval(), MAMBA)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    seal_checkpoint(tmp_path / "checkpoint-1")
+    unseal_checkpoint(tmp_path / "checkpoint-1")  # as before every save of a Trainer
+    model.save_pretrained(tmp_path / later)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / later / "base_model")
+    assert torch.equal(saved.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
 def written_into(weight: nn.Parameter) -> None:

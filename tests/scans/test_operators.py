@@ -168,6 +168,26 @@ def test_a_second_derivative_is_refused(make):
         torch.autograd.grad(grad.sum(), tensors[1])
 
 
+@pytest.mark.parametrize("make", [selective, ssd, delta])
+def test_a_backward_pass_inside_of_autocast_computes_as_outside(make):
+    scan, tensors = make(45)
+    expected = torch.autograd.grad(scan(*tensors).square().sum(), tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(scan(*tensors).square().sum(), tensors)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("make", SCANS)
+def test_no_sequence_at_all(make):
+    scan, tensors = make(9)
+    tensors = [tensor[:0].detach().requires_grad_() if tensor.shape[0] == 2 else tensor for tensor in tensors]
+    out = scan(*tensors)
+    assert out.shape[0] == 0
+    for grad, tensor in zip(torch.autograd.grad(out.sum(), tensors), tensors, strict=True):
+        assert grad.shape == tensor.shape
+        assert not grad.any()
+
+
 def test_a_checkpointed_scan_runs_again():
     scan, tensors = selective(20)
     expected = torch.autograd.grad(scan(*tensors).square().sum(), tensors)

@@ -26,7 +26,7 @@ def both(monkeypatch):
     monkeypatch.setattr(preference, "fused_selective_scan", chunked_selective_scan)
     for name in ("BATCH", "CHANNELS", "LENGTH"):
         monkeypatch.setattr(preference, name, 2)
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     preference._measured.cache_clear()
     enable_fast_selective_scan()
     yield calls
@@ -70,6 +70,13 @@ def test_deterministic_algorithms_are_ours(both, monkeypatch):
     seen = scans_of_ours(monkeypatch)
     make_model("mamba")(make_tokens())
     assert len(seen) == 2
+
+
+def test_the_device_of_the_tensors_is_waited_for(both, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    preference._measured(torch.device("cpu"), torch.float32, 2)
+    assert set(waited) == {torch.device("cpu")}
 
 
 @pytest.mark.parametrize("fails", ["the trial", "the timing"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -52,6 +53,15 @@ CASES = {"diagonal": diagonal_case, "selective": selective_case, "ssd": ssd_case
 def assert_close(actual, expected, tolerance=ROUND_OFF):
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_mode_outside_of_transforms(case):
+    scan, reference, u, others = CASES[case]()
+    direction = torch.randn_like(u)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(scan(forward_ad.make_dual(u, direction), *others)).tangent
+    assert_close(found, jvp(lambda u: reference(u, *others), (u,), (direction,))[1])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -33,12 +33,11 @@ class Gate:
     def __init__(self) -> None:
         self.opened = threading.Event()
         self.arrived = threading.Event()
-        self.seal: Callable[[Path], None] = seal_checkpoint
 
-    def __call__(self, directory: Path) -> None:
+    def __call__(self, directory: Path, files: list[Path]) -> None:
         self.arrived.set()
         assert self.opened.wait(PATIENCE)
-        self.seal(directory)
+        seal_checkpoint(directory, files)
 
 
 @pytest.fixture
@@ -99,11 +98,11 @@ def test_only_one_checkpoint_is_sealed_at_a_time_and_rotation_leaves_it_alone(
 ) -> None:
     seen: list[list[str]] = []
 
-    def slow(directory: Path) -> None:
+    def slow(directory: Path, files: list[Path]) -> None:
         time.sleep(0.05)
         assert directory.is_dir()
         seen.append([thread.name for thread in threading.enumerate() if thread.name.startswith("seal ")])
-        seal_checkpoint(directory)
+        seal_checkpoint(directory, files)
 
     monkeypatch.setattr(sealing, "seal_checkpoint", slow)
     trainer_of(LRU, tmp_path, save_total_limit=1, **EACH_STEP).train()
@@ -114,9 +113,9 @@ def test_only_one_checkpoint_is_sealed_at_a_time_and_rotation_leaves_it_alone(
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    def seal(directory: Path) -> None:
+    def seal(directory: Path, files: list[Path]) -> None:
         time.sleep(LONG_ENOUGH)
-        seal_checkpoint(directory)
+        seal_checkpoint(directory, files)
 
     monkeypatch.setattr(sealing, "seal_checkpoint", seal)
 
@@ -170,10 +169,10 @@ class Failing:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, directory: Path) -> None:
+    def __call__(self, directory: Path, files: list[Path]) -> None:
         if directory.name == self.name:
             raise OSError(5, "Input/output error", str(directory))
-        seal_checkpoint(directory)
+        seal_checkpoint(directory, files)
 
 
 @pytest.mark.parametrize(("step", "reached"), [(1, 2), (4, 4)], ids=["at the next save", "at the end"])
@@ -203,6 +202,53 @@ def test_a_checkpoint_that_somebody_removes_meanwhile_is_no_error(gate: Gate, fo
     assert not folder.exists()
 
 
+class OnSave(TrainerCallback):
+    """Does something to the first checkpoint once the Trainer has saved it, while it is being sealed."""
+
+    def __init__(self, gate: Gate, work: Callable[[Path], Any]) -> None:
+        self.gate, self.work = gate, work
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.work(Path(args.output_dir) / "checkpoint-1")
+        self.gate.opened.set()
+
+
+def test_files_that_another_callback_adds_are_not_sealed(gate: Gate, tmp_path: Path) -> None:
+    def add(folder: Path) -> None:
+        (folder / "notes.txt").write_text("half of")
+
+    trainer_of(LRU, tmp_path, callbacks=[OnSave(gate, add)], **EACH_STEP).train()
+    (tmp_path / "checkpoint-1/notes.txt").write_text("half of a line, and the rest")
+    assert read_saved(tmp_path / "checkpoint-1").is_sealed
+
+
+def test_training_goes_on_where_another_callback_removes_a_file(
+    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(sealing.logger, "warning", warned.append)
+    callback = OnSave(gate, lambda folder: (folder / "training_args.bin").unlink())
+    trainer = trainer_of(LRU, tmp_path, callbacks=[callback], **EACH_STEP)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert any("checkpoint-1 has no seal" in text for text in warned)
+    assert not (tmp_path / "checkpoint-1" / SEAL).exists()
+
+
+def test_a_loss_that_a_user_logs_waits_for_no_seal(gate: Gate, tmp_path: Path) -> None:
+    """It may be logged in one process alone, where to wait for the others is to wait for ever."""
+    sealed: list[bool] = []
+
+    def log(folder: Path) -> None:
+        trainer.log({"train_loss": 1.0})
+        sealed.append((folder / SEAL).exists())
+
+    trainer = trainer_of(LRU, tmp_path, callbacks=[OnSave(gate, log)], **EACH_STEP)
+    trainer.train()
+    assert sealed == [False]
+
+
 def test_an_error_is_raised_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sealing, "seal_checkpoint", Failing(folder.name))
     monkeypatch.setattr(sealing.logger, "error", lambda text: None)
@@ -218,7 +264,7 @@ def test_a_process_that_ends_seals_first(folder: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from hf_compressm.checkpoints import sealing\n"
         "seal = sealing.seal_checkpoint\n"
-        "sealing.seal_checkpoint = lambda folder: (time.sleep(0.3), seal(folder))\n"
+        "sealing.seal_checkpoint = lambda *given: (time.sleep(0.3), seal(*given))\n"
         "sealing.Sealing().start(Path(sys.argv[1])); sys.exit(3)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == 3

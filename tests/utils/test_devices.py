@@ -30,6 +30,12 @@ def test_a_tensor_goes_to_a_device_without_a_wait() -> None:
     assert not device.blocking
 
 
+def test_a_tensor_that_comes_to_the_host_is_waited_for() -> None:
+    with PretendDevice() as device:
+        to_device(device.on_device(torch.arange(3)), torch.device("cpu"))
+    assert device.blocking == {"to the host": 1}
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_the_first_tensor_that_is_not_finite_is_found_with_one_question(bad: float) -> None:
     tensors = [torch.zeros(2), torch.arange(3), torch.tensor([0.0, bad]), torch.tensor(bad)]
