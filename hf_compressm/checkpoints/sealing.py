@@ -41,7 +41,11 @@ class Sealing:
         files = files_to_seal(self._directory)
         thread = Thread(target=self._seal, args=(self._directory, files), name=f"seal {directory.name}")
         _UNDER_WAY[self._directory] = thread
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the system gives no more threads
+            _UNDER_WAY.pop(self._directory, None)
+            self._seal(self._directory, files)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is sealed.

@@ -114,7 +114,7 @@ class DiagonalSSMLayer(nn.Module):
         with maybe_autocast(device_type=u.device.type, enabled=False):
             inputs = u.to(dtype)
             outputs: Any
-            if torch.compiler.is_exporting() and exported is not None and not stateful:
+            if exported is not None and exported.is_exported() and not stateful:
                 return (self._exported(inputs) + self.D.to(dtype) * inputs).to(u.dtype)
             eigenvalues, B, C = self.system(dtype)
             if self.bidirectional:

@@ -27,7 +27,7 @@ from .delta import delta_scan
 from .exported import selective_scan_for_export
 from .selective import selective_scan
 from .ssd import ssd_scan
-from .transforms import is_transformed
+from .transforms import is_exported, is_transformed
 
 
 Works = Callable[[str], bool]  # whether the kernel for a job works on a device type
@@ -116,6 +116,7 @@ def convolution_dispatcher(stock: Callable, works: Works) -> Callable:
     A kernel is expected to work on every device but the CPU, where transformers would run it too.
     """
     torch_path = kernels.torch_path(stock)
+    is_installed = importlib.util.find_spec("causal_conv1d") is not None
 
     @functools.wraps(torch_path)
     def dispatched_convolution(
@@ -128,8 +129,7 @@ def convolution_dispatcher(stock: Callable, works: Works) -> Callable:
     ) -> Tensor:
         given = hidden_states, weight, bias
         is_on_cpu = hidden_states.device.type == "cpu"
-        has_kernel = kernels.is_kernelized(stock) or importlib.util.find_spec("causal_conv1d") is not None
-        if seq_idx is not None and (is_on_cpu or not has_kernel):
+        if seq_idx is not None and (is_on_cpu or not (is_installed or kernels.is_kernelized(stock))):
             out = packed_convolution(*given, seq_idx=seq_idx)
             return out if activation is None else ACT2FN[activation](out)
         if is_on_cpu and not (kernels.is_kernelized(stock) or _is_traced() or is_transformed()):
@@ -157,7 +157,7 @@ def fast_selective_scan(
     dtype = hidden_states.dtype
     for tensor in (D, z):
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-    scan = selective_scan_for_export if torch.compiler.is_exporting() else selective_scan
+    scan = selective_scan_for_export if is_exported() else selective_scan
     result = scan(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     if isinstance(result, tuple):
         return result[0].to(dtype), result[1]
@@ -215,7 +215,7 @@ def fast_delta_scan(
 
 def _needs_plain_operators(can_be_exported: bool) -> bool:
     """Whether a program is recorded that must have operators of torch alone, which the fast scan has not."""
-    return torch.jit.is_tracing() or (torch.compiler.is_exporting() and not can_be_exported)
+    return torch.jit.is_tracing() or (is_exported() and not can_be_exported)
 
 
 def _is_traced() -> bool:

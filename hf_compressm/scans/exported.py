@@ -26,7 +26,10 @@ from torch import Tensor
 
 from .diagonal import loop_chunk_size
 from .selective_chunks import compute_dtype, feed_through_and_gate, step_sizes
+from .transforms import is_exported
 
+
+__all__ = ["diagonal_scan_in_pairs", "divide_pairs", "is_exported", "multiply_pairs", "selective_scan_for_export"]
 
 ROUNDS = 20  # of doubling: chunks that are more than 2^20 back, at least 4 million steps, are forgotten
 SELECTIVE_CHUNK_SIZE = 16  # all rounds together touch about as many states as there are steps

@@ -38,7 +38,7 @@ from .selective_chunks import (
     step_sizes,
     time_major,
 )
-from .selective_kernel import fused_selective_scan, has_kernel
+from .selective_kernel import fits, fused_selective_scan, has_kernel
 from .transforms import is_transformed
 from .vectors import by_channel, expected_shape, groups, is_constant
 
@@ -93,8 +93,9 @@ def selective_scan(
         return selective_scan_reference(*arguments)
     if B.dim() == 4 or C.dim() == 4:
         return _scan_by_group(*arguments)
-    fits = compute_dtype(u, delta, A, B, C) == torch.float32 and u.numel() > 0 and A.numel() > 0
-    scan = fused_selective_scan if fits and has_kernel(u.device, u.dtype) else chunked_selective_scan
+    is_single = compute_dtype(u, delta, A, B, C) == torch.float32
+    has_place = is_single and fits(u, A) and has_kernel(u.device, u.dtype)
+    scan = fused_selective_scan if has_place else chunked_selective_scan
     with torch.autocast(device_type=u.device.type, enabled=False):
         out, last_state = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return (out, last_state) if return_last_state else out

@@ -20,7 +20,15 @@ from .trials import Trial, working_kernel
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_SEQUENCES = 65535  # programs along the second and third axis of a grid
+LONGEST = 65535 * 128  # steps, in segments of 128
 TRIAL_STEPS = 140  # two segments, the second one not full
+
+
+def fits(u: Tensor, A: Tensor) -> bool:
+    """Whether u (batch, channels, length) and A (channels, N) make a grid of programs that a GPU can start."""
+    batch, _, length = u.shape
+    return 0 < u.numel() and 0 < A.numel() and batch <= MOST_SEQUENCES and length <= LONGEST
 
 
 @torch.compiler.assume_constant_result

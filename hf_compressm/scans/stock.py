@@ -58,8 +58,8 @@ def enable_fast_selective_scan() -> bool:
     open, which the stock code cannot. Inside a transform of `torch.func` the stock PyTorch code runs too. In all other
     cases the fast scan runs.
     Packed texts (`seq_idx`) are kept apart in all layouts but those of Mamba-1, where the stock code decides.
-    Results, dtypes and caches are those of the stock code. This may be called any number of times, and tries kernels
-    anew each time; `disable_fast_selective_scan` undoes it.
+    Results, dtypes and caches are those of the stock code. This may be called any number of times, and tries
+    the kernels of other packages anew each time; `disable_fast_selective_scan` undoes it.
 
     Returns:
         Whether the functions of any modeling file are replaced now; False if this version of transformers is not

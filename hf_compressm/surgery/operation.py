@@ -1,11 +1,9 @@
 """One cut of a live model: everything is prepared first, and then put in place at once."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_compressm.families import AttributeChange, LayerCut, SSMLayer
@@ -13,6 +11,7 @@ from hf_compressm.models import adopt
 from hf_compressm.peft import underlying
 from hf_compressm.peft.saved_base import keep_base_beside
 from hf_compressm.surgery.caches import refuse_stale_caches
+from hf_compressm.surgery.compiled import forget_compiled_graphs
 from hf_compressm.surgery.configuration import Copies
 from hf_compressm.surgery.mapping import carry_gradients
 from hf_compressm.surgery.optimizer import OptimizerPlan, commit_optimizer, prepare_optimizer
@@ -91,13 +90,4 @@ class Operation:
         for layer in self.layers:
             refuse_stale_caches(layer)
         if self.layers:
-            _forget_compiled_graphs()
-
-
-def _forget_compiled_graphs() -> None:
-    """Let compiled graphs go: those of the model hold the old parameters, and on a GPU a pool of memory of that size.
-
-    The next step compiles anew, which it has to anyway, and starts counting recompilations from zero.
-    """
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+            forget_compiled_graphs()

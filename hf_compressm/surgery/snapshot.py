@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_compressm.surgery.compiled import forget_compiled_graphs
 from hf_compressm.surgery.stores import stores_in
 from hf_compressm.utils.configurations import configurations
 
@@ -43,3 +44,4 @@ class Snapshot:
             present.update(contents)
         for group, parameters in self._groups:
             group["params"] = parameters
+        forget_compiled_graphs()

@@ -5,6 +5,7 @@ import torch
 
 import hf_compressm.scans.selective as selective
 import hf_compressm.scans.selective_chunks as selective_chunks
+import hf_compressm.scans.selective_kernel as selective_kernel
 from hf_compressm.scans import selective_scan, selective_scan_reference, selective_states
 
 
@@ -267,3 +268,13 @@ def test_states_need_shared_vectors(B):
 def test_bad_chunk_size():
     with pytest.raises(ValueError, match="chunk_size is 0"):
         next(selective_states(*make(2, 3, 5, 7, requires_grad=False)[:4], chunk_size=0))
+
+
+def test_a_batch_that_no_grid_holds_needs_no_kernel(monkeypatch):
+    monkeypatch.setattr(selective, "has_kernel", lambda device, dtype: True)
+    monkeypatch.setattr(selective, "fused_selective_scan", None)
+    monkeypatch.setattr(selective_kernel, "MOST_SEQUENCES", 1)
+    arguments = [tensor.float() for tensor in make(2, 3, 5, 6, requires_grad=False)]
+    assert selective_scan(*arguments, delta_softplus=True).shape == (2, 3, 6)
+    with pytest.raises(TypeError, match="not callable"):
+        selective_scan(*[tensor[:1] if tensor.shape[0] == 2 else tensor for tensor in arguments], delta_softplus=True)

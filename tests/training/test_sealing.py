@@ -260,6 +260,17 @@ def test_an_error_is_raised_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     under_way.wait()
 
 
+def test_without_another_thread_the_seal_is_made_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(self: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("hf_compressm.checkpoints.sealing.Thread.start", no_thread)
+    sealing = Sealing()
+    sealing.start(folder)
+    assert (folder / SEAL).exists()
+    sealing.wait()
+
+
 def test_a_process_that_ends_seals_first(folder: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from hf_compressm.checkpoints import sealing\n"
