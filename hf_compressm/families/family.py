@@ -6,7 +6,7 @@ never changes the layer. The room `surgery` does that, from the list of paramete
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_compressm.families.calls import Example
 from hf_compressm.families.owners import Owner
 from hf_compressm.families.sums import Statistics
+from hf_compressm.families.values import HasValue, Mapped, as_written
 from hf_compressm.utils.devices import first_not_finite
 
 
@@ -55,13 +56,13 @@ class MomentTerm:
 
 
 @dataclass(frozen=True, eq=False)
-class ParameterChange:
+class ParameterChange(HasValue):
     """One parameter of a cut: what it was, what it becomes, and how its optimizer moments follow.
 
     Attributes:
         name: dotted name in the model.
         parameter: the present parameter.
-        value: the new tensor, float64; in the parameter's own dtype where entries are only selected.
+        value: the new tensor, float64 or in the parameter's own dtype; see `mapped`.
         moments: the terms whose sum is the new moment. Moments are averages of gradients, so they are mapped by the
             adjoint of the change of basis: where the old state is `h = T h_r`, the gradient is `T^H g`.
         row_map: what the change does to axis 0, for LoRA around a projection to follow: float64 `(new, old)`, a
@@ -73,6 +74,33 @@ class ParameterChange:
     value: Tensor
     moments: tuple[MomentTerm, ...]
     row_map: Tensor | None = None
+
+    @classmethod
+    def mapped(
+        cls, name: str, parameter: nn.Parameter, matrix: Tensor, dim: int, moments: tuple[MomentTerm, ...]
+    ) -> "ParameterChange":
+        """A change whose value is a map of the parameter, computed whenever it is read; it takes no memory until then.
+
+        Args:
+            name: dotted name in the model.
+            parameter: the present parameter.
+            matrix: map along `dim` in a form of `maps.py`; also the `row_map`, if it is one.
+            dim: axis of the parameter that is mapped, at least 0.
+            moments: as in the class.
+        """
+        value: Any = Mapped(matrix, dim)
+        return cls(name, parameter, value, moments, matrix if dim == 0 and matrix.dim() <= 2 else None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to other processes: a map instead of a value, or a value as it will be written."""
+        return {**vars(self), "value": as_written(vars(self)["value"], self.parameter.dtype)}
+
+
+def with_values(changes: Iterable[ParameterChange], values: Mapping[int, Tensor]) -> tuple[ParameterChange, ...]:
+    """The changes, with other values for some parameters, by their `id`."""
+    return tuple(
+        replace(one, value=values[id(one.parameter)]) if id(one.parameter) in values else one for one in changes
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +118,10 @@ class ParameterAddition:
     module: nn.Module
     value: Tensor
     beside: nn.Parameter
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to other processes: the value as it will be written."""
+        return {**vars(self), "value": as_written(self.value, self.beside.dtype)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -114,9 +114,8 @@ def _gate_changes(layer: SSMLayer, kept: Tensor) -> tuple[ParameterChange, ...]:
     changes = []
     for name in (f"forget_gate.{_gate_projection(layer.module)}.weight", "forget_gate.dt_bias"):
         parameter = layer.module.get_parameter(name)
-        value = parameter.detach()[places.to(parameter.device)]
         moments = (MomentTerm(parameter, places, 0),)
-        changes.append(ParameterChange(parameter_name(layer, name), parameter, value, moments, row_map=places))
+        changes.append(ParameterChange.mapped(parameter_name(layer, name), parameter, places, 0, moments))
     return tuple(changes)
 
 

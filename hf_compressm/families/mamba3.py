@@ -26,6 +26,7 @@ from hf_compressm.families.family import (
     ParameterChange,
     SSMLayer,
     kept_order,
+    with_values,
 )
 from hf_compressm.families.layout import Following, Layout, Part, rows
 from hf_compressm.families.maps import float64
@@ -107,7 +108,7 @@ class Mamba3Family(SelectiveFamily):
         """The states that stay, and in the norms' weights the factor by which they divide differently."""
         changes, module = super().changes(layer, kept, R, selection), layer.module
         scales = {id(_norm(module, name).weight): _norm_fit(module, name, kept[0], selection)[0] for name in "BC"}
-        return tuple(replace(change, value=scales.get(id(change.parameter), change.value)) for change in changes)
+        return with_values(changes, scales)
 
     def mismatch(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> float:
         """What the factors leave of the norms' changes, weighted by each state's share in the output."""
