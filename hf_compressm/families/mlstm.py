@@ -36,6 +36,7 @@ from hf_compressm.families.family import (
     SSMLayer,
 )
 from hf_compressm.families.layout import B, C, Layout, Slot, rows
+from hf_compressm.families.maps import apply_map, float64
 from hf_compressm.families.moments import CovarianceStatistics
 from hf_compressm.families.projecting import in_balanced_states, projections
 from hf_compressm.families.registry import register
@@ -147,8 +148,13 @@ class MLSTMFamily(SelectiveFamily):
         forward = self._along(slot, {B: W, C: c * V.mT})
         adjoint = self._along(slot, {B: V.mT, C: W / c})
         parameter: Any = slot.tensor
-        moments = (MomentTerm(parameter, adjoint, slot.axis),)
-        return ParameterChange.mapped(parameter_name(layer, slot.name), parameter, forward, slot.axis, moments)
+        return ParameterChange(
+            parameter_name(layer, slot.name),
+            parameter,
+            apply_map(float64(parameter), forward, slot.axis),
+            (MomentTerm(parameter, adjoint, slot.axis),),
+            row_map=forward,
+        )
 
     def _along(self, slot: Slot, maps: Mapping[str, Tensor]) -> Tensor:
         """The map along all rows of a projection, `(new, old)`."""

@@ -1,7 +1,7 @@
 """The new value of a parameter: a tensor, or a map of the old one that is only computed when it is read.
 
 A plan that holds maps is small, however large the parameters are: in memory, and on its way to other processes, each
-of which maps its own copy of the weights.
+of which maps its own copy of the weights, to the same bits.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compressm.families.maps import apply_map, float64
+from hf_compressm.families.maps import apply_in_order, apply_map
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,8 @@ class Mapped:
 
     def of(self, parameter: nn.Parameter) -> Tensor:
         """The mapped parameter: as it is stored if entries are only selected, else float64 on the CPU."""
-        selects = not self.matrix.is_floating_point()
-        return apply_map(parameter.detach() if selects else float64(parameter), self.matrix, self.dim)
+        apply = apply_in_order if self.matrix.is_floating_point() else apply_map
+        return apply(parameter.detach(), self.matrix, self.dim)
 
 
 class Value:
