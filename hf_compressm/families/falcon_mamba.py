@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compressm.families.family import CutMethod, MomentTerm, ParameterChange, SSMLayer, with_values
+from hf_compressm.families.changes import MomentTerm, ParameterChange, with_values
+from hf_compressm.families.family import CutMethod, SSMLayer
 from hf_compressm.families.layout import Layout, states
 from hf_compressm.families.mamba import MAMBA, OTHERS
 from hf_compressm.families.maps import float64

@@ -23,8 +23,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hf_compressm.families.changes import AttributeChange, ParameterChange
 from hf_compressm.families.delta import DeltaFamily
-from hf_compressm.families.family import AttributeChange, ParameterChange, SSMLayer
+from hf_compressm.families.family import SSMLayer
 from hf_compressm.families.layout import STATE, B, C, Layout, Part, rows
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import Selection

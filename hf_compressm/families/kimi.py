@@ -16,17 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_compressm.families.changes import AttributeChange, MomentTerm, ParameterChange
 from hf_compressm.families.delta_projected import PROJECTION, Directions, ProjectingFamily
-from hf_compressm.families.family import (
-    AttributeChange,
-    CutMethod,
-    LayerCut,
-    LayerShape,
-    Measurement,
-    MomentTerm,
-    ParameterChange,
-    SSMLayer,
-)
+from hf_compressm.families.family import CutMethod, LayerCut, LayerShape, Measurement, SSMLayer
 from hf_compressm.families.layout import B, C, Layout, rows
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import parameter_name, unmeasurable

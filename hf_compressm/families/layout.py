@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compressm.families.family import AttributeChange, MomentTerm, ParameterChange
+from hf_compressm.families.changes import AttributeChange, MomentTerm, ParameterChange
 from hf_compressm.families.maps import apply_map
 from hf_compressm.utils.devices import to_device
 

@@ -20,14 +20,8 @@ import torch
 from torch import Tensor
 
 from hf_compressm.families.calls import Call
-from hf_compressm.families.family import (
-    CutMethod,
-    Measurement,
-    ParameterChange,
-    SSMLayer,
-    kept_order,
-    with_values,
-)
+from hf_compressm.families.changes import ParameterChange, with_values
+from hf_compressm.families.family import CutMethod, Measurement, SSMLayer, kept_order
 from hf_compressm.families.layout import Following, Layout, Part, rows
 from hf_compressm.families.maps import float64
 from hf_compressm.families.moments import CovarianceStatistics

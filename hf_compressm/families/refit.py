@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.calls import Example
-from hf_compressm.families.family import LayerCut, MomentTerm, ParameterChange, SSMLayer
+from hf_compressm.families.changes import MomentTerm, ParameterChange
+from hf_compressm.families.family import LayerCut, SSMLayer
 from hf_compressm.families.running import (
     Trial,
     measured,

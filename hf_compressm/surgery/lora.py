@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_compressm.families.family import AttributeChange, CutMethod, LayerCut, MomentTerm, ParameterChange, SSMLayer
+from hf_compressm.families.changes import AttributeChange, MomentTerm, ParameterChange
+from hf_compressm.families.family import CutMethod, LayerCut, SSMLayer
 from hf_compressm.peft import innermost_module, plain_modules, underlying, wrapped_module
 
 
