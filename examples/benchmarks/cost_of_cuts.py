@@ -66,7 +66,7 @@ def measure(name: str, length: int, batches: int) -> dict[str, float]:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
     optimizer.zero_grad()
-    config = CompreSSMConfig(fraction=0.5)
+    config = CompreSSMConfig(fraction=0.5, refit_steps=0)  # as where training goes on after the cut
     data: Any = [{"input_ids": torch.randint(256, (1, length)), "use_cache": False} for _ in range(batches)]
     (choice,) = check_settings(model, config, calibrated=True)
     layer, method = choice.layer, choice.method
@@ -98,7 +98,7 @@ def report(name: str, row: dict[str, float], length: int, batches: int) -> None:
     print(f"  samples gathered              {layers * row['samples'] / 2**20:10.2f} MiB in all")
     print(f"  plan sent to each process     {layers * row['sent'] / 2**20:10.1f} MiB")
     share = layers * (row["reduced"] + row["samples"] + row["sent"]) / gradients
-    print(f"  all of it, in float32 gradients of one step: {share:.3f}")
+    print(f"  all of it, in float32 gradients of one step: {share:.5f}")
     print(
         f"  calibration {layers * row['calibration']:8.1f} s on this CPU ({batches} x {length} tokens, in one process)"
     )

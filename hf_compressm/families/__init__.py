@@ -1,22 +1,12 @@
 """One file per family of SSM layers, found through one registry."""
 
 from hf_compressm.families import mamba as _mamba  # noqa: F401 - registers its layers
+from hf_compressm.families.changes import AttributeChange, MomentTerm, ParameterAddition, ParameterChange
 from hf_compressm.families.complex_terms import ComplexTerm
 from hf_compressm.families.declaring import declare_layer
 from hf_compressm.families.delta import DeltaFamily
 from hf_compressm.families.falcon_mamba import NormalizedMambaFamily
-from hf_compressm.families.family import (
-    AttributeChange,
-    CutMethod,
-    Family,
-    LayerCut,
-    LayerShape,
-    Measurement,
-    MomentTerm,
-    ParameterAddition,
-    ParameterChange,
-    SSMLayer,
-)
+from hf_compressm.families.family import CutMethod, Family, LayerCut, LayerShape, Measurement, SSMLayer
 from hf_compressm.families.fla import FlaFamily
 from hf_compressm.families.kimi import KimiFamily
 from hf_compressm.families.layout import Layout, rows, states

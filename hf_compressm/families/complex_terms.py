@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hf_compressm.families.family import MomentTerm
+from hf_compressm.families.changes import MomentTerm
 
 
 @dataclass(frozen=True, eq=False)

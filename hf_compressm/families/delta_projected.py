@@ -19,17 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_compressm.families.family import (
-    CutMethod,
-    LayerCut,
-    LayerShape,
-    Measurement,
-    MomentTerm,
-    ParameterAddition,
-    ParameterChange,
-    SSMLayer,
-    kept_order,
-)
+from hf_compressm.families.changes import MomentTerm, ParameterAddition, ParameterChange
+from hf_compressm.families.family import CutMethod, LayerCut, LayerShape, Measurement, SSMLayer, kept_order
 from hf_compressm.families.maps import float64
 from hf_compressm.families.selective import SelectiveFamily, parameter_name
 from hf_compressm.families.sums import Statistics

@@ -7,13 +7,14 @@ into w if the layer has one. If not, it folds exactly into the parameters after 
 `W_out (s y + D u) = (s W_out) (y + D / s u)`. Only the variance of `rho_t` remains; the predicted error includes it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_compressm.families.family import CutMethod, MomentTerm, ParameterChange, SSMLayer
+from hf_compressm.families.changes import MomentTerm, ParameterChange, with_values
+from hf_compressm.families.family import CutMethod, SSMLayer
 from hf_compressm.families.layout import Layout, states
 from hf_compressm.families.mamba import MAMBA, OTHERS
 from hf_compressm.families.maps import float64
@@ -49,7 +50,7 @@ class NormalizedMambaFamily(SelectiveFamily):
         B, C = self._fits(module, kept, R, selection)
         if _learns(module.b_layernorm):
             scales = {id(module.b_layernorm.weight): B.scale, id(module.c_layernorm.weight): C.scale}
-            return tuple(replace(change, value=scales.get(id(change.parameter), change.value)) for change in changes)
+            return with_values(changes, scales)
         factor = B.scale[0] * C.scale[0]
         return (
             *changes,
@@ -84,7 +85,7 @@ class NormalizedMambaFamily(SelectiveFamily):
 def _scaled(layer: SSMLayer, name: str, parameter: nn.Parameter, factor: Tensor) -> ParameterChange:
     """A parameter multiplied by a factor."""
     moments = (MomentTerm(parameter, 1 / factor, dim=0),)
-    return ParameterChange(parameter_name(layer, name), parameter, float64(parameter) * factor, moments, factor)
+    return ParameterChange.mapped(parameter_name(layer, name), parameter, factor, 0, moments)
 
 
 def _fit(wanted: Tensor, direction: Tensor, by_entry: bool) -> NormFit:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.calls import Example
+from hf_compressm.families.changes import AttributeChange, ParameterAddition, ParameterChange
 from hf_compressm.families.owners import Owner
 from hf_compressm.families.sums import Statistics
 from hf_compressm.utils.devices import first_not_finite
@@ -37,68 +38,6 @@ class CutMethod:
     seed: int = 0
     project: bool = False
     refit_steps: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class MomentTerm:
-    """One summand of a new parameter's optimizer moment: a linear map of an old parameter's moment.
-
-    Attributes:
-        source: the old parameter.
-        matrix: map along `dim` in a form of `maps.py`; second moments take the squared entries of a matrix.
-        dim: axis of the moment that is mapped.
-    """
-
-    source: nn.Parameter
-    matrix: Tensor
-    dim: int
-
-
-@dataclass(frozen=True, eq=False)
-class ParameterChange:
-    """One parameter of a cut: what it was, what it becomes, and how its optimizer moments follow.
-
-    Attributes:
-        name: dotted name in the model.
-        parameter: the present parameter.
-        value: the new tensor, float64; in the parameter's own dtype where entries are only selected.
-        moments: the terms whose sum is the new moment. Moments are averages of gradients, so they are mapped by the
-            adjoint of the change of basis: where the old state is `h = T h_r`, the gradient is `T^H g`.
-        row_map: what the change does to axis 0, for LoRA around a projection to follow: float64 `(new, old)`, a
-            plain number, or int64 `(new,)`, the old entries that stay; None for anything else.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    value: Tensor
-    moments: tuple[MomentTerm, ...]
-    row_map: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class ParameterAddition:
-    """A parameter that a layer gets with its first cut.
-
-    Attributes:
-        name: dotted name in the model.
-        module: its owner, whose class has room for it under the last part of the name.
-        value: the tensor, float64.
-        beside: an existing parameter whose dtype, device, `requires_grad` and optimizer group it takes.
-    """
-
-    name: str
-    module: nn.Module
-    value: Tensor
-    beside: nn.Parameter
-
-
-@dataclass(frozen=True, eq=False)
-class AttributeChange:
-    """An attribute or buffer that follows a cut, such as `mixer.ssm_state_size` or `x_proj.out_features`."""
-
-    module: nn.Module
-    name: str
-    value: Any
 
 
 @dataclass(frozen=True, eq=False)

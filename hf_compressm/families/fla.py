@@ -23,8 +23,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hf_compressm.families.changes import AttributeChange, ParameterChange
 from hf_compressm.families.delta import DeltaFamily
-from hf_compressm.families.family import AttributeChange, ParameterChange, SSMLayer
+from hf_compressm.families.family import SSMLayer
 from hf_compressm.families.layout import STATE, B, C, Layout, Part, rows
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import Selection
@@ -78,8 +79,9 @@ class FlaFamily(DeltaFamily):
 def _scaled(change: ParameterChange, scale: float) -> ParameterChange:
     """A change of queries times a number, by which their gradients are divided."""
     moments = tuple(replace(term, matrix=term.matrix / scale) for term in change.moments)
-    rows_of = None if change.row_map is None else change.row_map * scale
-    return replace(change, value=change.value * scale, moments=moments, row_map=rows_of)
+    if change.row_map is None:
+        return replace(change, value=change.value * scale, moments=moments)
+    return ParameterChange.mapped(change.name, change.parameter, change.row_map * scale, 0, moments)
 
 
 def _key_width(module: Any, size: int) -> int:

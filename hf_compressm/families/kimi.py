@@ -16,17 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_compressm.families.changes import AttributeChange, MomentTerm, ParameterChange
 from hf_compressm.families.delta_projected import PROJECTION, Directions, ProjectingFamily
-from hf_compressm.families.family import (
-    AttributeChange,
-    CutMethod,
-    LayerCut,
-    LayerShape,
-    Measurement,
-    MomentTerm,
-    ParameterChange,
-    SSMLayer,
-)
+from hf_compressm.families.family import CutMethod, LayerCut, LayerShape, Measurement, SSMLayer
 from hf_compressm.families.layout import B, C, Layout, rows
 from hf_compressm.families.registry import register
 from hf_compressm.families.selective import parameter_name, unmeasurable
@@ -114,9 +106,8 @@ def _gate_changes(layer: SSMLayer, kept: Tensor) -> tuple[ParameterChange, ...]:
     changes = []
     for name in (f"forget_gate.{_gate_projection(layer.module)}.weight", "forget_gate.dt_bias"):
         parameter = layer.module.get_parameter(name)
-        value = parameter.detach()[places.to(parameter.device)]
         moments = (MomentTerm(parameter, places, 0),)
-        changes.append(ParameterChange(parameter_name(layer, name), parameter, value, moments, row_map=places))
+        changes.append(ParameterChange.mapped(parameter_name(layer, name), parameter, places, 0, moments))
     return tuple(changes)
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compressm.families.family import AttributeChange, MomentTerm, ParameterChange
-from hf_compressm.families.maps import apply_map, float64
+from hf_compressm.families.changes import AttributeChange, MomentTerm, ParameterChange
+from hf_compressm.families.maps import apply_map
 from hf_compressm.utils.devices import to_device
 
 
@@ -263,18 +263,9 @@ class Layout:
         for slot in self.slots(module):
             if isinstance(slot.tensor, nn.Parameter):
                 forward, adjoint = self.maps(module, slot, kept, R)
-                value = apply_map(
-                    slot.tensor.detach() if forward.dtype == torch.int64 else float64(slot.tensor), forward, slot.axis
-                )
-                found.append(
-                    ParameterChange(
-                        f"{prefix}{slot.name}",
-                        slot.tensor,
-                        value,
-                        (MomentTerm(slot.tensor, adjoint, slot.axis),),
-                        row_map=forward if slot.axis == 0 and forward.dim() <= 2 else None,
-                    )
-                )
+                moments = (MomentTerm(slot.tensor, adjoint, slot.axis),)
+                name = f"{prefix}{slot.name}"
+                found.append(ParameterChange.mapped(name, slot.tensor, forward, slot.axis, moments))
         return tuple(found)
 
     def attributes(self, module: Any, size: int, kept: Tensor) -> tuple[AttributeChange, ...]:

@@ -17,13 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_compressm.families.family import (
-    AttributeChange,
-    CutMethod,
-    LayerCut,
-    Measurement,
-    SSMLayer,
-)
+from hf_compressm.families.changes import AttributeChange
+from hf_compressm.families.family import CutMethod, LayerCut, Measurement, SSMLayer
 from hf_compressm.families.layout import B, C, Layout, Part
 from hf_compressm.families.mamba2 import Mamba2Family
 from hf_compressm.families.registry import register

@@ -21,15 +21,13 @@ from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
 from hf_compressm.families.calls import Seen
+from hf_compressm.families.changes import AttributeChange, MomentTerm, ParameterChange
 from hf_compressm.families.family import (
-    AttributeChange,
     CutMethod,
     Family,
     LayerCut,
     LayerShape,
     Measurement,
-    MomentTerm,
-    ParameterChange,
     SSMLayer,
     has_finite_parameters,
     kept_order,

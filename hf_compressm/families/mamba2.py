@@ -20,16 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compressm.families.family import (
-    AttributeChange,
-    CutMethod,
-    LayerCut,
-    Measurement,
-    MomentTerm,
-    ParameterAddition,
-    ParameterChange,
-    SSMLayer,
-)
+from hf_compressm.families.changes import AttributeChange, MomentTerm, ParameterAddition, ParameterChange
+from hf_compressm.families.family import CutMethod, LayerCut, Measurement, SSMLayer
 from hf_compressm.families.layout import Layout, Part, rows, states
 from hf_compressm.families.maps import float64
 from hf_compressm.families.projecting import in_balanced_states, projection_error, projections

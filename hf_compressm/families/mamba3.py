@@ -20,13 +20,8 @@ import torch
 from torch import Tensor
 
 from hf_compressm.families.calls import Call
-from hf_compressm.families.family import (
-    CutMethod,
-    Measurement,
-    ParameterChange,
-    SSMLayer,
-    kept_order,
-)
+from hf_compressm.families.changes import ParameterChange, with_values
+from hf_compressm.families.family import CutMethod, Measurement, SSMLayer, kept_order
 from hf_compressm.families.layout import Following, Layout, Part, rows
 from hf_compressm.families.maps import float64
 from hf_compressm.families.moments import CovarianceStatistics
@@ -107,7 +102,7 @@ class Mamba3Family(SelectiveFamily):
         """The states that stay, and in the norms' weights the factor by which they divide differently."""
         changes, module = super().changes(layer, kept, R, selection), layer.module
         scales = {id(_norm(module, name).weight): _norm_fit(module, name, kept[0], selection)[0] for name in "BC"}
-        return tuple(replace(change, value=scales.get(id(change.parameter), change.value)) for change in changes)
+        return with_values(changes, scales)
 
     def mismatch(self, layer: SSMLayer, kept: Tensor, R: Tensor, selection: Selection) -> float:
         """What the factors leave of the norms' changes, weighted by each state's share in the output."""

@@ -46,6 +46,34 @@ def apply_map(value: Tensor, matrix: Tensor, dim: int, squared: bool = False) ->
     return torch.cat([torch.tensordot(one, part, dims=([1], [dim])).movedim(0, dim) for part, one in parts])
 
 
+def apply_in_order(value: Tensor, matrix: Tensor, dim: int) -> Tensor:
+    """`apply_map` with the same bits on every machine, in float64 on the CPU.
+
+    Libraries for matrices add up in an order that depends on the processor. Here the terms of an entry are added one
+    by one, by ascending old index, zeros left out: it costs little for maps that select most rows and mix some.
+
+    Args:
+        value: any tensor without gradients.
+        matrix: a map in one of the float64 forms above.
+        dim: the axis; not 0 for a map with groups.
+    """
+    value = value.cpu().double()
+    if matrix.dim() == 0:
+        return matrix * value
+    if matrix.dim() == 3:
+        parts = zip(_blocks(value, matrix), matrix, strict=True)
+        return torch.cat([apply_in_order(part, one, dim) for part, one in parts])
+    old = value.movedim(dim, 0)
+    new = old.new_zeros(matrix.shape[0], *old.shape[1:])
+    counts = (matrix != 0).sum(dim=1)
+    columns = (matrix != 0).byte().argsort(dim=1, descending=True, stable=True)
+    for term in range(int(counts.max())):
+        rows = (counts > term).nonzero().flatten()
+        places = columns[rows, term]
+        new[rows] += matrix[rows, places].view(-1, *[1] * (old.dim() - 1)) * old[places]
+    return new.movedim(0, dim)
+
+
 def float64(parameter: Tensor) -> Tensor:
     """The parameter in float64 on the CPU, without gradients."""
     return parameter.detach().cpu().double()

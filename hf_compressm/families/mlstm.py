@@ -26,15 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compressm.families.calls import Call
-from hf_compressm.families.family import (
-    AttributeChange,
-    CutMethod,
-    LayerCut,
-    Measurement,
-    MomentTerm,
-    ParameterChange,
-    SSMLayer,
-)
+from hf_compressm.families.changes import AttributeChange, MomentTerm, ParameterChange
+from hf_compressm.families.family import CutMethod, LayerCut, Measurement, SSMLayer
 from hf_compressm.families.layout import B, C, Layout, Slot, rows
 from hf_compressm.families.maps import apply_map, float64
 from hf_compressm.families.moments import CovarianceStatistics

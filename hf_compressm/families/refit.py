@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_compressm.families.calls import Example
-from hf_compressm.families.family import LayerCut, MomentTerm, ParameterChange, SSMLayer
-from hf_compressm.families.maps import float64
+from hf_compressm.families.changes import MomentTerm, ParameterChange
+from hf_compressm.families.family import LayerCut, SSMLayer
 from hf_compressm.families.running import (
     Trial,
     measured,
@@ -84,13 +84,13 @@ def _refitted(
 
 def _with_values(layer: SSMLayer, cut: LayerCut, trial: Trial, free: Iterable[nn.Parameter]) -> LayerCut:
     """A cut that writes what was fitted, also to parameters that it left alone; their moments stay."""
-    values = {parameter: float64(parameter) for parameter in free}
+    values = {parameter: parameter.detach().cpu() for parameter in free}
     changes = [
-        replace(change, value=values.pop(parameter, change.value))
+        replace(change, value=values.pop(parameter)) if parameter in values else change
         for change, parameter in zip(cut.changes, trial.parameters, strict=True)
     ]
     additions = [
-        replace(addition, value=values.pop(parameter, addition.value))
+        replace(addition, value=values.pop(parameter)) if parameter in values else addition
         for addition, parameter in zip(cut.additions, trial.added, strict=True)
     ]
     present, prefix = dict(layer.module.named_parameters()), f"{layer.name}." if layer.name else ""

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_compressm.families.changes import AttributeChange, MomentTerm
 from hf_compressm.families.complex_terms import ComplexTerm
-from hf_compressm.families.family import AttributeChange, CutMethod, MomentTerm, SSMLayer
+from hf_compressm.families.family import CutMethod, SSMLayer
 from hf_compressm.families.linear import LinearFamily, Reduction
 from hf_compressm.families.registry import register
 from hf_compressm.families.s5 import input_factor, mean_log_step, step_product

@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from hf_compressm.families.changes import AttributeChange, ParameterChange
 from hf_compressm.families.family import (
-    AttributeChange,
     CutMethod,
     Family,
     LayerCut,
     LayerShape,
     Measurement,
-    ParameterChange,
     SSMLayer,
     has_finite_parameters,
     kept_order,

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_compressm.families.family import AttributeChange, CutMethod, LayerCut, MomentTerm, ParameterChange, SSMLayer
-from hf_compressm.families.maps import float64
+from hf_compressm.families.changes import AttributeChange, MomentTerm, ParameterChange
+from hf_compressm.families.family import CutMethod, LayerCut, SSMLayer
 from hf_compressm.peft import innermost_module, plain_modules, underlying, wrapped_module
-from hf_compressm.utils.devices import to_device
 
 
 def check_adapters(model: nn.Module, layers: Sequence[tuple[SSMLayer, CutMethod]]) -> None:
@@ -110,15 +109,11 @@ def resized(layer: SSMLayer, widths: Mapping[str, int]) -> Iterator[ParameterCha
 
 
 def _followed(name: str, B: nn.Parameter, change: ParameterChange) -> ParameterChange:
-    """B, or m, after the cut; in its own dtype if rows are only selected."""
+    """B, or m, after the cut."""
     row_map = change.row_map
     assert row_map is not None  # the caller has checked
-    if not row_map.is_floating_point():
-        value = B.detach()[to_device(row_map, B.device)]
-    else:
-        exact = float64(B)
-        value = row_map * exact if row_map.dim() == 0 else row_map @ exact
-    return ParameterChange(name, B, value, tuple(MomentTerm(B, term.matrix, term.dim) for term in change.moments))
+    moments = tuple(MomentTerm(B, term.matrix, term.dim) for term in change.moments)
+    return ParameterChange.mapped(name, B, row_map, 0, moments)
 
 
 def _obstacle(module: nn.Module, selects: bool) -> str:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from hf_compressm.families.changes import MomentTerm
 from hf_compressm.families.complex_terms import ComplexTerm
-from hf_compressm.families.family import MomentTerm
 from hf_compressm.families.maps import apply_map
 from hf_compressm.surgery.parameters import Replacement
 from hf_compressm.utils.devices import lacks_float64, on_host, to_device

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_compressm.families.family import AttributeChange, ParameterAddition, ParameterChange
+from hf_compressm.families.changes import AttributeChange, ParameterAddition, ParameterChange
 from hf_compressm.utils.devices import first_not_finite, to_device
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_compressm.families import SSMLayer, find_layers
-from hf_compressm.families.family import AttributeChange, ParameterAddition, ParameterChange
+from hf_compressm.families.changes import AttributeChange, ParameterAddition, ParameterChange
 from hf_compressm.models import adopt, own_class, release
 from hf_compressm.peft import plain_modules, underlying
 from hf_compressm.surgery.configuration import Record, detach_configs, replace_configs, rewritten

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_compressm.utils.packing import is_packable, pack
+
 
 T = TypeVar("T")
 Sums = dict[str, Tensor]
@@ -173,7 +175,7 @@ def _sendable(error: Exception, rank: int) -> Exception:
 
 
 def dump(value: Any, model: nn.Module | None) -> bytes:
-    """Pickle a value for `first`, with names in place of the model's modules and parameters."""
+    """Pickle a value for `first`, with names in place of the model's modules and parameters, and tensors packed."""
     named = [*model.named_modules(), *model.named_parameters()] if model is not None else []
     names = {id(part): (isinstance(part, nn.Module), name) for name, part in named}
     buffer = io.BytesIO()
@@ -181,6 +183,9 @@ def dump(value: Any, model: nn.Module | None) -> bytes:
     class Pickler(pickle.Pickler):
         def persistent_id(self, part: Any) -> Any:
             return names.get(id(part)) if isinstance(part, nn.Module | nn.Parameter) else None
+
+        def reducer_override(self, part: Any) -> Any:
+            return pack(part) if is_packable(part) else NotImplemented
 
     Pickler(buffer).dump(value)
     return buffer.getvalue()
