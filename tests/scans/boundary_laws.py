@@ -1,4 +1,4 @@
-"""What the Triton kernels must do, on the device of KERNEL_DEVICE; `test_boundary_triton.py` runs this file.
+"""What the Triton kernels must do, on the device of KERNEL_DEVICE; `test_triton.py` runs this file.
 
 On a CPU the kernels run in Triton's interpreter, which looks at TRITON_INTERPRET when Triton is imported: this file
 needs a process of its own.

@@ -1,6 +1,6 @@
 """What the Triton kernels of the selective scan must do, on the device of KERNEL_DEVICE.
 
-`test_selective_triton.py` runs this file. On a CPU the kernels run in Triton's interpreter, which looks at
+`test_triton.py` runs this file. On a CPU the kernels run in Triton's interpreter, which looks at
 TRITON_INTERPRET when Triton is imported: this file needs a process of its own.
 """
 

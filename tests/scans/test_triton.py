@@ -1,4 +1,4 @@
-"""The Triton kernels of the selective scan: their laws in Triton's interpreter and on a GPU, and machine code."""
+"""The Triton kernels: their laws in Triton's interpreter and on a GPU, each file of them in a process of its own."""
 
 import importlib.util
 import os
@@ -13,20 +13,19 @@ import torch
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[2]
-LAWS = Path(__file__).with_name("selective_laws.py")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
+@pytest.mark.parametrize("laws", ["boundary_laws.py", "selective_laws.py"])
 @pytest.mark.parametrize(
     ("device", "interpreted"),
     [
         pytest.param("cpu", "1", id="interpreter", marks=pytest.mark.slow),
-        pytest.param(
-            "cuda", "0", id="gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-        ),
+        pytest.param("cuda", "0", id="gpu", marks=NO_GPU),
     ],
 )
-def test_laws(device, interpreted, tmp_path):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(LAWS)]
+def test_laws(device, interpreted, laws, tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(laws))]
     environment = {
         **os.environ,
         "KERNEL_DEVICE": device,
