@@ -104,7 +104,7 @@ def with_cut(layer: SSMLayer, cut: LayerCut) -> Trial:
     written = []
     for change in cut.changes:
         old, (owner, name) = change.parameter, owners[id(change.parameter)]
-        value = to_device(change.value.to(old.dtype, copy=True), old.device)
+        value = to_device(change.beside().to(old.dtype, copy=True), old.device)
         written.append(nn.Parameter(value))
         setattr(owner, name, written[-1])
     added = []

@@ -50,6 +50,13 @@ class HasValue:
     """Base of a dataclass with such an attribute among its fields."""
 
     value: Tensor = Value()  # type: ignore[assignment]
+    parameter: nn.Parameter
+
+    def beside(self) -> Tensor:
+        """The value on the device of the parameter, for trying it: the last bits may not be those of `value`."""
+        held = vars(self)["value"]
+        mapped = isinstance(held, Mapped)
+        return apply_map(self.parameter.detach(), held.matrix, held.dim) if mapped else held
 
 
 def as_written(value: Tensor | Mapped, dtype: torch.dtype) -> Tensor | Mapped:
