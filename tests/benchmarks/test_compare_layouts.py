@@ -58,8 +58,6 @@ def test_the_table_is_printed(
     [
         ("mamba", "chosen", "energy"),
         ("falcon_mamba", "chosen", "energy"),
-        ("jamba", "chosen", "energy"),
-        ("zamba", "chosen", "energy"),
         ("mamba2", "chosen, best", "chosen"),
     ],
 )

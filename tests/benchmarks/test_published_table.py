@@ -103,6 +103,7 @@ def test_every_stage_of_every_cut_is_a_row_and_the_published_figures_stand_besid
     assert part("rows").Results(output).read() == done
 
 
+@pytest.mark.slow
 def test_a_recovery_goes_on_from_its_checkpoint(
     part: Any, hub: None, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

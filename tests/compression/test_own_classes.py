@@ -36,7 +36,9 @@ from tests.family_table import (
 
 
 OWN = {MAMBA.family: CompreSSMambaForCausalLM, MAMBA2.family: CompreSSMamba2ForCausalLM}
-with_own_class = pytest.mark.parametrize("family", [MAMBA, MAMBA2, MAMBA2_PLAIN], ids=family_id)
+with_own_class = pytest.mark.parametrize(
+    "family", [MAMBA, MAMBA2, pytest.param(MAMBA2_PLAIN, marks=pytest.mark.slow)], ids=family_id
+)
 projecting = pytest.mark.parametrize("family", [MAMBA2, MAMBA2_PLAIN], ids=family_id)
 
 

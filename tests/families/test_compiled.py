@@ -60,7 +60,7 @@ def compiled(model: Any, backend: str, graphs: list[Any]) -> Any:
         pytest.param(family, backend, marks=() if family in QUICK and backend == "aot_eager" else pytest.mark.slow)
         for family in FAMILIES
         for backend in ("aot_eager", "inductor")
-        if family not in WITHOUT and (backend == "aot_eager" or family in QUICK)
+        if family not in WITHOUT and (backend == "aot_eager" or family in (MAMBA, MAMBA2, S5))
     ],
     ids=family_id,
 )
