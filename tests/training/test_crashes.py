@@ -28,6 +28,7 @@ OUTCOME = "outcome.pt"
 PAUSE = 0.02  # seconds in each phase, so that a kill lands there
 RUN_SECONDS = 5.0  # a run takes about so long, with its pauses
 KILLS = 24  # of each of the two families
+FEWEST_LANDINGS = 3  # in a save, and in a cut; seals run beside the training, whose phases are told too
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
@@ -169,7 +170,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
     landings = kill_until(KILLS, processes, tmp_path, whole, family)
     print(f"\n{family}:", *(f"{count:4d}  {phase}" for phase, count in sorted(landings.items())), sep="\n")
     for place in ("save:", "cut:"):
-        assert sum(count for phase, count in landings.items() if phase.startswith(place)) >= 5
+        assert sum(count for phase, count in landings.items() if phase.startswith(place)) >= FEWEST_LANDINGS
 
 
 QUICK = {"family": "lru", "scenario": "cuts", "pause": 0}
