@@ -33,8 +33,8 @@ class _LinkedSums:
         found = path.stat()
         stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
         known = self._last.get(stamp) if found.st_nlink > 1 else None
-        self._present[stamp] = sync_and_sum(path) if known is None else known
-        return self._present[stamp]
+        total = self._present[stamp] = sync_and_sum(path) if known is None else known
+        return total  # not looked up again: another run that seals in this process may have let it go
 
     def forget(self) -> None:
         """Keep those of the checkpoint whose files were all asked for, and no others."""
